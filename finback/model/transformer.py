@@ -1,0 +1,212 @@
+"""The DeepSeek-V3 transformer (V3 section 2): pre-norm blocks of MLA and feed-forward, and the MTP modules behind them.
+
+The module tree carries the published parameter names, so a checkpoint needs almost no map: experts are stacked here and separate on
+disk, and MTP modules share the embedding and the head that the files repeat.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from finback.config import ModelConfig
+from finback.model.layers import MLP, Linear, RMSNorm
+from finback.model.mla import MLA, Rotary
+from finback.model.moe import MoE, Router, Routing
+from finback.model.recompute import rebuilt
+from finback.ops.attention import document_mask
+from finback.ops.rotary import rotary_table
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); dense for the first `first_k_dense_replace` layers, MoE after."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
+        self.self_attn = MLA(config, device, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
+        self.mlp: MLP | MoE
+        if layer < config.first_k_dense_replace:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size, device, dtype)
+        else:
+            self.mlp = MoE(config, device, dtype)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rotary: Rotary,
+        mask: Bool[Tensor, "B 1 T T"] | None = None,
+        recompute: bool = False,
+    ) -> tuple[Float[Tensor, "B T D"], Routing | None]:
+        normalised = self.input_layernorm(x)
+        with rebuilt((normalised,), lambda: (self.input_layernorm(x),), recompute):
+            middle = x + self.self_attn(normalised, rotary, mask, recompute)
+        return self.feed_forward(middle, recompute)
+
+    def feed_forward(self, x: Float[Tensor, "B T D"], recompute: bool = False) -> tuple[Float[Tensor, "B T D"], Routing | None]:
+        """x + feed-forward(norm(x)), and what the router did if there is one."""
+        normalised = self.post_attention_layernorm(x)
+        with rebuilt((normalised,), lambda: (self.post_attention_layernorm(x),), recompute):
+            if isinstance(self.mlp, MLP):
+                return x + self.mlp(normalised, recompute), None
+            output, routing = self.mlp(normalised, recompute)
+            return x + output, routing
+
+
+class SharedHead(nn.Module):
+    """The part of `shared_head` that is not shared: its norm."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
+
+
+class MTPModule(Block):
+    """One depth of multi-token prediction (V3 section 2.2): a block over [enorm(embedding) ; hnorm(previous hidden state)].
+
+    The released weights put the embedding first, unlike the paper's equation. The hidden state that comes in, of the main model or of
+    the depth before, has passed its final norm.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__(config, config.num_hidden_layers, device, dtype)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, device, dtype)
+        self.shared_head = SharedHead(config, device, dtype)
+
+    def combine(self, hidden: Float[Tensor, "B T D"], embedding: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The input of the block: what is known up to token i, with the embedding of token i + 1."""
+        joined = torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1)
+        projected: Tensor = self.eh_proj(joined)
+        return projected
+
+
+class Decoder(nn.Module):
+    """Everything but the head; `layers` holds the main blocks, then the MTP modules, as the published files number them."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device="meta", dtype=dtype)
+        self.embed_tokens.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype))
+        blocks: list[Block] = [Block(config, layer, device, dtype) for layer in range(config.num_hidden_layers)]
+        blocks += [MTPModule(config, device, dtype) for _ in range(config.num_nextn_predict_layers)]
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
+
+
+class TrainOutput(NamedTuple):
+    """Hidden states before the head, and what balancing needs."""
+
+    hidden: Tensor  # [B, T, D], after the final norm
+    mtp_hidden: list[Tensor]  # depth k: [B, T - 1 - k, D], after its shared_head.norm
+    expert_counts: Tensor  # int64 [routers, E]: tokens per expert in this micro-batch
+    balance_loss: Tensor  # scalar: V3 equation 17 summed over routers, without alpha
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-V2/V3 language model. Parameters are allocated, not initialised: see `init_weights` and `finback.load`."""
+
+    def __init__(
+        self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        device = None if device is None else torch.device(device)
+        self.model = Decoder(config, device, dtype)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, device, dtype)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks of the main model."""
+        return list(self.model.layers[: self.config.num_hidden_layers])  # type: ignore[arg-type]
+
+    @property
+    def mtp_modules(self) -> list[MTPModule]:
+        return list(self.model.layers[self.config.num_hidden_layers :])  # type: ignore[arg-type]
+
+    def routers(self) -> list[Router]:
+        """Every router, main layers first, then MTP: the rows of `TrainOutput.expert_counts`."""
+        blocks = [*self.blocks, *self.mtp_modules]
+        return [block.mlp.gate for block in blocks if isinstance(block.mlp, MoE)]
+
+    def forward(
+        self, input_ids: Int[Tensor, "B T"], *, mtp: bool = False
+    ) -> Float[Tensor, "B T vocab"] | tuple[Float[Tensor, "B T vocab"], list[Tensor]]:
+        """Logits [B, T, vocab_size]; with `mtp`, also a list over depths k of logits [B, T - 1 - k, vocab_size], whose row i
+        predicts token i + 2 + k."""
+        output = self.train_forward(input_ids, mtp=mtp)
+        logits = self.lm_head(output.hidden)
+        return (logits, [self.lm_head(hidden) for hidden in output.mtp_hidden]) if mtp else logits
+
+    def train_forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        document_ids: Int[Tensor, "B T"] | None = None,
+        recompute: Recompute = "none",
+        mtp: bool = True,
+    ) -> TrainOutput:
+        """Hidden states and balance terms of whole sequences. `document_ids` hides samples of one row from each other (and leaves
+        positions running on: rotary embedding is relative). `recompute` rebuilds RMSNorm, MLA up-projections and SwiGLU in
+        backward ("selective", V3 section 3.2.3) or whole blocks ("full"). Under autocast the residual stream is low-precision."""
+        mask = None if document_ids is None else document_mask(document_ids)
+        rotary = Rotary(*rotary_table(self.config, torch.arange(input_ids.shape[1], device=input_ids.device)))
+        embedded = self._embed(input_ids)
+        x, routings = embedded, []
+        for block in self.blocks:
+            x, routing = _run(block, x, rotary, mask, recompute)
+            routings.append(routing)
+        hidden = self.model.norm(x)
+        mtp_hidden: list[Tensor] = []
+        for depth, module in enumerate(self.mtp_modules if mtp else []):
+            previous = mtp_hidden[-1] if mtp_hidden else hidden
+            length = input_ids.shape[1] - 1 - depth
+            if length < 1:
+                break
+            combined = module.combine(previous[:, :length], embedded[:, depth + 1 :])
+            cut = Rotary(rotary.cos[:length], rotary.sin[:length])
+            x, routing = _run(module, combined, cut, None if mask is None else mask[:, :, :length, :length], recompute)
+            mtp_hidden.append(module.shared_head.norm(x))
+            routings.append(routing)
+        active = [routing for routing in routings if routing is not None]
+        counts = [routing.counts for routing in active] or [input_ids.new_zeros(0, self.config.n_routed_experts)]
+        balance = torch.stack([routing.balance for routing in active]).sum() if active else hidden.new_zeros(())
+        return TrainOutput(hidden, mtp_hidden, torch.stack(counts) if active else counts[0], balance)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        embedded = F.embedding(input_ids, self.model.embed_tokens.weight)
+        device = embedded.device.type
+        return embedded.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embedded
+
+
+def _run(
+    block: Block, x: Tensor, rotary: Rotary, mask: Tensor | None, recompute: Recompute
+) -> tuple[Tensor, Routing | None]:
+    if recompute == "full" and torch.is_grad_enabled():
+        result: tuple[Tensor, Routing | None] = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=False)
+        return result
+    return block(x, rotary, mask, recompute == "selective")  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> None:
+    """normal(0, initializer_range) for every matrix, ones for norms, zero router bias (V3 section 4.2); the same on any device."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            values = torch.empty(parameter.shape).normal_(0.0, model.config.initializer_range, generator=generator)
+            parameter.copy_(values)
+    for router in model.routers():
+        if router.e_score_correction_bias is not None:
+            router.e_score_correction_bias.zero_()

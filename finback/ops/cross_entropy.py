@@ -1,0 +1,64 @@
+"""The output head and its loss in one, so that the logits of a whole batch never exist at once."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
+
+_CHUNK_ELEMENTS = 1 << 22  # logits alive at a time: 4 M, which a shared cache still holds
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """Sum of -log softmax(weight hidden)[target] over rows: hidden [N, D], weight [vocab, D], targets int64 [N] -> float32 scalar.
+
+    Rows whose target is `ignore_index` count nothing. Matrix products run in hidden's dtype, the softmax in float32. The gradients
+    are computed along with the loss, chunk by chunk: 3 products in all, nothing recomputed.
+    """
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return _loss_and_gradients(hidden, weight, targets, ignore_index, False, False)[0]
+    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, want_hidden: bool, want_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        matrix = weight.to(hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        for start in range(0, hidden.shape[0], rows):
+            part, target = hidden[start : start + rows], targets[start : start + rows]
+            kept = target != ignore_index
+            index = target.where(kept, 0).unsqueeze(1)
+            log_probs = F.log_softmax(part @ matrix.T, dim=-1, dtype=torch.float32)
+            total -= (log_probs.gather(1, index).squeeze(1) * kept).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad_logits = log_probs.exp_()
+            grad_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+            grad_logits = grad_logits.mul_(kept.unsqueeze(1)).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, matrix, out=grad_hidden[start : start + rows])
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ part
+    return total, grad_hidden, grad_weight
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        want_hidden, want_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        loss, grad_hidden, grad_weight = _loss_and_gradients(hidden, weight, targets, ignore_index, want_hidden, want_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype  # type: ignore[attr-defined]
+        return loss
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        scaled = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
+        weight_scaled = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)  # type: ignore[attr-defined]
+        return scaled, weight_scaled, None, None

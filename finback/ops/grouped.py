@@ -1,0 +1,118 @@
+"""The grouped expert product: rows sorted by expert, each multiplied by its own expert's matrix; and the sorting itself."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class Dispatch(NamedTuple):
+    """Token-expert pairs in expert order. No pair is ever dropped: there are N * K rows, always."""
+
+    order: Tensor  # int64 [N * K]: the pair (token * K + choice) that stands in each sorted row
+    token: Tensor  # int64 [N * K]: its token
+    inverse: Tensor  # int64 [N * K]: where pair (token, choice) stands among the sorted rows
+    counts: Tensor  # int64 [E]: rows of each expert
+
+
+def dispatch_order(expert_indices: Tensor, n_experts: int) -> Dispatch:
+    """Sort the pairs of expert_indices [N, K] by expert, stably (tokens stay in order within an expert)."""
+    choices = expert_indices.shape[1]
+    flat = expert_indices.flatten()
+    order = flat.argsort(stable=True)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return Dispatch(order, order // choices, inverse, torch.bincount(flat, minlength=n_experts))
+
+
+def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
+    """Copy each token's row to the place of each of its pairs: [N, D] -> [N * K, D]."""
+    result: Tensor = _Permute.apply(x, dispatch.token, dispatch.inverse)  # type: ignore[no-untyped-call]
+    return result
+
+
+def unpermute(y: Tensor, dispatch: Dispatch, tokens: int) -> Tensor:
+    """Add up the rows of each token: [N * K, D] -> [N, D]. Summed in choice order, so the result is deterministic."""
+    result: Tensor = _Unpermute.apply(y, dispatch.token, dispatch.inverse, tokens)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _gather_sum(rows: Tensor, inverse: Tensor, tokens: int) -> Tensor:
+    return rows.index_select(0, inverse).view(tokens, -1, rows.shape[-1]).sum(1)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.tokens = x.shape[0]  # type: ignore[attr-defined]
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return _gather_sum(grad, inverse, ctx.tokens), None, None  # type: ignore[attr-defined]
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, y: Tensor, token: Tensor, inverse: Tensor, tokens: int) -> Tensor:
+        ctx.save_for_backward(token)
+        return _gather_sum(y, inverse, tokens)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (token,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad.index_select(0, token), None, None, None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """y[i] = weight[e] x[i] for the rows i of expert e: x [M, D] sorted by expert, weight [E, F, D], counts int64 [E] -> [M, F]."""
+    result: Tensor = _GroupedLinear.apply(x, weight, counts)  # type: ignore[no-untyped-call]
+    return result
+
+
+def grouped_linear_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """The definition of `grouped_linear`, one expert after another: its plain twin."""
+    return torch.cat([rows @ matrix.T for rows, matrix in zip(x.split(counts.tolist()), weight, strict=True)])
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, counts)
+        return _grouped_product(x, weight.transpose(1, 2), counts)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, counts = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad = grad.contiguous()
+        grad_x = _grouped_product(grad, weight, counts) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
+        grad_weight = _grouped_outer(grad, x, counts) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
+        return grad_x, grad_weight, None
+
+
+def _fused(*operands: Tensor) -> bool:
+    """Whether torch's grouped kernel takes these: rows of a multiple of 16 bytes; on GPUs bfloat16 only."""
+    return all(
+        (t.device.type == "cpu" or t.dtype == torch.bfloat16)
+        and all(size * t.element_size() % 16 == 0 for size in t.shape[-2:] if t.dim() == 3)
+        and t.shape[-1] * t.element_size() % 16 == 0
+        for t in operands
+    )
+
+
+def _grouped_product(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
+    """Rows of group e times matrices[e]: [M, P], [E, P, Q] -> [M, Q]."""
+    if _fused(x, matrices):
+        return torch._grouped_mm(x, matrices, offs=counts.cumsum(0).to(torch.int32))
+    return torch.cat([rows @ matrix for rows, matrix in zip(x.split(counts.tolist()), matrices, strict=True)])
+
+
+def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
+    """Sum over the rows of group e of left_i right_i^T: [M, P], [M, Q] -> [E, P, Q]; zero for an empty group."""
+    if _fused(left, right):
+        return torch._grouped_mm(left.t(), right, offs=counts.cumsum(0).to(torch.int32))
+    sizes = counts.tolist()
+    return torch.stack([a.T @ b for a, b in zip(left.split(sizes), right.split(sizes), strict=True)])
