@@ -13,7 +13,9 @@ from finback.ops.swiglu import swiglu
 class Linear(nn.Module):
     """y = W x, no bias: W [out, in], as DeepSeek stores it."""
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
 
@@ -24,7 +26,9 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """RMSNorm with a learned weight [D]."""
 
-    def __init__(self, size: int, eps: float, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, size: int, eps: float, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -36,7 +40,9 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate x) * up x): the dense feed-forward, and the shared experts."""
 
-    def __init__(self, size: int, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, size: int, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.gate_proj = Linear(size, width, device, dtype)
         self.up_proj = Linear(size, width, device, dtype)
@@ -44,8 +50,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "*N D"], recompute: bool = False) -> Float[Tensor, "*N D"]:
         """With `recompute`, the activation is rebuilt in backward from the two products that feed it."""
-        gate_up = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
-        hidden = swiglu(gate_up)
-        with rebuilt((hidden,), lambda: (swiglu(gate_up),), recompute):
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        hidden = swiglu(gate, up)
+        with rebuilt((hidden,), lambda: (swiglu(gate, up),), recompute):
             output: Tensor = self.down_proj(hidden)
         return output

@@ -31,7 +31,9 @@ class MLA(nn.Module):
     """Multi-head latent attention. Weight names and row orders are the published ones: per head nope before rope in the query,
     key before value in `kv_b_proj`; latent before rope key in `kv_a_proj_with_mqa`."""
 
-    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         c = config
         self.num_heads = c.num_attention_heads
@@ -48,7 +50,9 @@ class MLA(nn.Module):
             self.q_b_proj = Linear(c.q_lora_rank, query_width, device, dtype)
         self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, device, dtype)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS, device, dtype)
-        self.kv_b_proj = Linear(c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), device, dtype)
+        self.kv_b_proj = Linear(
+            c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), device, dtype
+        )
         self.o_proj = Linear(c.num_attention_heads * c.v_head_dim, c.hidden_size, device, dtype)
 
     def forward(
@@ -63,7 +67,7 @@ class MLA(nn.Module):
         compressed = self.kv_a_proj_with_mqa(x)
 
         def expand() -> tuple[Tensor, Tensor, Tensor]:
-            query = self._query(compressed_query, rotary, recompute).transpose(1, 2)
+            query = self._query(compressed_query, rotary, recompute).transpose(1, 2).contiguous()
             latent, rope_key = self._latent(compressed, rotary)
             with rebuilt((latent,), lambda: (self._latent(compressed, rotary)[0],), recompute):
                 return query, *self._expand(latent, rope_key)
@@ -127,7 +131,8 @@ class MLA(nn.Module):
         expanded = self.kv_b_proj(latent).view(*latent.shape[:2], self.num_heads, self.nope_dim + self.value_dim)
         nope, value = expanded.split([self.nope_dim, self.value_dim], dim=-1)
         shared = rope_key.to(nope.dtype).unsqueeze(2).expand(-1, -1, self.num_heads, -1)
-        return torch.cat((nope, shared), dim=-1).transpose(1, 2), value.transpose(1, 2)
+        key = torch.cat((nope.transpose(1, 2), shared.transpose(1, 2)), dim=-1)
+        return key, value.transpose(1, 2).contiguous()
 
     def _output(self, heads: Tensor) -> Tensor:
         """[B, T, H, V] -> [B, T, D]."""

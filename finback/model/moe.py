@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from finback.config import ModelConfig
 from finback.model.layers import MLP
 from finback.model.recompute import rebuilt
-from finback.ops.grouped import dispatch_order, grouped_linear, permute, unpermute
+from finback.ops.grouped import dispatch_order, grouped_linear, permute, row_alignment, unpermute
 from finback.ops.router import gate_values, router_scores, select_experts, sequence_balance
 from finback.ops.swiglu import swiglu
 
@@ -26,12 +26,18 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Scores, selection and gate values. The expert bias is a float32 buffer: it has no gradient and only ever moves the choice."""
 
-    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, device=device, dtype=dtype))
         self.e_score_correction_bias: Tensor | None
-        bias = torch.empty(config.n_routed_experts, device=device, dtype=torch.float32) if config.uses_expert_bias else None
+        bias = (
+            torch.empty(config.n_routed_experts, device=device, dtype=torch.float32)
+            if config.uses_expert_bias
+            else None
+        )
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Float[Tensor, "N D"], sequences: int) -> tuple[Float[Tensor, "N K"], Routing]:
@@ -58,7 +64,9 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All routed experts of a layer, stacked: gate_proj, up_proj [E, F, D], down_proj [E, D, F]."""
 
-    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         count, width, size = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_proj = nn.Parameter(torch.empty(count, width, size, device=device, dtype=dtype))
@@ -66,28 +74,40 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(count, size, width, device=device, dtype=dtype))
 
     def forward(
-        self, x: Float[Tensor, "N D"], indices: Int[Tensor, "N K"], values: Float[Tensor, "N K"], recompute: bool = False
+        self,
+        x: Float[Tensor, "N D"],
+        indices: Int[Tensor, "N K"],
+        values: Float[Tensor, "N K"],
+        recompute: bool = False,
     ) -> Float[Tensor, "N D"]:
         """Sum over each token's experts of value * expert(token). Gate values multiply the narrow activation, not the output."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        dispatch = dispatch_order(indices, self.gate_proj.shape[0])
+        n_experts = self.gate_proj.shape[0]
+        dispatch = dispatch_order(indices, n_experts, row_alignment(indices.numel(), n_experts, dtype, x.device))
         rows = permute(x.to(dtype), dispatch)
         row_values = values.flatten().index_select(0, dispatch.order)
-        gate_up = grouped_linear(rows, torch.cat((self.gate_proj.to(dtype), self.up_proj.to(dtype)), dim=1), dispatch.counts)
-        hidden = swiglu(gate_up, row_values)
-        with rebuilt((hidden,), lambda: (swiglu(gate_up, row_values),), recompute):
-            output = grouped_linear(hidden, self.down_proj.to(dtype), dispatch.counts)
+        if dispatch.real is not None:
+            row_values = row_values * dispatch.real
+        gate = grouped_linear(rows, self.gate_proj.to(dtype), dispatch.rows)
+        up = grouped_linear(rows, self.up_proj.to(dtype), dispatch.rows)
+        hidden = swiglu(gate, up, row_values)
+        with rebuilt((hidden,), lambda: (swiglu(gate, up, row_values),), recompute):
+            output = grouped_linear(hidden, self.down_proj.to(dtype), dispatch.rows)
         return unpermute(output, dispatch, x.shape[0])
 
 
 class MoE(nn.Module):
     """Routed experts plus shared experts, the latter fused into one feed-forward of n_shared_experts times the width."""
 
-    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.gate = Router(config, device, dtype)
         self.experts = Experts(config, device, dtype)
-        self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, device, dtype)
+        self.shared_experts = MLP(
+            config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, device, dtype
+        )
 
     def forward(self, x: Float[Tensor, "B T D"], recompute: bool = False) -> tuple[Float[Tensor, "B T D"], Routing]:
         flat = x.flatten(0, 1)

@@ -20,7 +20,9 @@ class _Note(NamedTuple):
     offset: int
 
 
-def rebuilt(tensors: tuple[Tensor, ...], build: Callable[[], tuple[Tensor, ...]], enabled: bool) -> AbstractContextManager[object]:
+def rebuilt(
+    tensors: tuple[Tensor, ...], build: Callable[[], tuple[Tensor, ...]], enabled: bool
+) -> AbstractContextManager[object]:
     """A context in which autograd does not keep `tensors` (or views of them) but calls `build()` for them in backward."""
     if not enabled or not torch.is_grad_enabled():
         return nullcontext()

@@ -1,16 +1,34 @@
 """Attention over expanded keys and values, and over the latent cache (V3 section 2.1.1)."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
+
+
+_QUERY_BLOCK = 128  # queries per block: later keys are never multiplied
+_SCORES_ALIVE = 1 << 19  # scores alive at a time on a CPU, so that they stay in its cache
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """softmax(scale q k^T) v: query, key [B, H, T, N + R], value [B, H, T, V] -> [B, H, T, V].
 
-    Causal; or, with `mask` (bool, True where a query may look, broadcastable to [B, H, T, S]), exactly that.
-    The CPU's fused kernel refuses unequal head sizes and would silently build B x H x T x T: values are padded to the key's width.
+    Causal over equally many queries and keys; or, with `mask` (bool, True where a query may look, broadcastable to [B, H, T, S]),
+    exactly that.
     """
+    if mask is None and query.device.type == "cpu":
+        # Twice the speed of the CPU's fused kernel, which also refuses unequal head sizes.
+        if not torch.is_grad_enabled():
+            return _blocked_forward(query, key, value, scale)
+        result: Tensor = _BlockedAttention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+        return result
+    return attention_reference(query, key, value, scale, mask)
+
+
+def attention_reference(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """The same by torch's own kernel. Heads of unequal size are padded with zeros, or the CPU would build B x H x T x T."""
     width = value.shape[-1]
     pad = key.shape[-1] - width
     if pad > 0:
@@ -18,7 +36,68 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
     elif pad < 0:  # zeros add nothing to q.k
         query, key = F.pad(query, (0, -pad)), F.pad(key, (0, -pad))
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return output[..., :width] if pad > 0 else output
+    return output[..., :width]
+
+
+def _blocks(heads: int, tokens: int) -> Iterator[tuple[slice, int, int]]:
+    """(heads, first query, end) of each block; a block looks at keys [0, end)."""
+    for start in range(0, tokens, _QUERY_BLOCK):
+        end = min(tokens, start + _QUERY_BLOCK)
+        group = max(1, _SCORES_ALIVE // ((end - start) * end))
+        for first in range(0, heads, group):
+            yield slice(first, min(heads, first + group)), start, end
+
+
+def _causal_bias(tokens: int, like: Tensor) -> Tensor:
+    """[block, tokens + block], -inf above the diagonal of its last `block` columns: shifted left, it is every block's bias."""
+    block = min(_QUERY_BLOCK, tokens)
+    bias = torch.zeros(block, tokens + block, dtype=like.dtype, device=like.device)
+    bias[:, tokens:] = torch.full((block, block), float("-inf"), dtype=like.dtype, device=like.device).triu_(1)
+    return bias
+
+
+def _block_weights(query: Tensor, key: Tensor, bias: Tensor, start: int, end: int, scale: float) -> Tensor:
+    """softmax(scale q k^T + bias) of one block: query [h, end - start, d], key [h, end, d] -> [h, end - start, end]."""
+    first = bias.shape[1] - bias.shape[0] - start
+    block_bias = bias[: end - start, first : first + end]
+    return torch.baddbmm(block_bias.expand(query.shape[0], -1, -1), query, key.transpose(1, 2), alpha=scale).softmax(-1)
+
+
+def _blocked_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    q, k, v = (t.flatten(0, 1) for t in (query, key, value))
+    output = q.new_empty(*q.shape[:2], v.shape[-1])
+    bias = _causal_bias(q.shape[1], q)
+    for heads, start, end in _blocks(q.shape[0], q.shape[1]):
+        weights = _block_weights(q[heads, start:end], k[heads, :end], bias, start, end, scale)
+        output[heads, start:end] = torch.bmm(weights, v[heads, :end])
+    return output.view(*query.shape[:3], -1)
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Keeps q, k and v only; backward makes the weights of one block again and goes through the softmax once."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale  # type: ignore[attr-defined]
+        return _blocked_forward(query, key, value, scale)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value = ctx.saved_tensors  # type: ignore[attr-defined]
+        scale: float = ctx.scale  # type: ignore[attr-defined]
+        q, k, v, g = (t.flatten(0, 1) for t in (query, key, value, grad))
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        bias = _causal_bias(q.shape[1], q)
+        for heads, start, end in _blocks(q.shape[0], q.shape[1]):
+            queries, keys, grads = q[heads, start:end], k[heads, :end], g[heads, start:end]
+            weights = _block_weights(queries, keys, bias, start, end, scale)
+            grad_v[heads, :end] += torch.bmm(weights.transpose(1, 2), grads)
+            grad_weights = torch.bmm(grads, v[heads, :end].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scale)
+            grad_q[heads, start:end] = torch.bmm(grad_scores, keys)
+            grad_k[heads, :end] += torch.bmm(grad_scores.transpose(1, 2), queries)
+        return grad_q.view_as(query), grad_k.view_as(key), grad_v.view_as(value), None
 
 
 def latent_attention(query: Tensor, latents: Tensor, rank: int, scale: float, mask: Tensor | None = None) -> Tensor:

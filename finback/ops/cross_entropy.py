@@ -51,7 +51,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         want_hidden, want_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        loss, grad_hidden, grad_weight = _loss_and_gradients(hidden, weight, targets, ignore_index, want_hidden, want_weight)
+        loss, grad_hidden, grad_weight = _loss_and_gradients(
+            hidden, weight, targets, ignore_index, want_hidden, want_weight
+        )
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype  # type: ignore[attr-defined]
         return loss

@@ -14,7 +14,7 @@ same number again; the quotients move by far less than half a code. So a payload
 unchanged, and whatever was quantised once stays as it is. All arithmetic is float32, whatever the dtypes outside.
 
 Where the values were rounded to bfloat16 in between, payloads still come back unchanged (the quotients move by at most
-one part in 256, the nearest rounding border is one part in 30 away), but each scale moves by up to one part in 512: 448
+one part in 128, the nearest rounding border is one part in 30 away), but each scale moves by up to one part in 256: 448
 times a float32 scale has no exact bfloat16. It moves once; powers of two do not move at all. Float32 keeps the scales.
 """
 
@@ -52,9 +52,12 @@ def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def dequantize_128x128(payload: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_128x128(
+    payload: Tensor, scale_inv: Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Tensor:
     """The weight [M, N] in `dtype`: payload * scale_inv in float32, block by block, rounded once at the end.
 
+    With `out`, a tensor [M, N] of any float dtype, the weight is written there and `dtype` is not used.
     Raises ValueError if the grid of scales does not fit the payload's shape.
     """
     rows, columns = payload.shape
@@ -63,7 +66,7 @@ def dequantize_128x128(payload: Tensor, scale_inv: Tensor, dtype: torch.dtype = 
         raise ValueError(
             f"scale_inv has shape {list(scale_inv.shape)}, a {rows} x {columns} payload needs {list(grid)}"
         )
-    weight = torch.empty(rows, columns, dtype=dtype, device=payload.device)
+    weight = torch.empty(rows, columns, dtype=dtype, device=payload.device) if out is None else out
     for strip, blocks in _strips(rows, columns):
         values = payload[strip].to(torch.float32)
         _scale_tiles(values, _per_row(scale_inv[blocks].to(torch.float32), values.shape[0]))

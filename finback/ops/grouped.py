@@ -5,25 +5,56 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nn import functional as F
 
 
 class Dispatch(NamedTuple):
-    """Token-expert pairs in expert order. No pair is ever dropped: there are N * K rows, always."""
+    """Token-expert pairs in expert order, each expert's rows filled up to a multiple of the alignment: M rows in all.
 
-    order: Tensor  # int64 [N * K]: the pair (token * K + choice) that stands in each sorted row
-    token: Tensor  # int64 [N * K]: its token
-    inverse: Tensor  # int64 [N * K]: where pair (token, choice) stands among the sorted rows
-    counts: Tensor  # int64 [E]: rows of each expert
+    No pair is ever dropped. A filling row repeats pair 0 with weight 0: it computes something finite that nothing reads.
+    """
+
+    order: Tensor  # int64 [M]: the pair (token * K + choice) that stands in each row
+    token: Tensor  # int64 [M]: its token
+    real: Tensor | None  # float32 [M]: 1, and 0 for filling rows; None where there are none
+    inverse: Tensor  # int64 [N * K]: the row in which each pair stands
+    rows: Tensor  # int64 [E]: rows of each expert, filling included
 
 
-def dispatch_order(expert_indices: Tensor, n_experts: int) -> Dispatch:
+def dispatch_order(expert_indices: Tensor, n_experts: int, alignment: int = 1) -> Dispatch:
     """Sort the pairs of expert_indices [N, K] by expert, stably (tokens stay in order within an expert)."""
     choices = expert_indices.shape[1]
     flat = expert_indices.flatten()
     order = flat.argsort(stable=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return Dispatch(order, order // choices, inverse, torch.bincount(flat, minlength=n_experts))
+    counts = torch.bincount(flat, minlength=n_experts)
+    row, real = torch.arange(order.numel(), device=order.device), None
+    if alignment > 1:
+        rows = (counts + alignment - 1) // alignment * alignment
+        shift = (rows - counts).cumsum(0) - (rows - counts)  # filling rows before each expert
+        row = row + shift.repeat_interleave(counts, output_size=order.numel())
+        total = int(rows.sum())
+        order, packed = order.new_zeros(total), order
+        order[row] = packed
+        real = torch.zeros(total, dtype=torch.float32, device=order.device)
+        real[row] = 1.0
+        counts, pairs = rows, packed
+    else:
+        pairs = order
+    inverse = torch.empty_like(flat)
+    inverse[pairs] = row
+    return Dispatch(order, order // choices, real, inverse, counts)
+
+
+def row_alignment(rows: int, n_experts: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The multiple to which each expert's rows are filled up.
+
+    The CPU's bfloat16 product compiles a kernel for every new row count, and routing makes new ones at every step: with few distinct
+    counts it runs three times as fast. At most about 6% of the rows are filling; 1 where it would not pay.
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return 1
+    average = rows // n_experts
+    return 1 << max(0, min(6, (average // 8).bit_length() - 1))
 
 
 def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
@@ -39,7 +70,7 @@ def unpermute(y: Tensor, dispatch: Dispatch, tokens: int) -> Tensor:
 
 
 def _gather_sum(rows: Tensor, inverse: Tensor, tokens: int) -> Tensor:
-    return rows.index_select(0, inverse).view(tokens, -1, rows.shape[-1]).sum(1)
+    return F.embedding_bag(inverse.view(tokens, -1), rows, mode="sum")  # gathers and adds in one pass
 
 
 class _Permute(torch.autograd.Function):

@@ -10,8 +10,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Statistics are float32 whatever the dtype. Backward recomputes the normalised rows from x, so that nothing but x itself is kept.
     """
+    if not torch.is_grad_enabled():
+        return _rms_norm(x, weight, eps)[0]
     result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return result
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    scale = inverse_rms(x, eps)
+    normalised = x * scale  # float32: the scale is
+    return (normalised.mul_(weight) if normalised.dtype == weight.dtype else normalised * weight).to(x.dtype), scale
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -23,19 +31,19 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = inverse_rms(x, eps)
+        output, scale = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        normalised = x * scale  # float32: the scale is
-        return (normalised.mul_(weight) if normalised.dtype == weight.dtype else normalised * weight).to(x.dtype)
+        return output
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        normalised = x * scale
-        grad32 = grad.to(torch.float32)
-        rows = (normalised * grad32).flatten(0, -2)
-        grad_weight = rows.sum(0).to(weight.dtype)
-        # d/dx of x * r: r * (g w - xhat * mean(g w xhat))
-        projection = (rows * weight).sum(-1).div_(x.shape[-1]).view(scale.shape)
-        grad_x = (grad32 * weight - normalised.mul_(projection)).mul_(scale).to(x.dtype)
-        return grad_x, grad_weight, None
+        # With xhat = x * r: dw = sum over rows of g * xhat;  dx = r * (g w - xhat * mean(g w xhat)).
+        with torch.autocast(x.device.type, enabled=False):
+            normalised = (x * scale).flatten(0, -2)
+            product = normalised * grad.flatten(0, -2)
+            weight32 = weight.to(torch.float32)
+            grad_weight = torch.mv(product.T, product.new_ones(product.shape[0])).to(weight.dtype)
+            projection = torch.mv(product, weight32).div_(-x.shape[-1]).unsqueeze(1)
+            grad_x = torch.addcmul(torch.mul(grad, weight32).view_as(product), normalised, projection)
+            return grad_x.view_as(x).mul_(scale).to(x.dtype), grad_weight, None

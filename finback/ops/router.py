@@ -13,7 +13,12 @@ def router_scores(x: Tensor, weight: Tensor, scoring_func: str) -> Tensor:
 
 
 def select_experts(
-    scores: Tensor, bias: Tensor | None, top_k: int, n_group: int = 1, topk_group: int = 1, topk_method: str = "noaux_tc"
+    scores: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    topk_method: str = "noaux_tc",
 ) -> Tensor:
     """Indices int64 [N, K] of the experts that each token goes to; scores [N, E], bias [E] or None.
 

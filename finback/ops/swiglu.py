@@ -6,36 +6,35 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 
-def swiglu(gate_up: Tensor, row_weight: Tensor | None = None) -> Tensor:
-    """gate_up [..., 2F], gate first -> silu(gate) * up * row_weight [..., F]; row_weight [...] float32 or None.
+def swiglu(gate: Tensor, up: Tensor, row_weight: Tensor | None = None) -> Tensor:
+    """silu(gate) * up * row_weight: gate, up [..., F], row_weight [...] float32 or None -> [..., F].
 
-    Backward recomputes the activation from its inputs (V3 section 3.2.3), so that only gate_up is kept.
+    Backward recomputes the activation from its inputs, so that nothing else is kept.
     """
-    result: Tensor = _SwiGLU.apply(gate_up, row_weight)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        return _swiglu(gate, up, row_weight)
+    result: Tensor = _SwiGLU.apply(gate, up, row_weight)  # type: ignore[no-untyped-call]
     return result
+
+
+def _swiglu(gate: Tensor, up: Tensor, row_weight: Tensor | None) -> Tensor:
+    activation = F.silu(gate).mul_(up)
+    return activation if row_weight is None else activation.mul_(row_weight.unsqueeze(-1).to(activation.dtype))
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, gate_up: Tensor, row_weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(gate_up, row_weight)
-        gate, up = gate_up.chunk(2, dim=-1)
-        activation = F.silu(gate).mul_(up)
-        if row_weight is not None:
-            activation.mul_(row_weight.unsqueeze(-1).to(activation.dtype))
-        return activation
+    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor, row_weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, row_weight)
+        return _swiglu(gate, up, row_weight)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        gate_up, row_weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        gate, up = gate_up.chunk(2, dim=-1)
-        width = gate.shape[-1]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, row_weight = ctx.saved_tensors  # type: ignore[attr-defined]
         silu = F.silu(gate)
         grad_weight = None
         if row_weight is not None:
-            grad_weight = (silu * up * grad).sum(-1, dtype=torch.float32)
+            grad_weight = (silu * up).mul_(grad).sum(-1, dtype=torch.float32)
             grad = grad * row_weight.unsqueeze(-1).to(grad.dtype)
-        grad_gate_up = torch.empty_like(gate_up)
-        torch.mul(grad, silu, out=grad_gate_up[..., width:])
-        grad_gate_up[..., :width] = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate_up, grad_weight
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, silu.mul_(grad), grad_weight
