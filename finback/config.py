@@ -7,6 +7,7 @@ here imports torch.
 
 import difflib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -79,9 +80,20 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields that do not change what the model computes: ignored whatever they hold.
 _NEUTRAL = frozenset(
-    "architectures auto_map transformers_version use_cache ep_size aux_loss_alpha seq_aux pretraining_tp output_router_logits "
-    "return_dict chunk_size_feed_forward id2label label2id problem_type output_attentions output_hidden_states _name_or_path "
-    "name_or_path router_aux_loss_coef torchscript".split()
+    (
+        *(
+            "architectures",
+            "auto_map",
+            "transformers_version",
+            "use_cache",
+            "ep_size",
+            "aux_loss_alpha",
+            "seq_aux",
+            "torchscript",
+        ),
+        *("pretraining_tp", "output_router_logits", "router_aux_loss_coef", "return_dict", "chunk_size_feed_forward", "id2label"),
+        *("label2id", "problem_type", "output_attentions", "output_hidden_states", "_name_or_path", "name_or_path"),
+    )
 )
 
 # Fields that do change it, and the only value the computation here supports.
@@ -196,15 +208,14 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
         """Read any published form of `config.json` (see the module docstring)."""
+        architectures = data.get("architectures")
         data = {key: value for key, value in data.items() if key not in _NEUTRAL}
-        model_type = _read_model_type(data, data.get("architectures"))
+        model_type = _read_model_type(data, architectures)
         implied = _IMPLIED[model_type]
-        if "num_mtp_layers" in data:  # transformers' name for the same field
-            data.setdefault("num_nextn_predict_layers", data.pop("num_mtp_layers"))
+        _read_mtp(data)
         values: dict[str, Any] = {"model_type": model_type}
         rope_theta, values["rope_scaling"] = _read_rope(data)
         data["rope_theta"] = 10000.0 if rope_theta is None else rope_theta
-        data.setdefault("num_nextn_predict_layers", 0)
         for name in ("n_group", "topk_group"):
             if data.get(name) is None:  # greedy V2 as transformers writes it
                 data[name] = 1
@@ -224,6 +235,8 @@ class ModelConfig:
         for name in ("scoring_func", "topk_method", "norm_topk_prob"):
             value = data.pop(name, None)
             values[name] = implied[name] if value is None else value
+            if type(values[name]) is not type(implied[name]):
+                raise InputError(f"config field {name} is {value!r}, it must be like {implied[name]!r}")
         _check_derived(data, values)
         _check_unsupported(data)
         missing = [f.name for f in fields(cls) if f.name not in values and f.name in _required(cls)]
@@ -277,8 +290,8 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InputError(f"config field {name} is {value!r}, it must be a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"config field {name} is {value!r}, it must be a finite number")
     return float(value)
 
 
@@ -294,12 +307,27 @@ def _read_model_type(data: dict[str, Any], architectures: Any) -> str:
     model_type = data.pop("model_type", None)
     if model_type is None:
         raise InputError(f"config field model_type is missing; add one of {', '.join(_IMPLIED)}")
-    if model_type not in _IMPLIED:
+    if not isinstance(model_type, str) or model_type not in _IMPLIED:
         raise InputError(f"config field model_type is {model_type!r}, supported are {', '.join(_IMPLIED)}")
-    return str(model_type)
+    expected = {kind: architecture for architecture, kind in _ARCHITECTURES.items()}[model_type]
+    if architectures not in (None, [], [expected]):
+        raise InputError(
+            f"config field architectures is {architectures!r}, but model_type {model_type} is {expected}; correct one"
+        )
+    return model_type
 
 
-def _read_rope(data: dict[str, Any]) -> tuple[float | None, RopeScaling | None]:
+def _read_mtp(data: dict[str, Any]) -> None:
+    """transformers has another name for the same field; a missing or null one means no MTP."""
+    counts = [data.pop(name, None) for name in ("num_nextn_predict_layers", "num_mtp_layers")]
+    given = [count for count in counts if count is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        disagree = f"num_nextn_predict_layers ({given[0]}) and num_mtp_layers ({given[1]}) disagree"
+        raise InputError(f"config fields {disagree}; keep one")
+    data["num_nextn_predict_layers"] = given[0] if given else 0
+
+
+def _read_rope(data: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
     """Both spellings: rope_theta beside rope_scaling (published), or one rope_parameters (transformers)."""
     theta = data.pop("rope_theta", None)
     scaling = data.pop("rope_scaling", None)
@@ -310,7 +338,9 @@ def _read_rope(data: dict[str, Any]) -> tuple[float | None, RopeScaling | None]:
         other = dict(parameters)
         other_theta = other.pop("rope_theta", None)
         if theta is not None and other_theta is not None and theta != other_theta:
-            raise InputError(f"config fields rope_theta ({theta}) and rope_parameters.rope_theta ({other_theta}) disagree; keep one")
+            raise InputError(
+                f"config fields rope_theta ({theta}) and rope_parameters.rope_theta ({other_theta}) disagree; keep one"
+            )
         theta = other_theta if theta is None else theta
         if scaling is not None and _yarn(scaling) != _yarn(other):
             raise InputError("config fields rope_scaling and rope_parameters disagree; keep one")
@@ -324,9 +354,9 @@ def _yarn(scaling: Any) -> RopeScaling | None:
     if not isinstance(scaling, Mapping):
         raise InputError(f"config field rope_scaling is {scaling!r}, it must be null or an object")
     left = {key: value for key, value in scaling.items() if value is not None}
-    kinds = {left.pop(key) for key in ("type", "rope_type") if key in left}
+    kinds = {str(left.pop(key)) for key in ("type", "rope_type") if key in left}
     if len(kinds) > 1:
-        raise InputError(f"config fields rope_scaling.type and rope_type disagree ({', '.join(sorted(map(str, kinds)))}); keep one")
+        raise InputError(f"config fields rope_scaling.type and rope_type disagree ({', '.join(sorted(kinds))}); keep one")
     kind = kinds.pop() if kinds else "default"
     if left.pop("truncate", True) is not True:
         raise InputError("config field rope_scaling.truncate is false, only true is supported; remove it")
@@ -424,7 +454,9 @@ def _check_config(c: ModelConfig) -> None:
         raise InputError(f"config field model_type is {c.model_type!r}, supported are {', '.join(_ROUTING)}")
     for name, allowed in _ROUTING[c.model_type].items():
         if getattr(c, name) not in allowed:
-            raise InputError(f"config field {name} is {getattr(c, name)!r}, {c.model_type} supports {' or '.join(map(repr, allowed))}")
+            raise InputError(
+                f"config field {name} is {getattr(c, name)!r}, {c.model_type} supports {' or '.join(map(repr, allowed))}"
+            )
     if c.torch_dtype not in _DTYPES:
         raise InputError(f"config field torch_dtype is {c.torch_dtype!r}, supported are {', '.join(_DTYPES)}")
     if c.qk_rope_head_dim % 2:
@@ -433,9 +465,13 @@ def _check_config(c: ModelConfig) -> None:
         count = c.first_k_dense_replace
         raise InputError(f"config field first_k_dense_replace is {count}, above num_hidden_layers ({c.num_hidden_layers})")
     if c.num_nextn_predict_layers and c.model_type != "deepseek_v3":
-        raise InputError(f"config field num_nextn_predict_layers is {c.num_nextn_predict_layers}, but {c.model_type} has no MTP; use 0")
+        raise InputError(
+            f"config field num_nextn_predict_layers is {c.num_nextn_predict_layers}, but {c.model_type} has no MTP; use 0"
+        )
     if c.num_nextn_predict_layers >= c.max_position_embeddings:
-        raise InputError(f"config field num_nextn_predict_layers is {c.num_nextn_predict_layers}, not below max_position_embeddings")
+        raise InputError(
+            f"config field num_nextn_predict_layers is {c.num_nextn_predict_layers}, not below max_position_embeddings"
+        )
     _check_groups(c)
     for name in _TOKEN_IDS:
         value = getattr(c, name)

@@ -83,9 +83,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, device: torc
     if dtype not in _DTYPE_NAMES:
         raise InputError(f"dtype is {dtype}, it must be one of {', '.join(map(str, _DTYPE_NAMES))}")
     checkpoint = open_checkpoint(directory)
-    model = Transformer(
-        replace(checkpoint.config, torch_dtype=_DTYPE_NAMES[dtype], fp8=False), device=device, dtype=dtype
-    )
+    model = Transformer(replace(checkpoint.config, torch_dtype=_DTYPE_NAMES[dtype], fp8=False), device=device, dtype=dtype)
     with torch.no_grad(), TensorReader() as reader:
         for name, tensor in hf_tensors(model):
             original = _original(name, model.config)
@@ -114,9 +112,7 @@ def save(
     dtypes = {parameter.dtype for parameter in model.parameters()}
     if len(dtypes) != 1 or not dtypes <= set(_DTYPE_NAMES):
         found = ", ".join(sorted(map(str, dtypes)))
-        raise InputError(
-            f"the model's parameters are {found}; a checkpoint has one of {', '.join(_DTYPE_NAMES.values())}"
-        )
+        raise InputError(f"the model's parameters are {found}; a checkpoint has one of {', '.join(_DTYPE_NAMES.values())}")
     config = replace(model.config, torch_dtype=_DTYPE_NAMES[dtypes.pop()], fp8=fp8)
     if tokenizer_from is None:
         tokenizer_from = vars(model).get("source_directory")
@@ -311,9 +307,7 @@ def _check_stored(stored: dict[str, StoredTensor], config: ModelConfig, director
         raise InputError(f"{stored[name].file} holds {name}, unknown to config.json ({why}); correct one of the two")
 
 
-def _check_entry(
-    stored: dict[str, StoredTensor], spec: TensorSpec, scale_spec: TensorSpec | None, config: ModelConfig
-) -> None:
+def _check_entry(stored: dict[str, StoredTensor], spec: TensorSpec, scale_spec: TensorSpec | None, config: ModelConfig) -> None:
     """Check one stored weight; `scale_spec` is given for those that may be FP8."""
     name, entry = spec.name, stored[spec.name]
     scale = stored.get(name + "_scale_inv")
@@ -323,9 +317,7 @@ def _check_entry(
         raise InputError(f"{where} {shapes}; correct one of the two")
     if entry.dtype in _PLAIN:
         if scale is not None:
-            raise InputError(
-                f"{where} as {entry.dtype}, but {scale.file.name} has FP8 scales for it; remove one of the two"
-            )
+            raise InputError(f"{where} as {entry.dtype}, but {scale.file.name} has FP8 scales for it; remove one of the two")
         return
     if entry.dtype != "F8_E4M3" or scale_spec is None:
         supported = (*_PLAIN, "F8_E4M3") if scale_spec is not None else _PLAIN

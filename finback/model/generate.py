@@ -106,9 +106,7 @@ def generate(
     return torch.cat(columns, dim=1)
 
 
-def sample(
-    logits: Float[Tensor, "B vocab"], temperature: float, top_p: float, generator: torch.Generator
-) -> Int[Tensor, " B"]:
+def sample(logits: Float[Tensor, "B vocab"], temperature: float, top_p: float, generator: torch.Generator) -> Int[Tensor, " B"]:
     """One token per row: argmax at temperature 0, else a draw from the smallest set whose probability reaches top_p."""
     if temperature == 0:
         return logits.argmax(-1)

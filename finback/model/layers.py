@@ -13,9 +13,7 @@ from finback.ops.swiglu import swiglu
 class Linear(nn.Module):
     """y = W x, no bias: W [out, in], as DeepSeek stores it."""
 
-    def __init__(
-        self, inputs: int, outputs: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
 
@@ -26,9 +24,7 @@ class Linear(nn.Module):
 class RMSNorm(nn.Module):
     """RMSNorm with a learned weight [D]."""
 
-    def __init__(
-        self, size: int, eps: float, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, size: int, eps: float, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -40,9 +36,7 @@ class RMSNorm(nn.Module):
 class MLP(nn.Module):
     """down(silu(gate x) * up x): the dense feed-forward, and the shared experts."""
 
-    def __init__(
-        self, size: int, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, size: int, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.gate_proj = Linear(size, width, device, dtype)
         self.up_proj = Linear(size, width, device, dtype)

@@ -31,9 +31,7 @@ class MLA(nn.Module):
     """Multi-head latent attention. Weight names and row orders are the published ones: per head nope before rope in the query,
     key before value in `kv_b_proj`; latent before rope key in `kv_a_proj_with_mqa`."""
 
-    def __init__(
-        self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         c = config
         self.num_heads = c.num_attention_heads
@@ -50,9 +48,7 @@ class MLA(nn.Module):
             self.q_b_proj = Linear(c.q_lora_rank, query_width, device, dtype)
         self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, device, dtype)
         self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS, device, dtype)
-        self.kv_b_proj = Linear(
-            c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), device, dtype
-        )
+        self.kv_b_proj = Linear(c.kv_lora_rank, c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), device, dtype)
         self.o_proj = Linear(c.num_attention_heads * c.v_head_dim, c.hidden_size, device, dtype)
 
     def forward(

@@ -26,18 +26,12 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """Scores, selection and gate values. The expert bias is a float32 buffer: it has no gradient and only ever moves the choice."""
 
-    def __init__(
-        self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size, device=device, dtype=dtype))
         self.e_score_correction_bias: Tensor | None
-        bias = (
-            torch.empty(config.n_routed_experts, device=device, dtype=torch.float32)
-            if config.uses_expert_bias
-            else None
-        )
+        bias = torch.empty(config.n_routed_experts, device=device, dtype=torch.float32) if config.uses_expert_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: Float[Tensor, "N D"], sequences: int) -> tuple[Float[Tensor, "N K"], Routing]:
@@ -64,9 +58,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All routed experts of a layer, stacked: gate_proj, up_proj [E, F, D], down_proj [E, D, F]."""
 
-    def __init__(
-        self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         count, width, size = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_proj = nn.Parameter(torch.empty(count, width, size, device=device, dtype=dtype))
@@ -99,15 +91,11 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Routed experts plus shared experts, the latter fused into one feed-forward of n_shared_experts times the width."""
 
-    def __init__(
-        self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.gate = Router(config, device, dtype)
         self.experts = Experts(config, device, dtype)
-        self.shared_experts = MLP(
-            config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, device, dtype
-        )
+        self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, device, dtype)
 
     def forward(self, x: Float[Tensor, "B T D"], recompute: bool = False) -> tuple[Float[Tensor, "B T D"], Routing]:
         flat = x.flatten(0, 1)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 class _Note(NamedTuple):
-    index: int
+    which: int
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 def rebuilt(
@@ -42,8 +42,8 @@ def rebuilt(
         if not cache:
             with torch.no_grad():
                 cache.append(build())
-        whole = cache[0][saved.index]
-        assert (whole.stride(), whole.storage_offset()) == strides[saved.index], "rebuilt tensor has another layout"
+        whole = cache[0][saved.which]
+        assert (whole.stride(), whole.storage_offset()) == strides[saved.which], "rebuilt tensor has another layout"
         return whole.as_strided(saved.size, saved.stride, saved.offset)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -96,9 +96,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if size < _LENGTH_BYTES or length > _LARGEST_HEADER:
             raise InputError(f"{path} is not a safetensors file; fetch it again")
         if size < data_start:
-            raise InputError(
-                f"{path} is truncated inside its header ({size} of at least {data_start} bytes); fetch it again"
-            )
+            raise InputError(f"{path} is truncated inside its header ({size} of at least {data_start} bytes); fetch it again")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
@@ -129,9 +127,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
     if not well_formed:
         raise InputError(f"{path} has a damaged header (entry {name}); fetch it again")
     if dtype in DTYPE_BYTES and stop - start != math.prod(shape) * DTYPE_BYTES[dtype]:
-        raise InputError(
-            f"{path} is damaged: {name} has {stop - start} bytes for shape {list(shape)} of {dtype}; fetch it again"
-        )
+        raise InputError(f"{path} is damaged: {name} has {stop - start} bytes for shape {list(shape)} of {dtype}; fetch it again")
     return StoredTensor(path, dtype, shape, data_start + start, data_start + stop)
 
 
@@ -144,9 +140,7 @@ class TensorReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for file in self._files.values():
             file.close()
         self._files.clear()

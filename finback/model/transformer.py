@@ -51,9 +51,7 @@ class Block(nn.Module):
             middle = x + self.self_attn(normalised, rotary, mask, recompute)
         return self.feed_forward(middle, recompute)
 
-    def feed_forward(
-        self, x: Float[Tensor, "B T D"], recompute: bool = False
-    ) -> tuple[Float[Tensor, "B T D"], Routing | None]:
+    def feed_forward(self, x: Float[Tensor, "B T D"], recompute: bool = False) -> tuple[Float[Tensor, "B T D"], Routing | None]:
         """x + feed-forward(norm(x)), and what the router did if there is one."""
         normalised = self.post_attention_layernorm(x)
         with rebuilt((normalised,), lambda: (self.post_attention_layernorm(x),), recompute):
@@ -66,9 +64,7 @@ class Block(nn.Module):
 class SharedHead(nn.Module):
     """The part of `shared_head` that is not shared: its norm."""
 
-    def __init__(
-        self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
 
@@ -80,9 +76,7 @@ class MTPModule(Block):
     the depth before, has passed its final norm.
     """
 
-    def __init__(
-        self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__(config, config.num_hidden_layers, device, dtype)
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
@@ -99,14 +93,10 @@ class MTPModule(Block):
 class Decoder(nn.Module):
     """Everything but the head; `layers` holds the main blocks, then the MTP modules, as the published files number them."""
 
-    def __init__(
-        self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device="meta", dtype=dtype)
-        self.embed_tokens.weight = nn.Parameter(
-            torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
-        )
+        self.embed_tokens.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype))
         blocks: list[Block] = [Block(config, layer, device, dtype) for layer in range(config.num_hidden_layers)]
         blocks += [MTPModule(config, device, dtype) for _ in range(config.num_nextn_predict_layers)]
         self.layers = nn.ModuleList(blocks)
@@ -198,13 +188,9 @@ class Transformer(nn.Module):
         return embedded.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embedded
 
 
-def _run(
-    block: Block, x: Tensor, rotary: Rotary, mask: Tensor | None, recompute: Recompute
-) -> tuple[Tensor, Routing | None]:
+def _run(block: Block, x: Tensor, rotary: Rotary, mask: Tensor | None, recompute: Recompute) -> tuple[Tensor, Routing | None]:
     if recompute == "full" and torch.is_grad_enabled():
-        result: tuple[Tensor, Routing | None] = checkpoint(
-            block, x, rotary, mask, use_reentrant=False, preserve_rng_state=False
-        )
+        result: tuple[Tensor, Routing | None] = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=False)
         return result
     return block(x, rotary, mask, recompute == "selective")  # type: ignore[no-any-return]
 

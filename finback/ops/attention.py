@@ -1,12 +1,11 @@
 """Attention over expanded keys and values, and over the latent cache (V3 section 2.1.1)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
-
 
 _QUERY_BLOCK = 128  # queries per block: later keys are never multiplied
 _SCORES_ALIVE = 1 << 19  # scores alive at a time on a CPU, so that they stay in its cache
@@ -22,7 +21,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
         # Twice the speed of the CPU's fused kernel, which also refuses unequal head sizes.
         if not torch.is_grad_enabled():
             return _blocked_forward(query, key, value, scale)
-        result: Tensor = _BlockedAttention.apply(query, key, value, scale)  # type: ignore[no-untyped-call]
+        result: Tensor = _BlockedAttention.apply(query, key, value, scale)
         return result
     return attention_reference(query, key, value, scale, mask)
 
@@ -77,15 +76,15 @@ class _BlockedAttention(torch.autograd.Function):
     """Keeps q, k and v only; backward makes the weights of one block again and goes through the softmax once."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.scale = scale  # type: ignore[attr-defined]
+        ctx.scale = scale
         return _blocked_forward(query, key, value, scale)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value = ctx.saved_tensors  # type: ignore[attr-defined]
-        scale: float = ctx.scale  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value = ctx.saved_tensors
+        scale: float = ctx.scale
         q, k, v, g = (t.flatten(0, 1) for t in (query, key, value, grad))
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         bias = _causal_bias(q.shape[1], q)

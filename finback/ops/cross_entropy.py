@@ -1,8 +1,9 @@
 """The output head and its loss in one, so that the logits of a whole batch never exist at once."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 _CHUNK_ELEMENTS = 1 << 22  # logits alive at a time: 4 M, which a shared cache still holds
@@ -16,7 +17,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
         return _loss_and_gradients(hidden, weight, targets, ignore_index, False, False)[0]
-    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)  # type: ignore[no-untyped-call]
+    result: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, ignore_index)
     return result
 
 
@@ -49,18 +50,16 @@ def _loss_and_gradients(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-        want_hidden, want_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        loss, grad_hidden, grad_weight = _loss_and_gradients(
-            hidden, weight, targets, ignore_index, want_hidden, want_weight
-        )
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        loss, grad_hidden, grad_weight = _loss_and_gradients(hidden, weight, targets, ignore_index, want_hidden, want_weight)
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype  # type: ignore[attr-defined]
+        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
         scaled = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
-        weight_scaled = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)  # type: ignore[attr-defined]
+        weight_scaled = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)
         return scaled, weight_scaled, None, None

@@ -63,9 +63,7 @@ def dequantize_128x128(
     rows, columns = payload.shape
     grid = (_tiles(rows), _tiles(columns))
     if scale_inv.shape != grid:
-        raise ValueError(
-            f"scale_inv has shape {list(scale_inv.shape)}, a {rows} x {columns} payload needs {list(grid)}"
-        )
+        raise ValueError(f"scale_inv has shape {list(scale_inv.shape)}, a {rows} x {columns} payload needs {list(grid)}")
     weight = torch.empty(rows, columns, dtype=dtype, device=payload.device) if out is None else out
     for strip, blocks in _strips(rows, columns):
         values = payload[strip].to(torch.float32)

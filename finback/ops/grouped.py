@@ -1,10 +1,9 @@
 """The grouped expert product: rows sorted by expert, each multiplied by its own expert's matrix; and the sorting itself."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 
@@ -59,13 +58,13 @@ def row_alignment(rows: int, n_experts: int, dtype: torch.dtype, device: torch.d
 
 def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
     """Copy each token's row to the place of each of its pairs: [N, D] -> [N * K, D]."""
-    result: Tensor = _Permute.apply(x, dispatch.token, dispatch.inverse)  # type: ignore[no-untyped-call]
+    result: Tensor = _Permute.apply(x, dispatch.token, dispatch.inverse)
     return result
 
 
 def unpermute(y: Tensor, dispatch: Dispatch, tokens: int) -> Tensor:
     """Add up the rows of each token: [N * K, D] -> [N, D]. Summed in choice order, so the result is deterministic."""
-    result: Tensor = _Unpermute.apply(y, dispatch.token, dispatch.inverse, tokens)  # type: ignore[no-untyped-call]
+    result: Tensor = _Unpermute.apply(y, dispatch.token, dispatch.inverse, tokens)
     return result
 
 
@@ -75,32 +74,32 @@ def _gather_sum(rows: Tensor, inverse: Tensor, tokens: int) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, token: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        ctx.tokens = x.shape[0]  # type: ignore[attr-defined]
+        ctx.tokens = x.shape[0]
         return x.index_select(0, token)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return _gather_sum(grad, inverse, ctx.tokens), None, None  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return _gather_sum(grad, inverse, ctx.tokens), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, y: Tensor, token: Tensor, inverse: Tensor, tokens: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, token: Tensor, inverse: Tensor, tokens: int) -> Tensor:
         ctx.save_for_backward(token)
         return _gather_sum(y, inverse, tokens)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (token,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (token,) = ctx.saved_tensors
         return grad.index_select(0, token), None, None, None
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """y[i] = weight[e] x[i] for the rows i of expert e: x [M, D] sorted by expert, weight [E, F, D], counts int64 [E] -> [M, F]."""
-    result: Tensor = _GroupedLinear.apply(x, weight, counts)  # type: ignore[no-untyped-call]
+    result: Tensor = _GroupedLinear.apply(x, weight, counts)
     return result
 
 
@@ -111,16 +110,16 @@ def grouped_linear_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, counts)
         return _grouped_product(x, weight.transpose(1, 2), counts)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, counts = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, counts = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x = _grouped_product(grad, weight, counts) if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        grad_weight = _grouped_outer(grad, x, counts) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
+        grad_x = _grouped_product(grad, weight, counts) if ctx.needs_input_grad[0] else None
+        grad_weight = _grouped_outer(grad, x, counts) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
 
 

@@ -1,8 +1,9 @@
 """RMSNorm (V3 section 2.1; also after the compressed latents)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -12,7 +13,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if not torch.is_grad_enabled():
         return _rms_norm(x, weight, eps)[0]
-    result: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    result: Tensor = _RMSNorm.apply(x, weight, eps)
     return result
 
 
@@ -25,19 +26,20 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) per row, float32: [..., D] -> [..., 1]."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    inverse: Tensor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         output, scale = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return output
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
         # With xhat = x * r: dw = sum over rows of g * xhat;  dx = r * (g w - xhat * mean(g w xhat)).
         with torch.autocast(x.device.type, enabled=False):
             normalised = (x * scale).flatten(0, -2)

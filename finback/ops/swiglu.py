@@ -1,8 +1,9 @@
 """SwiGLU: silu(gate) * up, optionally times a routing weight per row."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 
 
@@ -13,7 +14,7 @@ def swiglu(gate: Tensor, up: Tensor, row_weight: Tensor | None = None) -> Tensor
     """
     if not torch.is_grad_enabled():
         return _swiglu(gate, up, row_weight)
-    result: Tensor = _SwiGLU.apply(gate, up, row_weight)  # type: ignore[no-untyped-call]
+    result: Tensor = _SwiGLU.apply(gate, up, row_weight)
     return result
 
 
@@ -24,13 +25,13 @@ def _swiglu(gate: Tensor, up: Tensor, row_weight: Tensor | None) -> Tensor:
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor, row_weight: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, row_weight: Tensor | None) -> Tensor:
         ctx.save_for_backward(gate, up, row_weight)
         return _swiglu(gate, up, row_weight)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        gate, up, row_weight = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gate, up, row_weight = ctx.saved_tensors
         silu = F.silu(gate)
         grad_weight = None
         if row_weight is not None:

@@ -1,0 +1,126 @@
+"""The `finback` program: one line per verb, and what each kind of failure looks like to the person at the terminal.
+
+A verb's module parses its own words and imports torch only when it runs, so every `--help` answers at once. Mistakes of
+the user (`InputError`) and of the system (`OSError`, a missing package) become one sentence and exit code 2; anything
+else is a bug and keeps its traceback.
+"""
+
+import difflib
+import errno
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import finback
+from finback.config import InputError
+
+VERBS = {
+    "doctor": ("hardware, versions, what will run here and what will not", "finback.commands.doctor:main"),
+    "quickstart": ("the whole small run, then how to use what it made", "finback.commands.quickstart:main"),
+    "fetch": ("list and get corpora, tokenizers and small models", "finback.commands.fetch:main"),
+    "pretrain": ("train a model from a preset, or resume a run", "finback.commands.pretrain:main"),
+    "generate": ("continue a prompt with a trained model", "finback.commands.generate:main"),
+    "convert": ("rewrite a checkpoint in another dtype or FP8", "finback.commands.convert:main"),
+}
+
+USER_ERROR = 2
+INTERRUPTED = 130  # what a shell shows for SIGINT
+READER_GONE = 141  # what a shell shows for SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `finback VERB ...` and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model may write any character, the terminal may know few
+    name = f"finback {words[0]}" if words and words[0] in VERBS else "finback"
+    try:
+        code = _run(words)
+        sys.stdout.flush()  # not left to interpreter exit, so that a full disk or a closed pipe is told like the rest
+        return code
+    except InputError as error:
+        return _complain(name, str(error))
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _silence_stdout()
+        return READER_GONE
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _silence_stdout()
+        return _complain(name, _system_sentence(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "finback"):
+            raise
+        return _complain(
+            name,
+            f"this needs the Python package {package}, which is not installed; finback doctor tells what is missing",
+        )
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help_text())
+        return 0
+    if words[0] == "--version":
+        print(f"finback {finback.__version__}")
+        return 0
+    if words[0] not in VERBS:
+        raise InputError(_unknown_verb(words[0]))
+    module, _, function = VERBS[words[0]][1].partition(":")
+    code: int | None = getattr(import_module(module), function)(words[1:])
+    return code or 0
+
+
+def _help_text() -> str:
+    width = max(map(len, VERBS))
+    lines = [
+        "usage: finback VERB ...",
+        "",
+        "DeepSeek-V3 and R1, whole, in one readable package.",
+        "",
+        *(f"  {verb:<{width}}  {help_line}" for verb, (help_line, _) in VERBS.items()),
+        "",
+        "finback VERB --help shows every field of a verb; finback --version the version.",
+    ]
+    return "\n".join(lines)
+
+
+def _unknown_verb(word: str) -> str:
+    if word.startswith("-"):
+        return f"unknown option {word}; a verb comes first, see finback --help"
+    nearest = max(VERBS, key=lambda verb: difflib.SequenceMatcher(a=word, b=verb).ratio())
+    return f"unknown verb {word!r}; the nearest is {nearest!r}, see finback --help for all"
+
+
+def _system_sentence(error: OSError) -> str:
+    where = ""
+    if error.filename is not None:
+        where = f": {os.fsdecode(error.filename) if isinstance(error.filename, bytes | str) else error.filename}"
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"no space left on the disk{where}; free some, or write elsewhere"
+        case errno.ENOENT:
+            return f"no such file or directory{where}"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return f"no permission to use this path{where}"
+        case None:
+            return str(error) or type(error).__name__
+        case _:
+            return f"{error.strerror}{where}"
+
+
+def _complain(name: str, sentence: str) -> int:
+    print(f"{name}: {' '.join(sentence.split())}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _silence_stdout() -> None:
+    """Point stdout at nothing: what is left in its buffer cannot be written, and must not fail again at exit."""
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())

@@ -1,0 +1,151 @@
+"""How much memory a run will need at its peak, by formula, and whether it is there: told before the run starts.
+
+Activations are counted tensor by tensor as the model's operations keep them for backward. Not counted: what the allocators leave
+unused between their blocks, and the libraries themselves.
+"""
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from finback.config import InputError, ModelConfig, count_params
+from finback.train.config import PretrainConfig
+
+_GIB = 2**30
+_LOGITS_AT_ONCE = 1 << 22  # as in ops.cross_entropy
+_LOGITS_COPIES_BYTES = 12  # products, log-probabilities and their gradient, in float32
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the peak of a step."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    low_precision_weights: int
+    """Copies of the weights that autocast makes for the matrix products."""
+    activations: int
+    """Of one micro-batch, with what backward needs on the way."""
+    head: int
+    """Logits of one chunk, gradients of head and hidden states."""
+    moving_average: int
+    """In host memory, always."""
+
+    @property
+    def on_device(self) -> int:
+        """Everything but the moving average."""
+        return (
+            self.parameters + self.gradients + self.moments + self.low_precision_weights + self.activations + self.head
+        )
+
+
+def estimate_memory(config: PretrainConfig) -> MemoryEstimate:
+    """Peak memory of a run on one device."""
+    m = config.model
+    counts = count_params(m)
+    shared = m.num_nextn_predict_layers * 2 * m.vocab_size * m.hidden_size  # stored twice, held once
+    parameters = counts.total + counts.mtp - shared
+    low = 2 if config.precision == "bf16" else 4
+    tokens = config.micro_batch_size * config.sequence_length
+    head_passes = 1 + m.num_nextn_predict_layers
+    logits = min(_LOGITS_AT_ONCE, tokens * m.vocab_size) * _LOGITS_COPIES_BYTES
+    return MemoryEstimate(
+        parameters=4 * parameters,
+        gradients=4 * parameters,
+        moments=2 * parameters * (2 if config.moments_dtype == "bf16" else 4),
+        low_precision_weights=2 * parameters if config.precision == "bf16" else 0,
+        activations=tokens * _activation_bytes(m, low, config.recompute),
+        head=logits + head_passes * (4 * m.vocab_size * m.hidden_size + low * tokens * m.hidden_size),
+        moving_average=4 * parameters if config.ema_decay is not None else 0,
+    )
+
+
+def _activation_bytes(m: ModelConfig, low: int, recompute: str) -> int:
+    """Bytes per token that forward leaves behind for backward, plus the widest block's gradients on the way back."""
+    dense, moe = (_block_bytes(m, low, is_moe, recompute == "selective") for is_moe in (False, True))
+    widest = max(_block_bytes(m, low, is_moe, False) for is_moe in (m.num_moe_layers == 0, m.num_moe_layers > 0))
+    mtp_input = low * 4 * m.hidden_size
+    if recompute == "full":
+        dense = moe = low * m.hidden_size
+    layers = m.first_k_dense_replace * dense + m.num_moe_layers * moe
+    mtp = m.num_nextn_predict_layers * (moe + mtp_input)
+    in_backward = widest * (2 if recompute == "full" else 1)
+    return layers + mtp + in_backward + low * 2 * m.hidden_size
+
+
+def _block_bytes(m: ModelConfig, low: int, is_moe: bool, selective: bool) -> int:
+    """One block: what each operation saves, in elements of `low` bytes; router and its indices are wider."""
+    heads = m.num_attention_heads
+    key = max(m.qk_head_dim, m.v_head_dim)
+    residual = 2 * m.hidden_size
+    normalised = 2 * m.hidden_size
+    compressed = m.kv_lora_rank + m.qk_rope_head_dim + (m.q_lora_rank or 0)
+    normalised_latents = m.kv_lora_rank + (m.q_lora_rank or 0)
+    expanded = heads * (2 * key + m.qk_nope_head_dim + m.v_head_dim)
+    attended = heads * key
+    if is_moe:
+        routed = m.num_experts_per_tok * m.moe_intermediate_size
+        width = routed + m.n_shared_experts * m.moe_intermediate_size
+        gathered = m.num_experts_per_tok * m.hidden_size
+        router = 4 * m.hidden_size * (low != 4) + 8 * m.n_routed_experts + 48 * m.num_experts_per_tok
+    else:
+        width, gathered, router = m.intermediate_size, 0, 0
+    kept = residual + compressed + attended + gathered + 2 * width
+    if not selective:
+        kept += normalised + normalised_latents + expanded + width
+    return low * kept + router
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that a run can still take on `device`; None where nothing tells. In a container its limit counts, not the host's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    kib = re.search(r"^MemAvailable:\s*(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
+    available = int(kib[1]) * 1024 if kib else None
+    limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdigit() and used.isdigit():
+        room = max(0, int(limit) - int(used))
+        return room if available is None else min(available, room)
+    if available is None and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def check_memory(config: PretrainConfig, device: torch.device, available: int | None) -> MemoryEstimate:
+    """The estimate; InputError with the field to lower if it is above `available` bytes."""
+    estimate = estimate_memory(config)
+    needed = _needed(estimate, device)
+    if available is None or needed <= available:
+        return estimate
+    problem = f"this run needs about {needed / _GIB:.1f} GiB on {device} and {available / _GIB:.1f} are available"
+    micro = config.micro_batch_size
+    while micro > 1:
+        micro //= 2
+        if _needed(estimate_memory(replace(config, micro_batch_size=micro)), device) <= available:
+            raise InputError(f"{problem}; lower micro_batch_size from {config.micro_batch_size} to {micro} (the result stays the same)")
+    smallest = replace(config, micro_batch_size=1)
+    for recompute in ("selective", "full"):
+        if _needed(estimate_memory(replace(smallest, recompute=recompute)), device) <= available:
+            raise InputError(f"{problem}; set micro_batch_size to 1 and recompute to {recompute} (the result stays the same)")
+    length = config.sequence_length
+    least = config.model.num_nextn_predict_layers + 1
+    while length // 2 >= least:
+        length //= 2
+        if _needed(estimate_memory(replace(smallest, recompute="full", sequence_length=length)), device) <= available:
+            raise InputError(f"{problem}; set micro_batch_size to 1, recompute to full, and lower sequence_length to {length}")
+    raise InputError(f"{problem}; weights, gradients and moments alone are too large: take a smaller model or moments_dtype bf16")
+
+
+def _needed(estimate: MemoryEstimate, device: torch.device) -> int:
+    return estimate.on_device + (estimate.moving_average if device.type == "cpu" else 0)

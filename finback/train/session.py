@@ -1,0 +1,170 @@
+"""What surrounds the training loop: where a run lives on the disk, on what it computes, and what a signal does to it."""
+
+import fcntl
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from finback.config import InputError
+from finback.data.files import read_json, write_atomic
+from finback.data.shards import TokenShards
+from finback.data.stream import TokenStream
+from finback.data.tokenizer import Tokenizer, load_tokenizer
+from finback.train.config import PretrainConfig
+from finback.train.memory import MemoryEstimate
+from finback.train.throughput import measure_matmul_flops, training_flops_per_token
+
+CONFIG_FILE = "config.json"
+_MACHINE = "machine"  # the key of config.json that is no field of PretrainConfig
+
+
+def read_run_config(directory: str | Path) -> PretrainConfig:
+    """The resolved config of the run in `directory`; InputError if there is none."""
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"{directory} holds no run (there is no {CONFIG_FILE}); start one with finback pretrain PRESET --out {directory}")
+    data = read_json(path)
+    data.pop(_MACHINE, None)
+    try:
+        return PretrainConfig.from_dict(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def resolve_config(config: PretrainConfig, directory: Path, resume: bool) -> PretrainConfig:
+    """`config` with absolute paths, checked against what is in `directory`.
+
+    Raises InputError if a new run would overwrite one, or a resumed one has other fields than it started with.
+    """
+    absolute = replace(
+        config,
+        data=tuple(os.path.abspath(path) for path in config.data),
+        tokenizer=None if config.tokenizer is None else os.path.abspath(config.tokenizer),
+    )
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; give a directory for the run")
+    if not resume:
+        if (directory / CONFIG_FILE).exists():
+            again = f"continue it with finback pretrain --resume {directory}"
+            raise InputError(f"{directory} already holds a run; {again}, or give another --out")
+        return absolute
+    before, now = read_run_config(directory).to_dict(), absolute.to_dict()
+    for name, value in before.items():
+        if now[name] != value:
+            raise InputError(f"field {name} is {now[name]!r}, but the run in {directory} has {value!r}; resume it with its own fields")
+    return absolute
+
+
+def describe_machine(config: PretrainConfig, device: torch.device, estimate: MemoryEstimate) -> dict[str, Any]:
+    """What the run is computed on, and the numbers that `mfu` is made of."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "matmul_flops_per_second": measure_matmul_flops(config.precision, device),
+        "training_flops_per_token": training_flops_per_token(config.model, config.sequence_length),
+        "estimated_device_bytes": estimate.on_device,
+        "estimated_host_bytes": estimate.moving_average,
+    }
+
+
+def write_run_config(directory: Path, config: PretrainConfig, machine: dict[str, Any]) -> None:
+    """config.json of the run: every field as resolved, and the machine it started on."""
+    write_atomic(directory / CONFIG_FILE, json.dumps(config.to_dict() | {_MACHINE: machine}, indent=2) + "\n")
+
+
+def read_machine(directory: Path) -> dict[str, Any] | None:
+    """The machine that the run started on; None if config.json does not tell."""
+    machine: dict[str, Any] | None = read_json(directory / CONFIG_FILE).get(_MACHINE)
+    return machine
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of the field `device`; InputError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"field device is {name!r}, which torch does not know; use cpu, cuda or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"field device is {name!r}, training runs on cpu and cuda; use one of them")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"field device is {name!r}, but torch finds {count} GPUs here; use cpu, or see finback doctor")
+    return device
+
+
+def open_data(config: PretrainConfig) -> tuple[TokenStream, list[TokenShards], Tokenizer | None]:
+    """The training stream, the validation splits, and the tokenizer if it is known; InputError where they do not fit the model."""
+    if not config.data:
+        raise InputError("field data is empty; give the directories of token shards to train on")
+    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    training = [TokenShards(directory, "train") for directory in config.data]
+    validation = [TokenShards(directory, "validation") for directory in config.data]
+    for shards in training:
+        if tokenizer is not None:
+            shards.check_tokenizer(tokenizer)
+        if shards.vocab_size > config.model.vocab_size:
+            size = config.model.vocab_size
+            raise InputError(f"{shards.directory} has {shards.vocab_size} token ids, above the model's vocab_size ({size}); raise it")
+    stream = TokenStream(training, config.sequence_length, seed=config.seed, weights=config.data_weights or None)
+    return stream, validation, tokenizer
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """One process at a time trains in a directory. The lock is on the directory itself and dies with the process."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is training in {directory}; wait for it, or give another --out") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Torch with `count` CPU threads; None: as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C (or SIGTERM) sets, so that the step can end and be saved; the second one interrupts at once.
+
+    Signals reach the main thread only: elsewhere the event is never set.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

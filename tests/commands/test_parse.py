@@ -1,0 +1,102 @@
+"""A verb's words: what they fill, and how a mistake in them reads."""
+
+import io
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+import tyro
+
+from finback.commands.parse import parse_arguments
+from finback.config import InputError
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Nested options."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 10
+
+
+@dataclass(frozen=True)
+class Train:
+    """Options of a verb."""
+
+    preset: tyro.conf.Positional[str]
+    """Which preset."""
+    steps: int = 5
+    """Optimizer steps."""
+    save_every: int = 5
+    precision: Literal["fp32", "bf16"] = "fp32"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+def parse(line: str, default: Train | None = None) -> Train:
+    return parse_arguments(Train, line.split(), verb="train", default=default)
+
+
+def test_words_fill_fields():
+    assert parse("tiny --steps 7 --optimizer.lr 0.5") == Train("tiny", steps=7, optimizer=Optimizer(lr=0.5))
+
+
+def test_underscores_are_as_good_as_dashes():
+    assert parse("tiny --save_every 7") == Train("tiny", save_every=7)
+
+
+def test_defaults_may_be_given():
+    preset = Train("small", steps=100, optimizer=Optimizer(warmup_steps=3))
+    assert parse("--save-every 2", preset) == Train("small", 100, 2, optimizer=Optimizer(warmup_steps=3))
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("tiny --stepz 4", "unknown field --stepz; the nearest is --steps"),
+        ("tiny --step=4", "unknown field --step; the nearest is --steps"),
+        ("tiny --save_evry 4", "unknown field --save_evry; the nearest is --save-every"),
+        ("tiny --lr 4", "unknown field --lr; the nearest is --optimizer.lr"),
+        ("tiny --optimiser.warmup 4", "unknown field --optimiser.warmup; the nearest is --optimizer.warmup-steps"),
+        ("--stepz=4 tiny", "unknown field --stepz; the nearest is --steps"),
+        ("--stepz=4", "unknown field --stepz; the nearest is --steps"),
+        ("tiny small", "unexpected word 'small'"),
+        ("tiny --steps many", "Error parsing --steps: invalid literal for int() with base 10: 'many'"),
+        (
+            "tiny --precision fp9",
+            "invalid choice 'fp9' for argument '--precision'. Expected one of ('fp32', 'bf16')",
+        ),
+        ("tiny --steps", "Missing value for argument '--steps'. Expected 1 values"),
+        ("", "Missing from finback train: PRESET Which preset. (required)"),
+    ],
+)
+def test_a_mistake_is_one_sentence(line: str, sentence: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(InputError) as told:
+        parse(line)
+    assert str(told.value) == f"{sentence}; see finback train --help"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_help_shows_field_type_default_and_meaning(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        parse("--help")
+    assert left.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: finback train [-h]")
+    assert "PRESET" in printed
+    assert "--steps INT" in printed
+    assert "Optimizer steps. (default: 5)" in printed
+
+
+def test_help_shows_the_given_defaults(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse("--help", Train("small", steps=123))
+    assert "(default: 123)" in capsys.readouterr().out
+
+
+def test_a_mistake_reads_the_same_on_a_terminal_without_box_characters(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(InputError, match=r"^invalid choice 'fp9' for argument '--precision'\. Expected one of"):
+        parse("tiny --precision fp9")
+    with pytest.raises(InputError, match=r"^unknown field --stepz; the nearest is --steps;"):
+        parse("tiny --stepz 9")
