@@ -33,8 +33,10 @@ def parse_arguments(
         InputError: a word that is no field (the nearest one is named), a missing field or a value of the wrong type.
     """
     prog = f"finback {verb}"
-    keywords = {} if default is None else {"default": default}
+    start = tyro.MISSING_NONPROP if default is None else default
     messages = io.StringIO()
+    filled: Fields
+    unknown: list[str]
     try:
         with contextlib.redirect_stderr(messages):
             filled, unknown = tyro.cli(
@@ -44,17 +46,17 @@ def parse_arguments(
                 args=list(argv),
                 config=_MARKERS,
                 return_unknown_args=True,
-                **keywords,
+                default=start,
             )
     except SystemExit as leaving:
         if leaving.code == 0:
             raise
-        flags = _flags(fields, keywords)
+        flags = _flags(fields, default)
         unknown = [word for word in argv if word.startswith("--") and _name(word) not in flags]
         sentence = _unknown_word(unknown[0], flags) if unknown else _sentence(messages.getvalue())
         raise InputError(f"{sentence}; see {prog} --help") from None
     if unknown:
-        raise InputError(f"{_unknown_word(unknown[0], _flags(fields, keywords))}; see {prog} --help")
+        raise InputError(f"{_unknown_word(unknown[0], _flags(fields, default))}; see {prog} --help")
     return filled
 
 
@@ -62,11 +64,12 @@ def _name(word: str) -> str:
     return word.partition("=")[0].replace("_", "-")
 
 
-def _flags(fields: type[Fields], keywords: dict[str, Fields]) -> list[str]:
+def _flags(fields: type[Fields], default: Fields | None) -> list[str]:
     """Every `--flag` of `fields`, read from its help: the first words of the lines inside tyro's boxes."""
     page = io.StringIO()
+    start = tyro.MISSING_NONPROP if default is None else default
     with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
-        tyro.cli(fields, args=["--help"], config=_MARKERS, **keywords)
+        tyro.cli(fields, args=["--help"], config=_MARKERS, default=start)
     starts = (re.match(r"[│|\s]*(--[\w.-]+(?:, --[\w.-]+)*)", line) for line in page.getvalue().splitlines())
     return [flag for start in starts if start for flag in start[1].split(", ")]
 

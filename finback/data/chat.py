@@ -7,15 +7,17 @@ Layout (bars are U+FF5C, the low line is U+2581):
 The templates are kept byte for byte as published, with their known oddities:
 
 - V3 closes a turn of tool calls (`<｜tool▁calls▁end｜>` and the end-of-sentence token) only inside the branch of the
-  second and later calls: a turn with a single call stays unclosed, and a turn with three calls closes twice. R1 closes
+  second and later calls: a turn with a single call stays unclosed, a turn with three calls closes twice. R1 closes
   each turn once.
-- In both, "first call" is remembered over the whole conversation, so a later turn of calls starts with a newline and
-  no opening tag.
-- Tool outputs are followed by the answer directly, without another `<｜Assistant｜>`; the opening tag of the outputs is
-  written once.
-- R1 drops the text up to and with the last `</think>` of every assistant turn that is not a tool call, and its
-  generation prompt ends with `<think>` and a newline. Tool-call turns keep their text as it is.
-- V3 looks at `content is none` to recognise tool calls, R1 at the presence of the key `tool_calls`.
+- In both, "first call" and "first output" are remembered over the whole conversation: a later turn of calls starts
+  with a newline where the opening tags belong.
+- Tool outputs are followed by the answer directly, without `<｜Assistant｜>`, and after them there is no generation
+  prompt.
+- R1 drops what stands up to the last `</think>` of an assistant turn, unless the turn calls a tool or answers its
+  output. Its generation prompt ends with `<think>` and a newline.
+- V3 takes an assistant turn whose content is null for a tool call, R1 one that has the key `tool_calls`. (Version 5.23
+  of `transformers` drops keys that are null before it renders, and so fails on such turns; the template itself does
+  not.)
 """
 
 import json
@@ -53,8 +55,9 @@ def render_chat(
 ) -> str:
     """Render `messages` with a Jinja chat template, byte for byte as `transformers.apply_chat_template` does.
 
-    A message is a mapping with `role` and `content`, and for tools `tool_calls`. Raises InputError if the template is
-    not valid Jinja, reaches outside of the sandbox, or meets a message that lacks what it needs.
+    A message is a mapping with `role`, `content` (None in a turn that only calls tools) and for tools `tool_calls`.
+    Raises InputError if the template is not valid Jinja, reaches outside of the sandbox, or meets a message that lacks
+    what it needs.
     """
     try:
         return _compile(template).render(

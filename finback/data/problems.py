@@ -61,7 +61,7 @@ def generate_problems(
     *,
     seed: int = 0,
     families: Sequence[str] | None = None,
-    languages: Sequence[Language] = ("en", "zh"),
+    languages: Sequence[str] = ("en", "zh"),
     levels: Sequence[int] = (1, 2, 3),
     held_out: bool = False,
 ) -> Iterator[Problem]:
@@ -72,7 +72,8 @@ def generate_problems(
     repetitions occur. Raises InputError for an unknown family, language or level.
     """
     makers = _choose_families(families)
-    if not languages or not set(languages) <= {"en", "zh"}:
+    spoken: list[Language] = ["zh" if language == "zh" else "en" for language in languages]
+    if not languages or spoken != list(languages):
         raise InputError(f"languages are {list(languages)}; choose among 'en' and 'zh'")
     if not levels or not set(levels) <= {1, 2, 3}:
         raise InputError(f"levels are {list(levels)}; choose among 1, 2 and 3")
@@ -80,9 +81,8 @@ def generate_problems(
     produced = 0
     while produced < count:
         make = makers[generator.randrange(len(makers))]
-        problem = make(
-            generator, levels[generator.randrange(len(levels))], languages[generator.randrange(len(languages))]
-        )
+        level, language = levels[generator.randrange(len(levels))], spoken[generator.randrange(len(spoken))]
+        problem = make(generator, level, language)
         if is_held_out(problem.question) == held_out:
             produced += 1
             yield problem

@@ -91,12 +91,15 @@ class MLA(nn.Module):
         self, x: Float[Tensor, "B T D"], rows: Float[Tensor, "B S C_R"], rotary: Rotary, mask: Tensor | None
     ) -> Float[Tensor, "B T D"]:
         """Attend from x to cached rows as they are (V3 inference, "MQA mode"): no per-head keys or values are ever built."""
-        query = self._query(x if self.q_proj is not None else self.q_a_proj(x), rotary)
+        batch, tokens = x.shape[:2]
+        query = self._query(x if self.q_proj is not None else self.q_a_proj(x), rotary).flatten(0, 1)
         key_up, value_up = self.absorbed_weights()
         nope, rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
-        latent_query = torch.einsum("bthn,hnc->bthc", nope, key_up)
-        latent = latent_attention(torch.cat((latent_query, rope), dim=-1), rows, self.kv_lora_rank, self.scale, mask)
-        return self._output(torch.einsum("bthc,hvc->bthv", latent, value_up))
+        latent_query = torch.bmm(nope.transpose(0, 1), key_up).transpose(0, 1)  # [B T, H, C]
+        queries = torch.cat((latent_query, rope), dim=-1).view(batch, tokens, self.num_heads, -1)
+        latent = latent_attention(queries, rows, self.kv_lora_rank, self.scale, mask).flatten(0, 1)
+        heads = torch.bmm(latent.transpose(0, 1), value_up.transpose(1, 2)).transpose(0, 1)
+        return self._output(heads.reshape(batch, tokens, self.num_heads, self.value_dim))
 
     def absorbed_weights(self) -> tuple[Tensor, Tensor]:
         """Views of `kv_b_proj`: the key part [H, N, C] and the value part [H, V, C]."""

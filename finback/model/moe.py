@@ -10,17 +10,16 @@ from torch import Tensor, nn
 from finback.config import ModelConfig
 from finback.model.layers import MLP
 from finback.model.recompute import rebuilt
-from finback.ops.grouped import dispatch_order, grouped_linear, permute, row_alignment, unpermute
-from finback.ops.router import gate_values, router_scores, select_experts, sequence_balance
+from finback.ops.grouped import dispatch_order, few_tokens, grouped_linear, permute, row_alignment, unpermute
+from finback.ops.router import gate_values, router_scores, select_experts
 from finback.ops.swiglu import swiglu
 
 
 class Routing(NamedTuple):
     """What one router did with one micro-batch. Returned, not kept: a recomputed forward pass can then not count twice."""
 
+    scores: Tensor  # float32 [B * T, E], unbiased
     indices: Tensor  # int64 [B * T, K]
-    counts: Tensor  # int64 [E], tokens per expert
-    balance: Tensor  # scalar, see `sequence_balance`
 
 
 class Router(nn.Module):
@@ -34,16 +33,14 @@ class Router(nn.Module):
         bias = torch.empty(config.n_routed_experts, device=device, dtype=torch.float32) if config.uses_expert_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x: Float[Tensor, "N D"], sequences: int) -> tuple[Float[Tensor, "N K"], Routing]:
+    def forward(self, x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N K"], Routing]:
+        """Gate values of the chosen experts, and what was chosen from which scores."""
         c = self.config
         scores = router_scores(x, self.weight, c.scoring_func)
+        bias = self.e_score_correction_bias
         with torch.no_grad():
-            bias, k = self.e_score_correction_bias, c.num_experts_per_tok
-            indices = select_experts(scores, bias, k, c.n_group, c.topk_group, c.topk_method)
-            counts = torch.bincount(indices.flatten(), minlength=c.n_routed_experts)
-        balance = sequence_balance(scores, sequences, k) if torch.is_grad_enabled() else scores.new_zeros(())
-        values = gate_values(scores, indices, c.norm_topk_prob, c.routed_scaling_factor)
-        return values, Routing(indices, counts, balance)
+            indices = select_experts(scores, bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.topk_method)
+        return gate_values(scores, indices, c.norm_topk_prob, c.routed_scaling_factor), Routing(scores, indices)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """`.to(bfloat16)` must not round the bias: whole updates of gamma would be lost."""
@@ -75,6 +72,10 @@ class Experts(nn.Module):
         """Sum over each token's experts of value * expert(token). Gate values multiply the narrow activation, not the output."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         n_experts = self.gate_proj.shape[0]
+        if not torch.is_grad_enabled() and dtype == self.gate_proj.dtype:
+            few = few_tokens(x, indices, values, self.gate_proj, self.up_proj, self.down_proj)
+            if few is not None:
+                return few
         dispatch = dispatch_order(indices, n_experts, row_alignment(indices.numel(), n_experts, dtype, x.device))
         rows = permute(x.to(dtype), dispatch)
         row_values = values.flatten().index_select(0, dispatch.order)
@@ -99,6 +100,6 @@ class MoE(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], recompute: bool = False) -> tuple[Float[Tensor, "B T D"], Routing]:
         flat = x.flatten(0, 1)
-        values, routing = self.gate(flat, x.shape[0])
+        values, routing = self.gate(flat)
         routed = self.experts(flat, routing.indices, values, recompute)
         return routed.view_as(x) + self.shared_experts(x, recompute), routing

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,7 +121,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     try:
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        well_formed = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        well_formed = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and start <= stop
     except (TypeError, KeyError, ValueError):
         well_formed = False
     if not well_formed:
@@ -137,7 +137,7 @@ class TensorReader:
     def __init__(self) -> None:
         self._files: dict[Path, BinaryIO] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "TensorReader":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

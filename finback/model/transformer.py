@@ -19,6 +19,7 @@ from finback.model.moe import MoE, Router, Routing
 from finback.model.recompute import rebuilt
 from finback.ops.attention import document_mask
 from finback.ops.rotary import rotary_table
+from finback.ops.router import sequence_balance
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -177,10 +178,16 @@ class Transformer(nn.Module):
             x, routing = _run(module, combined, cut, None if mask is None else mask[:, :, :length, :length], recompute)
             mtp_hidden.append(module.shared_head.norm(x))
             routings.append(routing)
-        active = [routing for routing in routings if routing is not None]
-        counts = [routing.counts for routing in active] or [input_ids.new_zeros(0, self.config.n_routed_experts)]
-        balance = torch.stack([routing.balance for routing in active]).sum() if active else hidden.new_zeros(())
-        return TrainOutput(hidden, mtp_hidden, torch.stack(counts) if active else counts[0], balance)
+        return TrainOutput(hidden, mtp_hidden, *self._balance([r for r in routings if r is not None], input_ids))
+
+    def _balance(self, routings: list[Routing], input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert counts int64 [routers, E] and the summed balance terms."""
+        n_experts, top_k = self.config.n_routed_experts, self.config.num_experts_per_tok
+        if not routings:
+            return input_ids.new_zeros(0, n_experts), torch.zeros((), device=input_ids.device)
+        counts = [torch.bincount(routing.indices.flatten(), minlength=n_experts) for routing in routings]
+        terms = [sequence_balance(routing.scores, input_ids.shape[0], top_k) for routing in routings]
+        return torch.stack(counts), torch.stack(terms).sum()
 
     def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         embedded = F.embedding(input_ids, self.model.embed_tokens.weight)

@@ -48,9 +48,7 @@ def test_hand_computed_example() -> None:
         found = model.next_token_probabilities(*history)
         assert found == pytest.approx([float(expected[w]) for w in range(4)], abs=1e-15), history
     logs = model.log_probabilities(np.array([1, 0, 1, 0]))
-    assert np.exp(logs) == pytest.approx(
-        [float(bigram_after_1[0]), float(after_1_0[1]), float(after_0_1[0])], abs=1e-15
-    )
+    assert np.exp(logs) == pytest.approx([float(bigram_after_1[0]), float(after_1_0[1]), float(after_0_1[0])], abs=1e-15)
 
 
 def test_log_probabilities_agree_with_the_distributions() -> None:
@@ -60,9 +58,7 @@ def test_log_probabilities_agree_with_the_distributions() -> None:
     logs = model.log_probabilities(text)
     assert logs.shape == (49,)
     for i in range(2, 50):
-        assert logs[i - 1] == pytest.approx(
-            math.log(model.next_token_probabilities(int(text[i - 2]), int(text[i - 1]))[text[i]])
-        )
+        assert logs[i - 1] == pytest.approx(math.log(model.next_token_probabilities(int(text[i - 2]), int(text[i - 1]))[text[i]]))
 
 
 def test_order_pays_where_the_text_has_it() -> None:
@@ -71,9 +67,7 @@ def test_order_pays_where_the_text_has_it() -> None:
     vocab_size, tokens = 12, [0, 1]
     rule = random.integers(0, vocab_size, (vocab_size, vocab_size))
     for _ in range(30_000):
-        tokens.append(
-            int(rule[tokens[-2], tokens[-1]]) if random.random() < 0.9 else int(random.integers(0, vocab_size))
-        )
+        tokens.append(int(rule[tokens[-2], tokens[-1]]) if random.random() < 0.9 else int(random.integers(0, vocab_size)))
     train, test = np.array(tokens[:25_000]), np.array(tokens[25_000:])
     entropy = -(0.9 + 0.1 / 12) * math.log(0.9 + 0.1 / 12) - 11 * (0.1 / 12) * math.log(0.1 / 12)
     loss = -TrigramModel(train, vocab_size).log_probabilities(test).mean()

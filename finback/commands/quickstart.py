@@ -1,0 +1,21 @@
+"""`finback quickstart`: the whole small run, then how to use what it made."""
+
+from collections.abc import Sequence
+
+from finback.commands.parse import parse_arguments
+from finback.presets import tiny
+from finback.recipes.config import QuickstartConfig
+
+
+def main(argv: Sequence[str]) -> int:
+    """`finback quickstart [--out DIR] [--minutes M] [--seed S] ...`."""
+    config = parse_arguments(
+        QuickstartConfig,
+        argv,
+        verb="quickstart",
+        description="Train a small model with DeepSeek-V3's architecture on this machine, from nothing to samples.",
+    )
+    from finback.recipes.quickstart import quickstart
+
+    quickstart(config, tiny())
+    return 0

