@@ -36,8 +36,8 @@ class RopeScaling:
 
     factor: float
     original_max_position_embeddings: int
-    beta_fast: float = 32
-    beta_slow: float = 1
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
     mscale: float | None = None
     mscale_all_dim: float | None = None
 

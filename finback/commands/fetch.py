@@ -11,6 +11,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from finback.commands.parse import parse_arguments
+from finback.config import InputError
 from finback.data.fetch import default_cache, fetch, fetch_hub, is_present
 from finback.data.items import ITEMS, Item, find_item
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
         description="List corpora, problems and tokenizers, or get them, with checksums.",
     )
     cache = default_cache() if fields.cache is None else fields.cache
+    if cache.exists() and not cache.is_dir():
+        raise InputError(f"--cache {cache} is a file; give a directory")
     if not fields.names:
         _print_list(cache)
         return 0
@@ -61,9 +64,7 @@ def _print_list(cache: Path) -> None:
     for heading in ("name", "here", "what", "download", "from", "licence"):
         table.add_column(heading, overflow="fold", no_wrap=heading in ("name", "here", "download"))
     for item in ITEMS:
-        table.add_row(
-            item.name, "yes" if is_present(item, cache) else "-", item.what, _size(item), item.origin, item.licence
-        )
+        table.add_row(item.name, "yes" if is_present(item, cache) else "-", item.what, _size(item), item.origin, item.licence)
     console.print(table)
     print(f"\nGet one or more with: finback fetch NAME ...   They are kept in {cache}")
 

@@ -31,8 +31,8 @@ class Arguments:
     """Model and recipe to start from."""
     config: Annotated[PretrainConfig, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")]
     out: Path | None = None
-    """Directory of the run: config, metrics, checkpoints, report. `data` may also name .txt, .jsonl and .parquet files or directories of
-    them: they are tokenised into its folder `data` first."""
+    """Directory of the run: config, metrics, checkpoints, report. `data` may also name .txt, .jsonl and .parquet files
+    or directories of them: they are tokenised into its folder `data` first."""
     text_field: str = "text"
     """Field (column) of .jsonl and .parquet files that holds the text."""
 
@@ -84,8 +84,13 @@ def _parse(argv: Sequence[str]) -> Arguments:
     given = [word.split("=")[0] for word in argv if word.split("=")[0] in _LIMITS]
     if given:
         # A limit on the line takes the place of the preset's own; its value is read below.
-        own = {field.removeprefix("--"): None for field in _LIMITS}
-        preset = replace(preset, **own | {given[0].removeprefix("--"): 1})
+        limit = given[0].removeprefix("--")
+        preset = replace(
+            preset,
+            steps=1 if limit == "steps" else None,
+            tokens=1 if limit == "tokens" else None,
+            minutes=1.0 if limit == "minutes" else None,
+        )
     default = Arguments(preset=name, config=preset)  # type: ignore[arg-type]
     return parse_arguments(Arguments, argv, verb="pretrain", description=_DESCRIPTION, default=default)
 
@@ -93,7 +98,8 @@ def _parse(argv: Sequence[str]) -> Arguments:
 def prepare_data(config: PretrainConfig, out: Path, *, text_field: str = "text") -> PretrainConfig:
     """`config` with token shards in `data` and a tokenizer whose special tokens the model takes.
 
-    Text files are tokenised into `out/data`: with the config's tokenizer, or with one of `model.vocab_size` tokens that is trained on them.
+    Text files are tokenised into `out/data`: with the config's tokenizer, or with one of `model.vocab_size` tokens that
+    is trained on them.
     """
     from finback.data.tokenizer import load_tokenizer
 
@@ -121,7 +127,8 @@ def _tokenise(config: PretrainConfig, directory: Path, text_field: str) -> Pretr
         try:
             tokenizer = train_tokenizer(texts, config.model.vocab_size)
         except InputError as error:
-            raise InputError(f"--model.vocab-size: {error}") from None
+            hint = " (the field is --model.vocab-size)" if str(error).startswith("vocab_size") else ""
+            raise InputError(f"{error}{hint}") from None
     config = _with_special_tokens(config, tokenizer)
     print(f"tokenising into {directory}", flush=True)
     shards = directory / "tokens"

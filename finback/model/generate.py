@@ -41,7 +41,7 @@ def cached_forward(
     path = path or ("absorbed" if tokens == 1 else "expanded")
     rotary = Rotary(cache.rotary.cos[start:end], cache.rotary.sin[start:end])
     mask = None
-    if tokens > 1 and (start > 0 or path == "absorbed"):
+    if (start > 0 and path == "expanded") or (tokens > 1 and path == "absorbed"):
         mask = torch.ones(tokens, end, dtype=torch.bool, device=input_ids.device).tril(start)
         mask = mask[:, None] if path == "absorbed" else mask
     x = model.embed(input_ids)

@@ -29,6 +29,9 @@ def rebuilt(
     storages = [tensor.untyped_storage().data_ptr() for tensor in tensors]
     strides = [(tensor.stride(), tensor.storage_offset()) for tensor in tensors]
     cache: list[tuple[Tensor, ...]] = []
+    # Backward runs outside autocast: build again under what the forward pass ran under.
+    device = tensors[0].device.type
+    enabled_then, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def pack(tensor: Tensor) -> Tensor | _Note:
         pointer = tensor.untyped_storage().data_ptr()
@@ -40,7 +43,7 @@ def rebuilt(
         if isinstance(saved, Tensor):
             return saved
         if not cache:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(device, dtype=dtype, enabled=enabled_then):
                 cache.append(build())
         whole = cache[0][saved.which]
         assert (whole.stride(), whole.storage_offset()) == strides[saved.which], "rebuilt tensor has another layout"

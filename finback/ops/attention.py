@@ -15,8 +15,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
     """softmax(scale q k^T) v: query, key [B, H, T, N + R], value [B, H, T, V] -> [B, H, T, V].
 
     Causal over equally many queries and keys; or, with `mask` (bool, True where a query may look, broadcastable to [B, H, T, S]),
-    exactly that.
+    exactly that. On a CPU in bfloat16 scores are rounded to bfloat16 before the softmax, as in the plain formula.
     """
+    assert mask is not None or query.shape[2] == key.shape[2], "without a mask, queries and keys are the same tokens"
     if mask is None and query.device.type == "cpu":
         # Twice the speed of the CPU's fused kernel, which also refuses unequal head sizes.
         if not torch.is_grad_enabled():
@@ -103,7 +104,7 @@ def latent_attention(query: Tensor, latents: Tensor, rank: int, scale: float, ma
     """Absorbed ("MQA mode") attention: every head attends to the same cached row, whose first `rank` values are also the value.
 
     query [B, T, H, C + R], latents [B, S, C + R] -> [B, T, H, C]; mask bool broadcastable to [B, T, H, S], True where a query may
-    look. Scores and softmax are float32, as in the expanded path.
+    look. The softmax is float32.
     """
     batch, tokens, heads, width = query.shape
     scores = torch.bmm(query.reshape(batch, tokens * heads, width), latents.transpose(1, 2))

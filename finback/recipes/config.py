@@ -37,5 +37,3 @@ class QuickstartConfig:
             raise InputError(f"field seed is {self.seed}, it must be at least 0")
         if self.problems < 100:
             raise InputError(f"field problems is {self.problems}, it must be at least 100, so that some can be held out")
-        if self.text not in ("auto", "fables", "docstrings", "none"):
-            raise InputError(f"field text is {self.text!r}, it must be one of auto, fables, docstrings, none")

@@ -28,7 +28,7 @@ from finback.data.config import DataConfig
 from finback.data.files import atomic_directory, read_json, write_atomic
 from finback.data.ngram import TrigramModel, bits_per_byte
 from finback.data.packing import row_count
-from finback.data.problems import generate_problems
+from finback.data.problems import Language, Problem, generate_problems
 from finback.data.shards import TokenShards, write_shards
 from finback.data.sources import jsonl_documents
 from finback.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
@@ -45,7 +45,6 @@ from finback.train.report import write_report
 
 MANIFEST = "manifest.json"
 VALIDATION_FRACTION = 0.02
-EVALUATIONS_PER_MINUTE = 2
 SAMPLE_TOKENS = 120
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
 # Not of the recipe: they decide where a run lies and how it begins, not what it computes.
@@ -195,12 +194,7 @@ def comparison(run: Run) -> dict[str, Any]:
 def samples(run: Run) -> dict[str, Any]:
     """Three continuations: an English and a Chinese one at temperature 0.7, and a held-out problem, greedily."""
     model, trained = load(run.directory / "base"), load_tokenizer(run.directory / "tokenizer")
-    kinds: tuple[Any, Any] = ("en", "zh")
-    family = ("addition",)
-    english, chinese = (
-        next(generate_problems(1, seed=run.config.seed, families=family, languages=(kind,), levels=(1,), held_out=True))
-        for kind in kinds
-    )
+    english, chinese = _held_out_problem(run, "en", "addition"), _held_out_problem(run, "zh", "sequence")
     has_fables = "fables-en" in _groups(run)
     prompts = [
         ("a story in English" if has_fables else "English", "Once upon a time, a fox" if has_fables else "Return the", 0.7),
@@ -411,6 +405,12 @@ def _size(group: Group) -> int:
 def _question(text: str) -> str:
     """A problem's text up to where its thoughts begin."""
     return text[: text.index("<think>\n") + len("<think>\n")]
+
+
+def _held_out_problem(run: Run, language: Language, family: str) -> Problem:
+    """An easy problem that no training text holds."""
+    chosen = generate_problems(1, seed=run.config.seed, families=(family,), languages=(language,), levels=(1,), held_out=True)
+    return next(chosen)
 
 
 def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
-"""Where a run ends, in tokens. For a limit in steps or tokens that is arithmetic; for one in minutes it is a plan, made from the speed so
-far and made again as time goes by.
+"""Where a run ends, in tokens. For a limit in steps or tokens that is arithmetic; for one in minutes it is a plan, made
+from the speed so far and made again as time goes by.
 
 The curves of the run depend on that end, so each plan is written down (`plan.json`) with the step from which it holds. A resumed run
 takes the plans that were made before, and repeats the interrupted one bit for bit.

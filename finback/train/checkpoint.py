@@ -181,7 +181,7 @@ def newest_sound_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
 
     Raises InputError if there are checkpoints and all are damaged.
     """
-    sentences = []
+    sentences: list[str] = []
     for checkpoint in list_checkpoints(run):
         damage = find_damage(checkpoint)
         if damage is None:

@@ -93,7 +93,7 @@ class PretrainConfig:
     precision: Precision = "bf16"
     """Matrix products: fp32, or bf16 (autocast; weights, gradients and router stay fp32). fp8 is planned."""
     recompute: Recompute = "none"
-    """What the backward pass computes again to save memory: nothing, V3's choice (norms, MLA up-projections, SwiGLU), or whole layers."""
+    """What backward computes again to save memory: nothing, V3's choice (norms, MLA up-projections, SwiGLU), or layers."""
     ema_decay: float | None = None
     """Decay per step of the moving average of the weights, kept in host memory; None: no average. V3 does not publish its value."""
     device: str = "auto"
@@ -139,8 +139,9 @@ class PretrainConfig:
                 raise InputError(f"field {name} is not known{nearest(name, names)}")
         if not isinstance(data.get("model"), Mapping):
             raise InputError("field model is missing; it must hold the model's config")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
-        return cls(**values | {"model": ModelConfig.from_dict(data["model"])})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        values["model"] = ModelConfig.from_dict(data["model"])
+        return cls(**values)
 
 
 # Field -> least value. Whole numbers first; "more than" limits after.
@@ -204,7 +205,9 @@ def _check_numbers(c: PretrainConfig) -> None:
             raise InputError(f"field {name} is {value!r}, it must be a finite number")
         if value < 0 or (value == 0 and name in _ABOVE_ZERO) or (value >= 1 and name in _FROM_ZERO_BELOW_ONE):
             wanted = "above 0" if name in _ABOVE_ZERO else "at least 0"
-            raise InputError(f"field {name} is {value!r}, it must be {wanted}{' and below 1' if name in _FROM_ZERO_BELOW_ONE else ''}")
+            raise InputError(
+                f"field {name} is {value!r}, it must be {wanted}{' and below 1' if name in _FROM_ZERO_BELOW_ONE else ''}"
+            )
     for name, choices in _CHOICES.items():
         if getattr(c, name) not in choices:
             raise InputError(f"field {name} is {getattr(c, name)!r}, it must be one of {', '.join(choices)}")
@@ -222,24 +225,33 @@ def _check_together(c: PretrainConfig) -> None:
         raise InputError("field precision is 'fp8', which this version cannot train in yet; use bf16 or fp32")
     if c.sequence_length > c.model.max_position_embeddings:
         limit = c.model.max_position_embeddings
-        raise InputError(f"field sequence_length is {c.sequence_length}, above the model's max_position_embeddings ({limit}); lower it")
+        raise InputError(
+            f"field sequence_length is {c.sequence_length}, above the model's max_position_embeddings ({limit}); lower it"
+        )
     if c.sequence_length <= c.model.num_nextn_predict_layers:
         depth = c.model.num_nextn_predict_layers
         raise InputError(f"field sequence_length is {c.sequence_length}, it must be above num_nextn_predict_layers ({depth})")
     if c.micro_batch_size > c.global_batch_size:
-        raise InputError(f"field micro_batch_size is {c.micro_batch_size}, above global_batch_size ({c.global_batch_size}); lower it")
+        raise InputError(
+            f"field micro_batch_size is {c.micro_batch_size}, above global_batch_size ({c.global_batch_size}); lower it"
+        )
     if c.initial_batch_size is not None and c.initial_batch_size > c.global_batch_size:
         raise InputError(f"field initial_batch_size is {c.initial_batch_size}, above global_batch_size ({c.global_batch_size})")
     if (c.initial_batch_size in (None, c.global_batch_size)) != (c.batch_ramp_tokens == 0):
-        raise InputError("a batch-size ramp needs both fields: initial_batch_size below global_batch_size, and batch_ramp_tokens above 0")
+        raise InputError(
+            "a batch-size ramp needs initial_batch_size below global_batch_size and batch_ramp_tokens above 0, or neither"
+        )
     if c.min_lr > c.lr or c.final_lr > c.min_lr:
-        raise InputError(f"fields lr ({c.lr}), min_lr ({c.min_lr}) and final_lr ({c.final_lr}) must not rise; lower the later ones")
+        raise InputError(
+            f"fields lr ({c.lr}), min_lr ({c.min_lr}) and final_lr ({c.final_lr}) must not rise; lower the later ones"
+        )
     if c.bias_update_speed > 0 and not c.model.uses_expert_bias:
         method = c.model.topk_method
         raise InputError(
             f"field bias_update_speed is {c.bias_update_speed}, but routers with topk_method {method!r} have no bias; set it to 0"
         )
     if c.data_weights and len(c.data_weights) != len(c.data):
-        raise InputError(f"field data_weights has {len(c.data_weights)} values for {len(c.data)} directories of data; give one for each")
+        given = f"{len(c.data_weights)} values for {len(c.data)} directories of data"
+        raise InputError(f"field data_weights has {given}; give one for each")
     if c.sample_prompts and c.tokenizer is None:
         raise InputError("field sample_prompts needs the field tokenizer: the directory of the tokenizer that wrote the shards")

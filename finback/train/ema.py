@@ -25,7 +25,9 @@ class MovingAverage:
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
-        self.tensors = {name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous() for name, parameter in parameters.items()}
+        self.tensors = {
+            name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous() for name, parameter in parameters.items()
+        }
         self._parameters = dict(parameters)
         self._scratch = np.empty(_BLOCK, dtype=np.float32)
         self._thread: threading.Thread | None = None

@@ -11,12 +11,10 @@ from finback.data.tokenizer import Tokenizer
 from finback.model.generate import generate
 from finback.model.transformer import Transformer
 from finback.ops.cross_entropy import linear_cross_entropy
-from finback.train.config import PretrainConfig, Precision
+from finback.train.config import Precision, PretrainConfig
 
 
-def validation_rows(
-    shards: list[TokenShards], sequence_length: int, sequences: int
-) -> Int64[Tensor, "rows T_plus_1"] | None:
+def validation_rows(shards: list[TokenShards], sequence_length: int, sequences: int) -> Int64[Tensor, "rows T_plus_1"] | None:
     """Up to `sequences` rows of T + 1 tokens, spread evenly over the validation splits; None if they hold no row."""
     counts = [max(0, (split.num_tokens - 1) // sequence_length) for split in shards]
     total = sum(counts)
@@ -33,9 +31,7 @@ def validation_rows(
 
 
 @torch.no_grad()
-def evaluate(
-    model: Transformer, rows: Int64[Tensor, "rows T_plus_1"], *, micro_batch_size: int, precision: Precision
-) -> float:
+def evaluate(model: Transformer, rows: Int64[Tensor, "rows T_plus_1"], *, micro_batch_size: int, precision: Precision) -> float:
     """Mean -log p of the main head over `rows`, nats per token."""
     device = model.lm_head.weight.device
     total = 0.0

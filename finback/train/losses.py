@@ -19,9 +19,7 @@ class LossSums(NamedTuple):
     mtp: Tensor
 
 
-def loss_sums(
-    output: TrainOutput, head: Float[Tensor, "vocab D"], rows: Int64[Tensor, "B T_plus_1"]
-) -> LossSums:
+def loss_sums(output: TrainOutput, head: Float[Tensor, "vocab D"], rows: Int64[Tensor, "B T_plus_1"]) -> LossSums:
     """Position i of the main head predicts token i + 1 of its row, position i of depth k (from 0) token i + 2 + k (V3 section 2.2)."""
     main = linear_cross_entropy(output.hidden.flatten(0, 1), head, rows[:, 1:].flatten())
     mtp = main.new_zeros(())
@@ -68,8 +66,10 @@ def accumulate_gradients(
             main, mtp = loss_sums(output, model.lm_head.weight, rows)
         balance = output.balance_loss * (rows.shape[0] / sequences)
         objective = (main + mtp_loss_coef / depths * mtp) / tokens + balance_loss_coef * balance
-        objective.backward()  # type: ignore[no-untyped-call]
-        sums += torch.stack([main.detach().double() / tokens, mtp.detach().double() / (tokens * depths), balance.detach().double()])
+        objective.backward()
+        sums += torch.stack(
+            [main.detach().double() / tokens, mtp.detach().double() / (tokens * depths), balance.detach().double()]
+        )
         counts = output.expert_counts if counts is None else counts + output.expert_counts
     assert counts is not None
     loss, mtp_loss, balance_loss = sums.tolist()  # the one wait for the device

@@ -38,9 +38,7 @@ class MemoryEstimate:
     @property
     def on_device(self) -> int:
         """Everything but the moving average."""
-        return (
-            self.parameters + self.gradients + self.moments + self.low_precision_weights + self.activations + self.head
-        )
+        return self.parameters + self.gradients + self.moments + self.low_precision_weights + self.activations + self.head
 
 
 def estimate_memory(config: PretrainConfig) -> MemoryEstimate:
@@ -133,7 +131,9 @@ def check_memory(config: PretrainConfig, device: torch.device, available: int | 
     while micro > 1:
         micro //= 2
         if _needed(estimate_memory(replace(config, micro_batch_size=micro)), device) <= available:
-            raise InputError(f"{problem}; lower micro_batch_size from {config.micro_batch_size} to {micro} (the result stays the same)")
+            raise InputError(
+                f"{problem}; lower micro_batch_size from {config.micro_batch_size} to {micro} (the result stays the same)"
+            )
     smallest = replace(config, micro_batch_size=1)
     for recompute in ("selective", "full"):
         if _needed(estimate_memory(replace(smallest, recompute=recompute)), device) <= available:

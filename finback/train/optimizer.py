@@ -1,11 +1,12 @@
 """AdamW (Loshchilov and Hutter, 2019) as plain functions over named tensors, and clipping by the global gradient norm.
 
-Where time goes on a CPU: AdamW is a dozen elementwise operations on four arrays as long as the model, so it is bound by memory. The update
-therefore walks the parameters in blocks that fit the cache and does all its operations on one block before the next. The arithmetic of
-each element is the same as without blocks.
+Where time goes on a CPU: AdamW is a dozen elementwise operations on four arrays as long as the model, so it is bound by
+memory. The update therefore walks the parameters in blocks that fit the cache and does all its operations on one block
+before the next. The arithmetic of each element is the same as without blocks.
 
-Weight decay goes to matrices (embeddings, head, router and stacked experts included) and not to norms; V3 publishes 0.1 and does not
-say where it applies. Parameters in a lower precision than fp32 have an fp32 master copy in the state, which is what is updated.
+Weight decay goes to matrices (embeddings, head, router and stacked experts included) and not to norms; V3 publishes 0.1
+and does not say where it applies. Parameters in a lower precision than fp32 have an fp32 master copy in the state, which
+is what is updated.
 """
 
 import math

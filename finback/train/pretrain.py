@@ -1,6 +1,7 @@
 """The pre-training loop: one function, to be read downward."""
 
 import math
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor
 
 from finback.config import InputError, count_params
+from finback.data.tokenizer import Tokenizer
+from finback.model.transformer import Transformer
 from finback.train.balance import max_violation, update_expert_bias
 from finback.train.budget import Plan, fixed_total_tokens, next_plan, planned_total, read_plans, write_plans
 from finback.train.checkpoint import (
+    Progress,
     TrainingState,
     fresh_state,
+    list_checkpoints,
     load_checkpoint,
     newest_sound_checkpoint,
     remove_leftovers,
@@ -22,12 +27,12 @@ from finback.train.checkpoint import (
 )
 from finback.train.config import PretrainConfig
 from finback.train.evaluate import sample_texts, validation_metrics, validation_rows
-from finback.train.losses import accumulate_gradients
+from finback.train.losses import BatchLosses, accumulate_gradients
 from finback.train.memory import available_memory, check_memory
 from finback.train.metrics import MetricsWriter
 from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
 from finback.train.ramps import batch_size, bias_update_speed, learning_rate, mtp_loss_coef, resolve_ramps, steps_of_tokens
-from finback.train.report import write_report
+from finback.train.report import REPORT_FILE, write_report
 from finback.train.session import (
     choose_device,
     cpu_threads,
@@ -65,128 +70,128 @@ def pretrain(config: PretrainConfig, directory: str | Path, *, resume: bool = Fa
             if machine is None:
                 machine = describe_machine(config, device, estimate)
                 write_run_config(run, config, machine)
-            notes += _changes(machine)
             if checkpoint is None:
                 state = fresh_state(config, stream, device)
             else:
                 state = load_checkpoint(checkpoint, config, stream, device)
                 notes.append(f"continuing {run} after step {state.progress.step}")
-            parameters, progress = state.parameters, state.progress
-            plans = read_plans(run) if resume else []
-            total_tokens = fixed_total_tokens(config) or planned_total(plans, progress.step)
-            finished = total_tokens is not None and progress.tokens >= total_tokens
-            samples: list[tuple[str, str]] = []
             with MetricsWriter(
                 run,
                 total_steps=_total_steps(config),
                 total_seconds=None if config.minutes is None else 60 * config.minutes,
-                resume_step=progress.step if resume else None,
+                resume_step=state.progress.step if resume else None,
             ) as metrics:
-                for sentence in (*_introduction(config, device, machine, validation), *notes):
+                for sentence in (*_introduction(config, device, machine, validation), *_changes(machine), *notes):
                     metrics.say(sentence)
-                clock = _Clock()
-                while not finished:
-                    step = progress.step + 1
-                    ramps = resolve_ramps(config, total_tokens)
-                    lr = learning_rate(ramps, step=step, tokens=progress.tokens)
+                return train(config, run, state, metrics, interrupted, machine, validation, tokenizer)
 
-                    # data
-                    rows = stream.next_batch(batch_size(ramps, progress.tokens)).to(device)
 
-                    # forward and backward
-                    losses = accumulate_gradients(
-                        state.model,
-                        rows.split(config.micro_batch_size),
-                        mtp_loss_coef=mtp_loss_coef(ramps, progress.tokens),
-                        balance_loss_coef=config.balance_loss_coef,
-                        precision=config.precision,
-                        recompute=config.recompute,
-                    )
-                    gradients = _take_gradients(parameters)
+def train(
+    config: PretrainConfig,
+    run: Path,
+    state: TrainingState,
+    metrics: MetricsWriter,
+    interrupted: threading.Event,
+    machine: dict[str, Any],
+    validation: Tensor | None,
+    tokenizer: Tokenizer | None,
+) -> Path:
+    """Take `state` to the end of the run, step by step; return the last checkpoint."""
+    model, stream, progress, parameters = state.model, state.stream, state.progress, state.parameters
+    checkpoint, samples = list_checkpoints(run)[:1], list[tuple[str, str]]()
+    plans = read_plans(run)
+    total_tokens = fixed_total_tokens(config) or planned_total(plans, progress.step)
+    finished = total_tokens is not None and progress.tokens >= total_tokens
+    clock = _Clock()
+    while not finished:
+        step = progress.step + 1
+        ramps = resolve_ramps(config, total_tokens)
+        lr = learning_rate(ramps, step=step, tokens=progress.tokens)
 
-                    # reduce: nothing to do, one process has seen the whole batch
+        # data
+        rows = stream.next_batch(batch_size(ramps, progress.tokens)).to(parameters["lm_head.weight"].device)
+        new_tokens = rows.shape[0] * config.sequence_length
 
-                    # clip
-                    norm = gradient_norm(gradients)
-                    applied = math.isfinite(norm)
-                    progress.nonfinite_steps = 0 if applied else progress.nonfinite_steps + 1
+        # forward and backward
+        losses = accumulate_gradients(
+            model,
+            rows.split(config.micro_batch_size),
+            mtp_loss_coef=mtp_loss_coef(ramps, progress.tokens),
+            balance_loss_coef=config.balance_loss_coef,
+            precision=config.precision,
+            recompute=config.recompute,
+        )
+        gradients = _take_gradients(parameters)
 
-                    # optimizer and router bias; the moving average has read the old weights by then, and begins with the new ones
-                    if applied:
-                        if state.average is not None:
-                            state.average.wait()
-                        adamw_update(
-                            parameters,
-                            gradients,
-                            state.adam,
-                            lr=lr,
-                            beta1=config.adam_beta1,
-                            beta2=config.adam_beta2,
-                            epsilon=config.adam_epsilon,
-                            weight_decay=config.weight_decay,
-                            gradient_scale=clip_scale(norm, config.max_grad_norm),
-                        )
-                        update_expert_bias(_expert_biases(state), losses.expert_counts, bias_update_speed(ramps, progress.tokens))
-                        if state.average is not None:
-                            state.average.start()
-                    del gradients
+        # reduce: one process has seen the whole batch, so its gradients and expert counts are the sums already
 
-                    # count, and plan the end
-                    progress.step = step
-                    progress.tokens += rows.shape[0] * config.sequence_length
-                    progress.seconds += clock.lap(trained_tokens=rows.shape[0] * config.sequence_length)
-                    if config.minutes is not None:
-                        total_tokens = _plan(run, plans, state, 60 * config.minutes)
-                    finished = total_tokens is not None and progress.tokens >= total_tokens
+        # clip: the norm here, the scaling inside the optimizer's pass; a step that is not finite changes nothing
+        norm = gradient_norm(gradients)
+        applied = math.isfinite(norm)
+        progress.nonfinite_steps = 0 if applied else progress.nonfinite_steps + 1
 
-                    # evaluate
-                    measured: dict[str, float] = {}
-                    if validation is not None and (finished or step == 1 or _due(step, config.eval_every)):
-                        measured = validation_metrics(state.model, validation, config, tokenizer)
+        # optimizer; the moving average must have read the old weights by then
+        if applied and state.average is not None:
+            state.average.wait()
+        if applied:
+            adamw_update(
+                parameters,
+                gradients,
+                state.adam,
+                lr=lr,
+                beta1=config.adam_beta1,
+                beta2=config.adam_beta2,
+                epsilon=config.adam_epsilon,
+                weight_decay=config.weight_decay,
+                gradient_scale=clip_scale(norm, config.max_grad_norm),
+            )
+        del gradients
 
-                    # log
-                    if not applied:
-                        metrics.say(_not_applied(step, norm, config))
-                    if finished or measured or not applied or _due(step, config.log_every):
-                        speed = clock.tokens_per_second()
-                        metrics.log(
-                            {
-                                "step": step,
-                                "tokens": progress.tokens,
-                                "seconds": progress.seconds,
-                                "loss": losses.loss,
-                                "mtp_loss": losses.mtp_loss,
-                                "balance_loss": losses.balance_loss,
-                                "grad_norm": norm,
-                                "lr": lr,
-                                "tokens_per_second": speed,
-                                "mfu": speed * machine["training_flops_per_token"] / machine["matmul_flops_per_second"],
-                                "max_violation": max_violation(losses.expert_counts),
-                                "batch_size": rows.shape[0],
-                                "epoch": sum(stream.rows_taken) / sum(stream.rows_per_epoch),
-                                **measured,
-                            }
-                        )
-                        metrics.log_expert_load(step, losses.expert_counts.tolist())
-                    if progress.nonfinite_steps >= config.max_nonfinite_steps:
-                        raise InputError(_diverged(step, run, config))
+        # router bias, once per step from the counts of the whole batch
+        if applied and config.model.uses_expert_bias:
+            update_expert_bias(_expert_biases(model), losses.expert_counts, bias_update_speed(ramps, progress.tokens))
+        if applied and state.average is not None:
+            state.average.start()
 
-                    # sample
-                    if tokenizer is not None and config.sample_prompts and (finished or _due(step, config.sample_every)):
-                        samples = sample_texts(state.model, tokenizer, config)
-                        for prompt, text in samples:
-                            metrics.say(f"sample: {prompt!r} -> {text!r}")
+        # count, and where the limit is a time, plan the end
+        progress.step, progress.tokens = step, progress.tokens + new_tokens
+        progress.seconds += clock.lap(trained_tokens=new_tokens)
+        if config.minutes is not None:
+            total_tokens = _plan(run, plans, state, 60 * config.minutes)
+        finished = total_tokens is not None and progress.tokens >= total_tokens
 
-                    # save
-                    if finished or interrupted.is_set() or _due(step, config.save_every):
-                        checkpoint = save_checkpoint(run, state, tokenizer_from=config.tokenizer, keep=config.keep_checkpoints)
-                    if interrupted.is_set() and not finished:
-                        metrics.say(f"stopped after step {step}; continue with: finback pretrain --resume {run}")
-                        raise KeyboardInterrupt
-                    progress.seconds += clock.lap()
-            write_report(run, samples=samples)
-    assert checkpoint is not None
-    return checkpoint
+        # evaluate
+        measured: dict[str, float] = {}
+        if validation is not None and (finished or step == 1 or _due(step, config.eval_every)):
+            measured = validation_metrics(model, validation, config, tokenizer)
+
+        # log
+        if finished or measured or not applied or _due(step, config.log_every):
+            row = _row(progress, losses, norm, lr, clock.tokens_per_second(), machine)
+            row |= {"batch_size": rows.shape[0], "epoch": sum(stream.rows_taken) / sum(stream.rows_per_epoch)}
+            metrics.log(row | measured)
+            metrics.log_expert_load(step, losses.expert_counts.tolist())
+        if not applied:
+            metrics.say(_not_applied(step, norm, config))
+        if progress.nonfinite_steps >= config.max_nonfinite_steps:
+            raise InputError(_diverged(step, config))
+
+        # sample
+        if tokenizer is not None and config.sample_prompts and (finished or _due(step, config.sample_every)):
+            samples = sample_texts(model, tokenizer, config)
+            for prompt, text in samples:
+                metrics.say(f"sample: {prompt!r} -> {text!r}")
+
+        # save
+        if finished or interrupted.is_set() or _due(step, config.save_every):
+            checkpoint = [save_checkpoint(run, state, tokenizer_from=config.tokenizer, keep=config.keep_checkpoints)]
+        if interrupted.is_set() and not finished:
+            metrics.say(f"stopped after step {step}; continue with: finback pretrain --resume {run}")
+            raise KeyboardInterrupt
+        progress.seconds += clock.lap()
+    if samples or not (run / REPORT_FILE).exists():  # a finished run that is resumed keeps its report
+        write_report(run, samples=samples)
+    return checkpoint[0]
 
 
 class _Clock:
@@ -223,10 +228,29 @@ def _take_gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tens
     return gradients
 
 
-def _expert_biases(state: TrainingState) -> list[Tensor]:
-    """The bias of each router; none for models that balance otherwise."""
-    biases = [router.e_score_correction_bias for router in state.model.routers()]
+def _expert_biases(model: Transformer) -> list[Tensor]:
+    """The bias of each router, in the order of the expert counts."""
+    biases = [router.e_score_correction_bias for router in model.routers()]
     return [bias for bias in biases if bias is not None]
+
+
+def _row(
+    progress: Progress, losses: BatchLosses, norm: float, lr: float, speed: float, machine: dict[str, Any]
+) -> dict[str, float | int]:
+    """What metrics.jsonl says of a step, but for the data's and the evaluation's part."""
+    return {
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "seconds": progress.seconds,
+        "loss": losses.loss,
+        "mtp_loss": losses.mtp_loss,
+        "balance_loss": losses.balance_loss,
+        "grad_norm": norm,
+        "lr": lr,
+        "tokens_per_second": speed,
+        "mfu": speed * machine["training_flops_per_token"] / machine["matmul_flops_per_second"],
+        "max_violation": max_violation(losses.expert_counts),
+    }
 
 
 def _plan(run: Path, plans: list[Plan], state: TrainingState, limit_seconds: float) -> int | None:
@@ -268,9 +292,10 @@ def _changes(machine: dict[str, Any]) -> list[str]:
 
 
 def _not_applied(step: int, norm: float, config: PretrainConfig) -> str:
-    return f"step {step}: the gradient norm is {norm}, the step is not applied (the run stops after {config.max_nonfinite_steps} in a row)"
+    limit = f"the run stops after {config.max_nonfinite_steps} in a row"
+    return f"step {step}: the gradient norm is {norm}, the step is not applied ({limit})"
 
 
-def _diverged(step: int, run: Path, config: PretrainConfig) -> str:
-    many = config.max_nonfinite_steps
-    return f"training diverged: at step {step} the gradient norm was not finite {many} times in a row; lower lr and start a new run beside {run}"
+def _diverged(step: int, config: PretrainConfig) -> str:
+    times = f"{config.max_nonfinite_steps} times in a row"
+    return f"training has diverged: at step {step} the gradient norm is not finite, {times}; lower lr (now {config.lr})"

@@ -1,6 +1,7 @@
 """V3's curves over the course of a run (section 4.2), as pure functions of the tokens seen so far.
 
-"Tokens seen" is counted before the step it decides about, so a switch at 10T tokens holds from the first step that starts at 10T or later.
+"Tokens seen" is counted before the step it decides about: a switch at 10T tokens holds from the first step that starts
+at 10T or later.
 """
 
 import math

@@ -31,7 +31,7 @@ def read_run_config(directory: str | Path) -> PretrainConfig:
     """The resolved config of the run in `directory`; InputError if there is none."""
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
-        raise InputError(f"{directory} holds no run (there is no {CONFIG_FILE}); start one with finback pretrain PRESET --out {directory}")
+        raise InputError(f"{directory} holds no run (no {CONFIG_FILE}); start one with finback pretrain PRESET --out DIR")
     data = read_json(path)
     data.pop(_MACHINE, None)
     try:
@@ -60,7 +60,9 @@ def resolve_config(config: PretrainConfig, directory: Path, resume: bool) -> Pre
     before, now = read_run_config(directory).to_dict(), absolute.to_dict()
     for name, value in before.items():
         if now[name] != value:
-            raise InputError(f"field {name} is {now[name]!r}, but the run in {directory} has {value!r}; resume it with its own fields")
+            raise InputError(
+                f"field {name} is {now[name]!r}, but the run in {directory} has {value!r}; resume it with its own fields"
+            )
     return absolute
 
 
@@ -116,7 +118,9 @@ def open_data(config: PretrainConfig) -> tuple[TokenStream, list[TokenShards], T
             shards.check_tokenizer(tokenizer)
         if shards.vocab_size > config.model.vocab_size:
             size = config.model.vocab_size
-            raise InputError(f"{shards.directory} has {shards.vocab_size} token ids, above the model's vocab_size ({size}); raise it")
+            raise InputError(
+                f"{shards.directory} has {shards.vocab_size} token ids, above the model's vocab_size ({size}); raise it"
+            )
     stream = TokenStream(training, config.sequence_length, seed=config.seed, weights=config.data_weights or None)
     return stream, validation, tokenizer
 

@@ -120,6 +120,8 @@ def draw_config(seed: int) -> tuple[ModelConfig, int, int]:
     family = draw.choice([BASE, BASE, V2, V2_LITE])
     if family.model_type == "deepseek_v3":
         changes["norm_topk_prob"] = draw.choice([True, False])
+    else:  # transformers' V2 code cannot view rows of odd length as complex numbers
+        changes |= dict(kv_lora_rank=draw.choice([8, 24]), qk_nope_head_dim=draw.choice([4, 8]))
     return replace(family, **changes, **draw.choice(scaling)), draw.choice([1, 2]), draw.choice([3, 50, 131])
 
 
@@ -170,7 +172,10 @@ def check_gradients(model: Transformer, other: torch.nn.Module) -> None:
     for name, gradient in gradients(other):
         ours = parameters.pop(name).grad
         assert ours is not None, name
-        assert relative_error(ours, gradient) < 1e-4, name
+        if gradient.any():
+            assert relative_error(ours, gradient) < 1e-4, name
+        else:  # one token attends to itself with weight 1: nothing for queries and keys
+            assert not ours.any(), name
         actual.append(ours.flatten())
         expected.append(gradient.flatten())
     assert not parameters  # each was compared

@@ -93,7 +93,9 @@ def test_bf16_moments_are_the_fp32_moments_rounded_to_nearest_even() -> None:
         assert torch.equal(parameters[name], twin[name])  # the first update starts from exact zeros
     # second step: the starting point is rounded, the step itself is not
     for state in (narrow, wide):
-        state.exp_avg, state.exp_avg_sq = ({k: v.bfloat16().float() for k, v in d.items()} for d in (narrow.exp_avg, narrow.exp_avg_sq))
+        state.exp_avg, state.exp_avg_sq = (
+            {k: v.bfloat16().float() for k, v in d.items()} for d in (narrow.exp_avg, narrow.exp_avg_sq)
+        )
     rounded = AdamState(1, *({k: v.bfloat16() for k, v in d.items()} for d in (wide.exp_avg, wide.exp_avg_sq)))
     adamw_update(parameters, gradients, rounded, lr=0.1, weight_decay=0.1, **BETAS)
     adamw_update(twin, gradients, wide, lr=0.1, weight_decay=0.1, **BETAS)

@@ -106,9 +106,7 @@ def test_after_warmup_the_learning_rate_never_rises(total: int, a: int, b: int) 
     steps=st.integers(0, 400),
 )
 def test_tokens_of_steps_counts_what_the_ramp_reads(first: int, last: int, ramp: int, length: int, steps: int) -> None:
-    ramps = replace(
-        resolve_ramps(tiny(), None), initial_batch_size=first, global_batch_size=first + last, batch_ramp_tokens=ramp
-    )
+    ramps = replace(resolve_ramps(tiny(), None), initial_batch_size=first, global_batch_size=first + last, batch_ramp_tokens=ramp)
     tokens, sizes = 0, []
     for _ in range(steps):
         sizes.append(batch_size(ramps, tokens))

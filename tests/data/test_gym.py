@@ -1,0 +1,42 @@
+"""reasoning-gym's problems in our form."""
+
+import pytest
+
+pytest.importorskip("reasoning_gym")
+
+from finback.config import InputError
+from finback.data.gym import gym_problems
+from finback.data.problems import is_held_out
+
+
+def test_problems() -> None:
+    problems = list(gym_problems("chain_sum", 60, seed=3, max_terms=3))
+    assert len(problems) == 60
+    assert problems == list(gym_problems("chain_sum", 60, seed=3, max_terms=3))
+    for problem in problems:
+        expression = problem.question.rpartition(": ")[2].removesuffix("=")
+        assert eval(expression) == int(problem.answer)
+        assert problem.reasoning == ""
+        assert problem.family == "gym/chain_sum"
+        assert not is_held_out(problem.question)
+    held_out = list(gym_problems("chain_sum", 20, seed=3, max_terms=3, held_out=True))
+    assert len(held_out) == 20  # more than one block of entries was needed
+    assert all(is_held_out(problem.question) for problem in held_out)
+
+
+def test_worked_solutions_where_the_family_has_them() -> None:
+    for problem in gym_problems("gsm_symbolic", 20, seed=1):
+        assert problem.reasoning
+        assert "####" not in problem.reasoning
+        assert problem.text.startswith("Question: ")
+
+
+def test_mistakes() -> None:
+    with pytest.raises(InputError, match="no family 'chain_sun'; did you mean 'chain_sum'"):
+        next(gym_problems("chain_sun", 1))
+    with pytest.raises(InputError, match="chain_sum does not take"):
+        next(gym_problems("chain_sum", 1, depth=3))
+    with pytest.raises(InputError, match="chain_sum does not take .*min_terms must be positive"):
+        next(gym_problems("chain_sum", 1, min_terms=-3))
+    with pytest.raises(InputError, match="rubiks_cube has no single answer"):
+        next(gym_problems("rubiks_cube", 1))
