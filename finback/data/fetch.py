@@ -64,9 +64,7 @@ def fetch(item: Item, cache: Path) -> Path:
     return target
 
 
-def fetch_hub(
-    repo_id: str, cache: Path, *, column: str = "text", subset: str = "", revision: str | None = None
-) -> Path:
+def fetch_hub(repo_id: str, cache: Path, *, column: str = "text", subset: str = "", revision: str | None = None) -> Path:
     """Get the Parquet documents of a Hugging Face data set into the cache as text.jsonl; errors as in
     `hub_documents`."""
     target = cache / "hub" / repo_id.replace("/", "--")
@@ -106,9 +104,7 @@ def fetched_documents(name: str, cache: Path | None = None) -> Iterator[Document
 def _made_from(item: Item) -> str:
     if item.package is None:
         return f"form {_FORM}, Python {platform.python_version()}"
-    return (
-        f"form {_FORM}, {item.package.registry} {item.package.name} {item.package.version} sha256:{item.package.sha256}"
-    )
+    return f"form {_FORM}, {item.package.registry} {item.package.name} {item.package.version} sha256:{item.package.sha256}"
 
 
 def _members(item: Item, cache: Path) -> Files:
@@ -152,9 +148,7 @@ def _package_file(name: str, package: Package, cache: Path) -> Path:
         _run_client(name, package, Path(folder))
         files = [file for file in Path(folder).iterdir() if file.is_file()]
         if len(files) != 1:
-            raise InputError(
-                f"{package.name} {package.version} came as {len(files)} files where one is expected; try again"
-            )
+            raise InputError(f"{package.name} {package.version} came as {len(files)} files where one is expected; try again")
         check_package(files[0], package)
         files[0].replace(kept)
     return kept

@@ -7,9 +7,7 @@ from finback.config import InputError, nearest
 from finback.data.problems import Problem, is_held_out
 
 
-def gym_problems(
-    family: str, count: int, *, seed: int = 0, held_out: bool = False, **difficulty: Any
-) -> Iterator[Problem]:
+def gym_problems(family: str, count: int, *, seed: int = 0, held_out: bool = False, **difficulty: Any) -> Iterator[Problem]:
     """`count` problems of a reasoning-gym family; `difficulty` goes to the family as it is.
 
     A worked solution is given only where the family has one (gsm_symbolic); elsewhere `reasoning` is empty. The

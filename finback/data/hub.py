@@ -9,9 +9,7 @@ from finback.data.sources import Document, parquet_documents
 _TIMEOUT = 20.0  # seconds for the first answer
 
 
-def hub_documents(
-    repo_id: str, *, column: str = "text", subset: str = "", revision: str | None = None
-) -> Iterator[Document]:
+def hub_documents(repo_id: str, *, column: str = "text", subset: str = "", revision: str | None = None) -> Iterator[Document]:
     """Documents of a data set's Parquet files, in the order of their names.
 
     `subset` keeps only files whose path contains it ("train", "wikitext-103"). Files come one at a time and stay in
@@ -22,9 +20,7 @@ def hub_documents(
         import huggingface_hub
         from huggingface_hub import errors
     except ImportError:
-        raise InputError(
-            "getting data sets from the Hugging Face hub needs huggingface-hub; install finback[hub]"
-        ) from None
+        raise InputError("getting data sets from the Hugging Face hub needs huggingface-hub; install finback[hub]") from None
     # HTTPError is the base class of whichever HTTP library this version of the hub library uses.
     unreachable = (
         errors.HTTPError,  # type: ignore[attr-defined]
@@ -34,9 +30,7 @@ def hub_documents(
     )
     try:
         siblings = huggingface_hub.HfApi().dataset_info(repo_id, revision=revision, timeout=_TIMEOUT).siblings or []
-        names = sorted(
-            file.rfilename for file in siblings if file.rfilename.endswith(".parquet") and subset in file.rfilename
-        )
+        names = sorted(file.rfilename for file in siblings if file.rfilename.endswith(".parquet") and subset in file.rfilename)
         if not names:
             raise InputError(
                 f"the data set {repo_id} has no Parquet file{f' with {subset!r} in its path' if subset else ''}; "

@@ -214,6 +214,4 @@ def find_item(name: str) -> Item:
         if item.name == name:
             return item
     names = [item.name for item in ITEMS]
-    raise InputError(
-        f"there is nothing called {name!r} to fetch{nearest(name, names) or '; choose among ' + ', '.join(names)}"
-    )
+    raise InputError(f"there is nothing called {name!r} to fetch{nearest(name, names) or '; choose among ' + ', '.join(names)}")

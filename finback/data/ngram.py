@@ -55,13 +55,9 @@ class TrigramModel:
             raise InputError(f"a trigram model needs at least 3 tokens to count, there are {len(tokens)}")
         tokens = np.asarray(tokens, dtype=np.int64)
         if tokens.min() < 0 or tokens.max() >= vocab_size:
-            raise InputError(
-                f"token ids reach from {tokens.min()} to {tokens.max()}, outside of vocab_size {vocab_size}"
-            )
+            raise InputError(f"token ids reach from {tokens.min()} to {tokens.max()}, outside of vocab_size {vocab_size}")
         self.vocab_size = vocab_size
-        trigrams, counts = np.unique(
-            (tokens[:-2] * vocab_size + tokens[1:-1]) * vocab_size + tokens[2:], return_counts=True
-        )
+        trigrams, counts = np.unique((tokens[:-2] * vocab_size + tokens[1:-1]) * vocab_size + tokens[2:], return_counts=True)
         bigrams, bigram_counts = np.unique(trigrams % vocab_size**2, return_counts=True)
         unigrams, unigram_counts = np.unique(bigrams % vocab_size, return_counts=True)
         self._orders = [

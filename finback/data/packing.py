@@ -53,9 +53,7 @@ class PackedSamples:
     loss_mask: np.ndarray
 
 
-def pack_samples(
-    samples: Sequence[Sample], row_length: int, *, pad_token_id: int, truncate: bool = False
-) -> PackedSamples:
+def pack_samples(samples: Sequence[Sample], row_length: int, *, pad_token_id: int, truncate: bool = False) -> PackedSamples:
     """Pack whole samples into as few rows as best-fit decreasing finds, to be masked from each other (V3 section 5.1).
 
     The longest sample goes first, each into the fullest row that still holds it. A sample longer than `row_length` is

@@ -105,9 +105,7 @@ def _choose_families(names: Sequence[str] | None) -> Sequence[Maker]:
     known = family_names()
     for name in names:
         if name not in known:
-            raise InputError(
-                f"there is no problem family {name!r}{nearest(name, known) or '; choose among ' + ', '.join(known)}"
-            )
+            raise InputError(f"there is no problem family {name!r}{nearest(name, known) or '; choose among ' + ', '.join(known)}")
     if not names:
         raise InputError("give at least one problem family, or none at all for every family")
     return [FAMILIES[known.index(name)] for name in names]
@@ -129,9 +127,7 @@ def _pick(generator: random.Random, language: Language, english: Sequence[str], 
 def addition(generator: random.Random, level: int, language: Language) -> Problem:
     """A sum of several numbers, term by term."""
     terms = _numbers(generator, level)
-    form = _pick(
-        generator, language, ("What is {}?", "Calculate {}.", "Add up: {}."), ("计算{}。", "{}等于多少？", "求{}的和。")
-    )
+    form = _pick(generator, language, ("What is {}?", "Calculate {}.", "Add up: {}."), ("计算{}。", "{}等于多少？", "求{}的和。"))
     return _chain(form, "addition", language, terms)
 
 
@@ -139,9 +135,7 @@ def subtraction(generator: random.Random, level: int, language: Language) -> Pro
     """Numbers taken away from a larger one, one after the other, never below zero."""
     taken = _numbers(generator, level)[: 1 + level]
     start = sum(taken) + _number(generator, level)
-    form = _pick(
-        generator, language, ("What is {}?", "Calculate {}.", "Work out {}."), ("计算{}。", "{}等于多少？", "求{}。")
-    )
+    form = _pick(generator, language, ("What is {}?", "Calculate {}.", "Work out {}."), ("计算{}。", "{}等于多少？", "求{}。"))
     return _chain(form, "subtraction", language, [start, *(-number for number in taken)])
 
 
@@ -179,9 +173,7 @@ def multiplication(generator: random.Random, level: int, language: Language) -> 
         steps = [f"{left} * {right} = {left * right}"]
     else:  # small enough to be added up
         steps = [f"{left} * {i} = {left * i}" for i in range(1, right + 1)]
-    form = _pick(
-        generator, language, ("What is {} * {}?", "Multiply {} by {}."), ("{} * {}等于多少？", "计算{} * {}。")
-    )
+    form = _pick(generator, language, ("What is {} * {}?", "Multiply {} by {}."), ("{} * {}等于多少？", "计算{} * {}。"))
     return Problem(form.format(left, right), "\n".join(steps), str(left * right), "multiplication", language)
 
 
@@ -195,9 +187,7 @@ def comparison(generator: random.Random, level: int, language: Language) -> Prob
     for number in numbers[1:]:
         sign = ">" if number > best else "<" if number < best else "="
         kept = max(best, number) if largest else min(best, number)
-        lines.append(
-            f"{number} {sign} {best}，留下{kept}" if language == "zh" else f"{number} {sign} {best}, keep {kept}"
-        )
+        lines.append(f"{number} {sign} {best}，留下{kept}" if language == "zh" else f"{number} {sign} {best}, keep {kept}")
         best = kept
     question = (chinese if language == "zh" else english).format(", ".join(map(str, numbers)))
     return Problem(question, "\n".join(lines), str(best), "comparison", language)

@@ -176,9 +176,7 @@ class TokenShards:
         self.split = split
         index = read_json(self.directory / _INDEX)
         if index.get("format") != _FORMAT or split not in index.get("splits", {}):
-            raise InputError(
-                f"{self.directory / _INDEX} is not the index of a token shard directory with a {split!r} split"
-            )
+            raise InputError(f"{self.directory / _INDEX} is not the index of a token shard directory with a {split!r} split")
         self.vocab_size: int = index["vocab_size"]
         self.tokenizer_sha256: str = index["tokenizer_sha256"]
         description = index["splits"][split]
@@ -232,18 +230,14 @@ class TokenShards:
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """InputError if the shards were written with another tokenizer."""
         if tokenizer.fingerprint() != self.tokenizer_sha256:
-            raise InputError(
-                f"{self.directory} was written with another tokenizer; write the shards again with this one"
-            )
+            raise InputError(f"{self.directory} was written with another tokenizer; write the shards again with this one")
 
 
 def _check(file: Path, sha256: str | None, size: int | None) -> None:
     if not file.is_file():
         raise InputError(f"{file} is missing; write the shards again")
     if size is not None and file.stat().st_size != size:
-        raise InputError(
-            f"{file} has {file.stat().st_size} bytes where {size} are expected (truncated?); write the shards again"
-        )
+        raise InputError(f"{file} has {file.stat().st_size} bytes where {size} are expected (truncated?); write the shards again")
     if sha256 is not None and _sha256(file) != sha256:
         raise InputError(f"{file} does not match its checksum; write the shards again")
 

@@ -99,9 +99,7 @@ def documents_from(path: str | Path, *, field: str = "text") -> Iterator[Documen
     """Documents of a .txt, .jsonl or .parquet file, or of all such files under a directory, sorted by path."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(
-            file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl", ".parquet") and file.is_file()
-        )
+        files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".jsonl", ".parquet") and file.is_file())
         if not files:
             raise InputError(f"{path} holds no .txt, .jsonl or .parquet file")
     elif path.is_file():

@@ -92,6 +92,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content.encode() for token_id, token in added.items()}
         self._control_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        """One more than the largest token id: what a model's `vocab_size` must at least be."""
         self._bytes_of_char = {char: value for value, char in enumerate(_byte_alphabet())}
 
     def _special(self, name: str) -> str:
@@ -101,11 +103,6 @@ class Tokenizer:
         if not isinstance(value, str):
             raise InputError(f"tokenizer_config.json field {name} is {value!r}, it must name a token of tokenizer.json")
         return value
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest token id: what a model's `vocab_size` must at least be."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def control_token_ids(self) -> frozenset[int]:
@@ -209,9 +206,7 @@ def train_tokenizer(
         show_progress=False,
     )
     backend.train_from_iterator(_without_special_tokens(texts), trainer)
-    backend.add_tokens(
-        [AddedToken(token, normalized=True, special=token == "<|EOT|>") for token in LATE_SPECIAL_TOKENS]
-    )
+    backend.add_tokens([AddedToken(token, normalized=True, special=token == "<|EOT|>") for token in LATE_SPECIAL_TOKENS])
     reached = backend.get_vocab_size(with_added_tokens=True)
     if reached != vocab_size:
         raise InputError(f"vocab_size is {vocab_size}, but this text gives only {reached} tokens; lower it or add text")
@@ -251,11 +246,10 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     if template_file.is_file():
         template = template_file.read_bytes().decode()
     if template is not None and not isinstance(template, str):
-        raise InputError(
-            f"{directory / 'tokenizer_config.json'}: chat_template must be one text, not {type(template).__name__}"
-        )
+        raise InputError(f"{directory / 'tokenizer_config.json'}: chat_template must be one text, not {type(template).__name__}")
     content = read_json(file)
-    if not isinstance(content.get("model"), dict) or content["model"].get("type") != "BPE":
+    model, decoder = content.get("model"), content.get("decoder")
+    if not isinstance(model, dict) or model.get("type") != "BPE" or '"ByteLevel"' not in json.dumps(decoder):
         raise InputError(f"{file} is not a byte-level BPE in the form of the `tokenizers` library")
     return Tokenizer(Backend.from_str(json.dumps(content)), config, template)
 

@@ -59,9 +59,7 @@ def _mend(story: str) -> str:
 def chapters(files: Files) -> Files:
     """A JSON list of chapters, white space at line ends and empty lines removed."""
     (content,) = files.values()
-    return documents(
-        "\n".join(line.strip() for line in chapter.splitlines() if line.strip()) for chapter in json.loads(content)
-    )
+    return documents("\n".join(line.strip() for line in chapter.splitlines() if line.strip()) for chapter in json.loads(content))
 
 
 # Novels in an R package: `Rdata.rdb` holds one zlib stream per object, each a character vector in R's XDR

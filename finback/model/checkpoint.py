@@ -209,11 +209,6 @@ def write_checkpoint(
         if free < total:
             needs = f"{directory} needs {total / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
             raise InputError(f"{needs}; make room, or write elsewhere")
-        _write_json(temporary / "config.json", config.to_dict())
-        for file in carried:
-            write_durably(temporary / file.name, file.read_bytes())
-        if not (temporary / GENERATION_CONFIG).exists():
-            _write_json(temporary / GENERATION_CONFIG, _generation_config(config))
         stream = iter(tensors)
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
@@ -222,6 +217,12 @@ def write_checkpoint(
             weight_map |= dict.fromkeys((spec.name for spec in shard), file_name)
         if len(shards) > 1:
             _write_json(temporary / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for file in carried:
+            write_durably(temporary / file.name, file.read_bytes())
+        if not (temporary / GENERATION_CONFIG).exists():
+            _write_json(temporary / GENERATION_CONFIG, _generation_config(config))
+        # Last, so that what a killed process leaves behind is no checkpoint to anyone.
+        _write_json(temporary / "config.json", config.to_dict())
 
 
 def _carried_files(source: Path | None) -> list[Path]:

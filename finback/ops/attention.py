@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finback.ops.precision import wide
+
 _QUERY_BLOCK = 128  # queries per block: later keys are never multiplied
 _SCORES_ALIVE = 1 << 19  # scores alive at a time on a CPU, so that they stay in its cache
 
@@ -108,7 +110,7 @@ def latent_attention(query: Tensor, latents: Tensor, rank: int, scale: float, ma
     """
     batch, tokens, heads, width = query.shape
     scores = torch.bmm(query.reshape(batch, tokens * heads, width), latents.transpose(1, 2))
-    scores = scores.view(batch, tokens, heads, -1).to(torch.float32) * scale
+    scores = scores.view(batch, tokens, heads, -1).to(wide(latents.dtype)) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(-1).to(latents.dtype)

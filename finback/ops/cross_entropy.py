@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finback.ops.precision import wide
+
 _CHUNK_ELEMENTS = 1 << 22  # logits alive at a time: 4 M, which a shared cache still holds
 
 
@@ -26,20 +28,21 @@ def _loss_and_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     with torch.autocast(hidden.device.type, enabled=False):
         matrix = weight.to(hidden.dtype)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        dtype = wide(hidden.dtype)
+        total = torch.zeros((), dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
         rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
             kept = target != ignore_index
             index = target.where(kept, 0).unsqueeze(1)
-            log_probs = F.log_softmax(part @ matrix.T, dim=-1, dtype=torch.float32)
+            log_probs = F.log_softmax(part @ matrix.T, dim=-1, dtype=dtype)
             total -= (log_probs.gather(1, index).squeeze(1) * kept).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             grad_logits = log_probs.exp_()
-            grad_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+            grad_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=dtype))
             grad_logits = grad_logits.mul_(kept.unsqueeze(1)).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, matrix, out=grad_hidden[start : start + rows])

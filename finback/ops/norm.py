@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finback.ops.precision import wide
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension: x [..., D], weight [D] -> [..., D] in x's dtype.
@@ -25,7 +27,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) per row, float32: [..., D] -> [..., 1]."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype))
     inverse: Tensor = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return inverse
 
@@ -44,7 +46,7 @@ class _RMSNorm(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             normalised = (x * scale).flatten(0, -2)
             product = normalised * grad.flatten(0, -2)
-            weight32 = weight.to(torch.float32)
+            weight32 = weight.to(product.dtype)
             grad_weight = torch.mv(product.T, product.new_ones(product.shape[0])).to(weight.dtype)
             projection = torch.mv(product, weight32).div_(-x.shape[-1]).unsqueeze(1)
             grad_x = torch.addcmul(torch.mul(grad, weight32).view_as(product), normalised, projection)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from finback.config import ModelConfig, RopeScaling
+from finback.ops.precision import wide
 
 
 def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,5 +65,5 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Computed in float32, returned in x's dtype.
     """
-    pairs = torch.view_as_complex(x.to(torch.float32).unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.to(wide(x.dtype)).unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(cos, sin).to(pairs.dtype)).flatten(-2).to(x.dtype)

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finback.ops.precision import wide
+
 
 def router_scores(x: Tensor, weight: Tensor, scoring_func: str) -> Tensor:
     """Affinities s = sigmoid(W x) or softmax(W x), in float32 whatever the dtypes: x [N, D], weight [E, D] -> [N, E]."""
     with torch.autocast(x.device.type, enabled=False):
-        logits = F.linear(x.to(torch.float32), weight.to(torch.float32))
+        logits = F.linear(x.to(wide(x.dtype)), weight.to(wide(x.dtype)))
     return logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(-1)
 
 

@@ -35,7 +35,7 @@ class _SwiGLU(torch.autograd.Function):
         silu = F.silu(gate)
         grad_weight = None
         if row_weight is not None:
-            grad_weight = (silu * up).mul_(grad).sum(-1, dtype=torch.float32)
+            grad_weight = (silu * up).mul_(grad).sum(-1, dtype=row_weight.dtype)
             grad = grad * row_weight.unsqueeze(-1).to(grad.dtype)
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
         return grad_gate, silu.mul_(grad), grad_weight

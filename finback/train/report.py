@@ -69,7 +69,7 @@ def write_report(
     config = read_json(run / "config.json")
     rows = read_metrics(run / METRICS_FILE)
     plots = draw_plots(run, reference_loss=reference_loss)
-    parts = [f"# {run.resolve().name}", _summary(config, rows)]
+    parts = [f"# {run.resolve().name}", _summary(run, config, rows)]
     parts += [f"## {heading}\n\n{text.strip()}" for heading, text in sections]
     parts.append(f"## First and last\n\n{_table(rows)}")
     parts.append(_pictures(plots))
@@ -160,9 +160,7 @@ def draw_throughput(rows: Sequence[Mapping[str, Any]]) -> "Figure | None":
     return figure
 
 
-def draw_expert_load(
-    loads: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], names: Sequence[str]
-) -> "Figure":
+def draw_expert_load(loads: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> "Figure":
     """A heat map per router, experts over steps, in multiples of the mean load; below them the curve of max violation.
 
     Args:
@@ -265,7 +263,7 @@ def _router_names(model: ModelConfig | None, count: int) -> list[str]:
     return main + [f"MTP module {depth + 1}" for depth in range(model.num_nextn_predict_layers)]
 
 
-def _summary(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def _summary(run: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     model = _model(config)
     if model is not None:
@@ -279,7 +277,8 @@ def _summary(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
             f"{_count(count.active)} active per token{mtp}."
         )
     if config.get("data"):
-        lines.append(f"**Data**: {', '.join(f'`{directory}`' for directory in config['data'])}.")
+        inside = (directory.removeprefix(f"{run.resolve()}/") for directory in config["data"])
+        lines.append(f"**Data**: {', '.join(f'`{directory}`' for directory in inside)}.")
     if rows:
         seconds = rows[-1].get("seconds")
         took = f" in {_duration(seconds)}" if seconds is not None else ""
@@ -320,14 +319,10 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _pictures(plots: Sequence[Path]) -> str:
     if not plots:
         absent = find_spec("matplotlib") is None
-        return "No plots: " + (
-            "matplotlib is not installed (the extra `report` brings it)." if absent else "no rows yet."
-        )
+        return "No plots: " + ("matplotlib is not installed (the extra `report` brings it)." if absent else "no rows yet.")
     titles = {"loss": "Loss", "expert_load": "Expert load", "throughput": "Throughput"}
     ordered = sorted(plots, key=lambda file: list(titles).index(file.stem))
-    return "\n\n".join(
-        f"## {titles[file.stem]}\n\n![{titles[file.stem]}]({file.parent.name}/{file.name})" for file in ordered
-    )
+    return "\n\n".join(f"## {titles[file.stem]}\n\n![{titles[file.stem]}]({file.parent.name}/{file.name})" for file in ordered)
 
 
 def _sample(prompt: str, continuation: str) -> str:
@@ -339,13 +334,8 @@ def _sample(prompt: str, continuation: str) -> str:
 
 def _go_on(run: Path) -> str:
     steps = sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
-    directory = next(
-        (path for path in (run / "final", *reversed(steps)) if path.is_dir()), run / "checkpoints" / "step-N"
-    )
-    return (
-        f"```\nfinback generate {directory} --prompt {json.dumps('Once upon a time')}\n"
-        f"finback pretrain --resume {run}\n```"
-    )
+    directory = next((path for path in (run / "final", *reversed(steps)) if path.is_dir()), run / "checkpoints" / "step-N")
+    return f"```\nfinback generate {directory} --prompt {json.dumps('Once upon a time')}\nfinback pretrain --resume {run}\n```"
 
 
 def _duration(seconds: float) -> str:

@@ -36,7 +36,7 @@ def test_mistakes() -> None:
         next(gym_problems("chain_sun", 1))
     with pytest.raises(InputError, match="chain_sum does not take"):
         next(gym_problems("chain_sum", 1, depth=3))
-    with pytest.raises(InputError, match="chain_sum does not take .*min_terms must be positive"):
+    with pytest.raises(InputError, match=r"chain_sum does not take .*min_terms must be positive"):
         next(gym_problems("chain_sum", 1, min_terms=-3))
     with pytest.raises(InputError, match="rubiks_cube has no single answer"):
         next(gym_problems("rubiks_cube", 1))

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -105,8 +106,10 @@ def test_what_is_not_there_is_one_sentence(environment: dict[str, str], tmp_path
         assert done.returncode == 2, done.stderr
         assert expected in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
-    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"  # the discard port: nothing answers
-    done = _fetch(environment, "some/fables", "--cache", cache)
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        done = _fetch(environment, "some/fables", "--cache", cache)
     assert done.returncode == 2
     assert "set HF_ENDPOINT to a mirror that can be reached" in done.stderr
     assert not list(Path(cache).rglob("text.jsonl"))

@@ -235,9 +235,10 @@ def test_bad_input(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"tokenizer\.json is not valid JSON"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"hidden_size": 7}')
-    with pytest.raises(InputError, match=r"tokenizer\.json is not a byte-level BPE"):
-        load_tokenizer(tmp_path)
+    for other in ('{"hidden_size": 7}', '{"model": {"type": "BPE"}, "decoder": {"type": "Metaspace"}}'):
+        (tmp_path / "tokenizer.json").write_text(other)
+        with pytest.raises(InputError, match=r"tokenizer\.json is not a byte-level BPE"):
+            load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": null}')
     with pytest.raises(InputError, match="eos_token is None"):
