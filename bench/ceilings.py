@@ -24,9 +24,9 @@ class Size:
     gemv_shape: tuple[int, int] = (8192, 2048)
 
 
-FULL = Size()
-QUICK = Size(seconds=0.15, memory_bytes=1 << 28)
-TOY = Size(shapes=((64, 64, 64),), seconds=0.001, memory_bytes=1 << 16, gemv_shape=(64, 32))
+FULL: Size = Size()
+QUICK: Size = Size(seconds=0.15, memory_bytes=1 << 28)
+TOY: Size = Size(shapes=((64, 64, 64),), seconds=0.001, memory_bytes=1 << 16, gemv_shape=(64, 32))
 
 
 class Ceilings(NamedTuple):
@@ -63,9 +63,10 @@ def run(size: Size) -> tuple[list[Row], Ceilings]:
 
 def notes() -> list[str]:
     return [
-        "Best of the repetitions. Matrix products of several shapes, because small ones stay in cache and large ones use the cores better;"
-        " the best of them is the ceiling.",
-        "Read: the sum of an array far larger than the caches. Cold: the matrix is one of several, so that none is in cache when its turn comes.",
+        "Best of the repetitions. Matrix products of several shapes, because small ones stay in cache and large ones use the "
+        "cores better; the best of them is the ceiling.",
+        "Read: the sum of an array far larger than the caches. Cold: the matrix is one of several, so that none is in cache when "
+        "its turn comes.",
     ]
 
 
@@ -117,3 +118,9 @@ def best_seconds(work: Callable[[], object], seconds: float) -> float:
         best = min(best, time.perf_counter() - start)
         repetitions += 1
     return best
+
+
+if __name__ == "__main__":
+    from bench.cli import main_of
+
+    main_of("ceilings")

@@ -1,8 +1,8 @@
 """Run competitors in turns: ours, theirs, ours, theirs, ... and keep every time.
 
-Each competitor lives in a process of its own, which is blocked while another one has its turn. That is fairer than one process: libraries
-keep caches of compiled kernels per process (oneDNN's holds 1024), and a peer that fills them with a new shape at every step would slow down whoever comes
-next; each process also shows its own peak memory. Machines drift by 15-25% within minutes, which is why turns alternate.
+Each competitor lives in a process of its own, which is blocked while another one has its turn. That is fairer than one process:
+libraries keep caches of compiled kernels per process (oneDNN's holds 1024), and a peer that fills them with new shapes at every step
+would slow down whoever comes next. Machines drift by 15-25% within minutes, which is why turns alternate.
 """
 
 import multiprocessing

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,8 @@ def peak_memory_bytes() -> int | None:
 
 def reset_peak_memory() -> None:
     """Begin the peak anew at what is resident now, where the kernel can."""
-    try:
+    with suppress(OSError):  # elsewhere the peak counts from the start of the process
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # the peak then counts from the start of the process
 
 
 def _git(*arguments: str) -> str | None:

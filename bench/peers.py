@@ -70,7 +70,9 @@ def _their_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     theirs = {}
     for name, tensor in state.items():
         if name.endswith("experts.gate_proj"):
-            theirs[name.replace("gate_proj", "gate_up_proj")] = torch.cat((tensor, state[name.replace("gate_proj", "up_proj")]), dim=1)
+            theirs[name.replace("gate_proj", "gate_up_proj")] = torch.cat(
+                (tensor, state[name.replace("gate_proj", "up_proj")]), dim=1
+            )
         elif not name.endswith("experts.up_proj"):
             theirs[name] = tensor
     return theirs

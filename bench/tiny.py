@@ -29,7 +29,16 @@ CATEGORIES = {
     "norms": ("_RMSNorm",),
     "SwiGLU": ("_SwiGLU",),
     "routing and permutation": (
-        *("_Permute", "_Unpermute", "aten::topk", "aten::argsort", "aten::bincount", "aten::gather", "aten::scatter", "aten::sigmoid"),
+        *(
+            "_Permute",
+            "_Unpermute",
+            "aten::topk",
+            "aten::argsort",
+            "aten::bincount",
+            "aten::gather",
+            "aten::scatter",
+            "aten::sigmoid",
+        ),
         *("aten::index", "aten::repeat_interleave", "aten::cumsum", "GatherBackward", "SigmoidBackward", "IndexSelectBackward"),
         *("aten::one_hot", "aten::embedding_bag", "aten::index_select", "aten::scatter_add_", "aten::masked_fill"),
     ),
@@ -55,8 +64,8 @@ class Size:
     separate: bool = True
 
 
-FULL = Size()
-QUICK = Size(steps=1, warm_up=2, turns=3)
+FULL: Size = Size()
+QUICK: Size = Size(steps=1, warm_up=2, turns=3)
 
 
 def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str], dict[str, Any]]:
@@ -68,7 +77,10 @@ def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str], dict[str,
         "fp32": (size, "fp32"),
     }
     competitors: dict[str, Callable[[], Any]] = {name: partial(build_steps, *variant) for name, variant in variants.items()}
-    competitors |= {precision: partial(build_probe, precision[7:], ceilings.matmul_shape[precision[7:]]) for precision in ("matmul bf16", "matmul fp32")}
+    competitors |= {
+        precision: partial(build_probe, precision[7:], ceilings.matmul_shape[precision[7:]])
+        for precision in ("matmul bf16", "matmul fp32")
+    }
     turns = alternate(competitors, range(size.warm_up + size.turns), separate=size.separate)
     kept = {name: turns[name][size.warm_up :] for name in turns}
     rows = []
@@ -81,7 +93,11 @@ def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str], dict[str,
         rows.append(Row(f"training {name}", "tokens_per_second", *speed, floor={"gflop": gflop, "seconds": gflop / ceiling}))
         share = speed.median / (size.sequences * size.tokens) * gflop / ceiling
         target = TARGET_SHARE if name == "bf16" else None
-        rows.append(Row(f"share of the matmul ceiling, {name}", "share", share, target=target, floor={"ceiling_gflop_per_second": ceiling}))
+        rows.append(
+            Row(
+                f"share of the matmul ceiling, {name}", "share", share, target=target, floor={"ceiling_gflop_per_second": ceiling}
+            )
+        )
     rows += [_memory_row(size, recompute) for recompute in size.recompute]
     shares = _call(partial(build_profile, size), size.separate)
     return rows, _notes(size), {"time_shares": shares}
@@ -125,9 +141,9 @@ def build_profile(size: Size) -> Callable[[Any], list[dict[str, Any]]]:
         start = time.perf_counter()
         step(turn)
         undisturbed = time.perf_counter() - start
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
+        with torch.autograd.profiler.profile(use_kineto=False) as profiler:
             step(turn)
-        return time_by_category(profiler.events(), undisturbed)
+        return time_by_category(profiler.function_events, undisturbed)
 
     return measure
 
@@ -162,8 +178,15 @@ def _call(build: Callable[[], Callable[[Any], Any]], separate: bool) -> Any:
 def _notes(size: Size) -> list[str]:
     counts = count_params(size.config)
     return [
-        f"{counts.total / 1e6:.2f}M parameters without MTP, {counts.active / 1e6:.2f}M active; {size.sequences} x {size.tokens} new random tokens "
-        "per step; the step of finback pretrain: forward, LM, MTP and balance losses, backward, clipping, AdamW.",
+        f"{counts.total / 1e6:.2f}M parameters without MTP, {counts.active / 1e6:.2f}M active; {size.sequences} x {size.tokens} new "
+        "random tokens per step; the step of finback pretrain: forward, LM, MTP and balance losses, backward, clipping, AdamW.",
         "Peak memory: resident memory of the whole process, libraries included (about 300 MiB before any model).",
-        "Time shares: one profiled step; an operation's own time goes to the part of the model that it runs inside of, forward and backward.",
+        "Time shares: one profiled step; an operation's own time goes to the part of the model that it runs inside of, in forward and "
+        "backward.",
     ]
+
+
+if __name__ == "__main__":
+    from bench.cli import main_of
+
+    main_of("tiny")

@@ -26,8 +26,7 @@ from finback.train.throughput import training_flops_per_token
 TARGET_RATIO = {"fp32": 1.4, "bf16": 2.5}
 TARGET_SHARE = 0.65  # of the bf16 matmul ceiling
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # of the first step, before any update
-OPTIMIZER = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-MAX_NORM = 1.0
+LR, BETA1, BETA2, EPSILON, WEIGHT_DECAY, MAX_NORM = 1e-4, 0.9, 0.95, 1e-8, 0.1, 1.0
 _PROBE_SECONDS = 0.3
 
 
@@ -43,8 +42,8 @@ class Size:
     separate: bool = True
 
 
-FULL = Size()
-QUICK = Size(warm_up=1, turns=2)
+FULL: Size = Size()
+QUICK: Size = Size(warm_up=1, turns=2)
 
 
 def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str]]:
@@ -93,12 +92,14 @@ def build_theirs(size: Size, precision: str, settings: Mapping[str, str]) -> Cal
 
 
 def _torch_step(model: torch.nn.Module, loss_of: Callable[[Tensor], Tensor], size: Size) -> Callable[[Any], float]:
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **OPTIMIZER)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LR, betas=(BETA1, BETA2), eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
+    )
     draw = token_source(size)
 
     def step(turn: Any) -> float:
         loss = loss_of(draw())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
@@ -112,28 +113,29 @@ def build_own_loop(size: Size, precision: str) -> Callable[[Any], float]:
     return training_step(size.config, precision, token_source(size))
 
 
-def training_step(config: ModelConfig, precision: str, draw: Callable[[], Tensor], recompute: str = "none") -> Callable[[Any], float]:
+def training_step(
+    config: ModelConfig, precision: str, draw: Callable[[], Tensor], recompute: str = "none"
+) -> Callable[[Any], float]:
     """The same functions with the same arguments as the loop in `finback.train.pretrain`; the loss of the main head."""
     model = our_model(config)
     parameters = dict(model.named_parameters())
     adam = init_adam_state(parameters)
-    coefficients = {"mtp_loss_coef": 0.3, "balance_loss_coef": 1e-4, "precision": precision, "recompute": recompute}
+    coefficients: Any = {"mtp_loss_coef": 0.3, "balance_loss_coef": 1e-4, "precision": precision, "recompute": recompute}
 
     def step(turn: Any) -> float:
-        losses = accumulate_gradients(model, [draw()], **coefficients)  # type: ignore[arg-type]
+        losses = accumulate_gradients(model, [draw()], **coefficients)
         gradients = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
         with torch.profiler.record_function("optimizer"):
             scale = clip_scale(gradient_norm(gradients), MAX_NORM)
-            beta1, beta2 = OPTIMIZER["betas"]  # type: ignore[misc]
             adamw_update(
                 parameters,
                 gradients,
                 adam,
-                lr=OPTIMIZER["lr"],  # type: ignore[arg-type]
-                beta1=beta1,
-                beta2=beta2,
-                epsilon=OPTIMIZER["eps"],  # type: ignore[arg-type]
-                weight_decay=OPTIMIZER["weight_decay"],  # type: ignore[arg-type]
+                lr=LR,
+                beta1=BETA1,
+                beta2=BETA2,
+                epsilon=EPSILON,
+                weight_decay=WEIGHT_DECAY,
                 gradient_scale=scale,
             )
         for parameter in parameters.values():
@@ -180,7 +182,13 @@ def _rows(size: Size, precision: str, turns: Mapping[str, list[Turn]], ceilings:
     def share(name: str, label: str) -> Row:
         target = TARGET_SHARE if precision == "bf16" and name == "finback" else None
         value = speeds[name].median * gflop_per_token / ceiling
-        return Row(f"share of the {precision} matmul ceiling{label}", "share", value, target=target, floor={"ceiling_gflop_per_second": ceiling})
+        return Row(
+            f"share of the {precision} matmul ceiling{label}",
+            "share",
+            value,
+            target=target,
+            floor={"ceiling_gflop_per_second": ceiling},
+        )
 
     return [
         *(against("finback", peer, TARGET_RATIO[precision]) for peer in SETTINGS),
@@ -194,10 +202,17 @@ def _rows(size: Size, precision: str, turns: Mapping[str, list[Turn]], ceilings:
 def _notes(size: Size) -> list[str]:
     counts = count_params(size.config)
     return [
-        f"{counts.total / 1e6:.2f}M parameters, {counts.active / 1e6:.2f}M active; {size.sequences} x {size.tokens} new random tokens per step; "
-        "forward, loss, backward, clipping to 1.0 and torch's fused AdamW on both sides; losses of the first step compared before.",
-        "transformers: as it comes (sdpa, grouped_mm). transformers, eager: eager attention and eager experts, sometimes faster on a CPU. "
-        "own loop: our model in the step of finback pretrain, with its own AdamW and balance terms, beside the faster of the two.",
-        "FLOP: the matrix products of forward and backward, attention counted causally, nothing for norms, routing and the optimizer. The"
-        " ceiling is the highest matmul rate of this run.",
+        f"{counts.total / 1e6:.2f}M parameters, {counts.active / 1e6:.2f}M active; {size.sequences} x {size.tokens} new random "
+        "tokens per step; forward, loss, backward, clipping to 1.0 and torch's fused AdamW on both sides; losses of the first step "
+        "compared before.",
+        "transformers: as it comes (sdpa, grouped_mm). transformers, eager: eager attention and eager experts, sometimes faster on "
+        "a CPU. own loop: our model in the step of finback pretrain, with its own AdamW and balance terms, beside the faster of the two.",
+        "FLOP: the matrix products of forward and backward, attention counted causally, nothing for norms, routing and the optimizer. "
+        "The ceiling is the highest matmul rate of this run.",
     ]
+
+
+if __name__ == "__main__":
+    from bench.cli import main_of
+
+    main_of("train")

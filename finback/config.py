@@ -54,47 +54,26 @@ class RopeScaling:
 
 
 # Fields of config.json that are read into ModelConfig under their own name.
+# fmt: off
 _INTEGERS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "moe_intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "n_shared_experts",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "n_group",
-    "topk_group",
-    "first_k_dense_replace",
-    "num_nextn_predict_layers",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
+    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "first_k_dense_replace",
+    "num_nextn_predict_layers", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
     "max_position_embeddings",
 )
+# fmt: on
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
 _NUMBERS = ("routed_scaling_factor", "rms_norm_eps", "initializer_range", "rope_theta")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # Fields that do not change what the model computes: ignored whatever they hold.
-_NEUTRAL = frozenset(
-    (
-        *(
-            "architectures",
-            "auto_map",
-            "transformers_version",
-            "use_cache",
-            "ep_size",
-            "aux_loss_alpha",
-            "seq_aux",
-            "torchscript",
-        ),
-        *("pretraining_tp", "output_router_logits", "router_aux_loss_coef", "return_dict", "chunk_size_feed_forward", "id2label"),
-        *("label2id", "problem_type", "output_attentions", "output_hidden_states", "_name_or_path", "name_or_path"),
-    )
-)
+# fmt: off
+_NEUTRAL = frozenset((
+    "architectures", "auto_map", "transformers_version", "use_cache", "ep_size", "aux_loss_alpha", "seq_aux", "torchscript",
+    "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "return_dict", "chunk_size_feed_forward", "id2label",
+    "label2id", "problem_type", "output_attentions", "output_hidden_states", "_name_or_path", "name_or_path",
+))
+# fmt: on
 
 # Fields that do change it, and the only value the computation here supports.
 _ONLY_SUPPORTED: dict[str, Any] = {

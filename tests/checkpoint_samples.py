@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,6 @@ BASE = ModelConfig(
 
 
 def _changed(**changes: Any) -> ModelConfig:
-    from dataclasses import replace
-
     return replace(BASE, **changes)
 
 

@@ -423,9 +423,7 @@ def test_counts_agree_with_transformers_on_small_models() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     for name in ("deepseek-v3", "deepseek-v2", "deepseek-v2-lite"):
-        config = replace(
-            ModelConfig.from_dict(published(name)), num_hidden_layers=5, num_nextn_predict_layers=0, fp8=False
-        )
+        config = replace(ModelConfig.from_dict(published(name)), num_hidden_layers=5, num_nextn_predict_layers=0, fp8=False)
         data = config.to_dict()
         model_type = data.pop("model_type")
         with torch.device("meta"):

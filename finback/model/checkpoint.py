@@ -91,7 +91,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, device: torc
                 _read_weight(reader, checkpoint.stored, name, tensor)
             elif name in checkpoint.stored:
                 _check_copy(reader, checkpoint.stored, name, original)
-    vars(model)["source_directory"] = checkpoint.directory.resolve()  # where `save` finds the tokenizer
+    model.source_directory = checkpoint.directory.resolve()
     return model
 
 
@@ -114,8 +114,9 @@ def save(
         found = ", ".join(sorted(map(str, dtypes)))
         raise InputError(f"the model's parameters are {found}; a checkpoint has one of {', '.join(_DTYPE_NAMES.values())}")
     config = replace(model.config, torch_dtype=_DTYPE_NAMES[dtypes.pop()], fp8=fp8)
-    if tokenizer_from is None:
-        tokenizer_from = vars(model).get("source_directory")
+    remembered = model.source_directory
+    if tokenizer_from is None and remembered is not None and remembered.is_dir():
+        tokenizer_from = remembered
     stored_as = {spec.name: spec.dtype for spec in checkpoint_tensors(config)}
     tensors = (pair for name, tensor in hf_tensors(model) for pair in _encode(name, tensor, stored_as[name]))
     write_checkpoint(directory, config, tensors, tokenizer_from, max_shard_bytes)
@@ -200,9 +201,12 @@ def write_checkpoint(
     shards = plan_shards(specs, max_shard_bytes)
     carried = _carried_files(None if tokenizer_from is None else Path(tokenizer_from))
 
+    stale = {"config.json", GENERATION_CONFIG, SINGLE_FILE, INDEX_FILE}
+    if any(file.name in TOKENIZER_FILES for file in carried):  # the files of two tokenizers must not mix
+        stale.update(TOKENIZER_FILES)
+
     def is_stale(name: str) -> bool:
-        own = ("config.json", GENERATION_CONFIG, SINGLE_FILE, INDEX_FILE, *(TOKENIZER_FILES if carried else ()))
-        return name in own or _SHARD.fullmatch(name) is not None
+        return name in stale or _SHARD.fullmatch(name) is not None
 
     with replaced_directory(directory, is_stale) as temporary:
         free = shutil.disk_usage(temporary).free

@@ -4,6 +4,7 @@ The module tree carries the published parameter names, so a checkpoint needs alm
 disk, and MTP modules share the embedding and the head that the files repeat.
 """
 
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -121,6 +122,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.source_directory: Path | None = None  # where it was loaded from: `save` carries the tokenizer over
         device = None if device is None else torch.device(device)
         self.model = Decoder(config, device, dtype)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, device, dtype)

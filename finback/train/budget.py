@@ -16,7 +16,7 @@ from finback.train.ramps import resolve_ramps, tokens_of_steps
 
 PLAN_FILE = "plan.json"
 _FIRST_PLAN = 0.02  # share of the time after which the first plan is made
-_NEXT_PLAN = 0.25  # the next ones: when this share of what was left has passed
+_NEXT_PLAN = 0.25  # the next ones: when this share of what was left, in seconds or tokens, has passed
 _LEAST_STEPS = 3  # timed steps before the first plan
 
 
@@ -52,13 +52,18 @@ def next_plan(plans: list[Plan], *, step: int, tokens: int, seconds: float, limi
     if last.total_tokens is None:
         due = step >= last.step + _LEAST_STEPS and seconds >= _FIRST_PLAN * limit_seconds
     else:
-        due = seconds >= last.seconds + max(_NEXT_PLAN * (limit_seconds - last.seconds), _FIRST_PLAN * limit_seconds)
+        # By the clock, so that a run that has become slower is shortened in time; by tokens, lest a faster one ends early.
+        due = seconds >= _next_mark(last.seconds, limit_seconds) or tokens >= _next_mark(last.tokens, last.total_tokens)
     if not due and seconds < limit_seconds:
         return None
     # A resumed run can be younger than the last plan says: what it repeated after the checkpoint took its time twice.
     passed = seconds - last.seconds
     speed = (tokens - last.tokens) / passed if passed > 0 else tokens / max(seconds, 1e-9)
     return Plan(step, tokens, seconds, tokens + max(0, int(speed * (limit_seconds - seconds))))
+
+
+def _next_mark(last: float, end: float) -> float:
+    return last + max(_NEXT_PLAN * (end - last), _FIRST_PLAN * end)
 
 
 def planned_total(plans: list[Plan], step: int) -> int | None:

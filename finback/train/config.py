@@ -211,6 +211,12 @@ def _check_numbers(c: PretrainConfig) -> None:
     for name, choices in _CHOICES.items():
         if getattr(c, name) not in choices:
             raise InputError(f"field {name} is {getattr(c, name)!r}, it must be one of {', '.join(choices)}")
+    if not isinstance(c.data_weights, tuple) or not all(isinstance(share, int | float) for share in c.data_weights):
+        raise InputError(f"field data_weights is {c.data_weights!r}, it must be a list of numbers")
+    if c.tokenizer is not None and not isinstance(c.tokenizer, str):
+        raise InputError(f"field tokenizer is {c.tokenizer!r}, it must be a directory")
+    if not isinstance(c.device, str):
+        raise InputError(f"field device is {c.device!r}, it must be a name such as cpu or cuda")
     for name in ("data", "sample_prompts"):
         if not isinstance(getattr(c, name), tuple) or not all(isinstance(item, str) for item in getattr(c, name)):
             raise InputError(f"field {name} is {getattr(c, name)!r}, it must be a list of texts")

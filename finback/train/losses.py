@@ -42,7 +42,7 @@ class BatchLosses(NamedTuple):
 
 def accumulate_gradients(
     model: Transformer,
-    micro_batches: Sequence[Int64[Tensor, "B T_plus_1"]],
+    micro_batches: Sequence[Int64[Tensor, "_ T_plus_1"]],
     *,
     mtp_loss_coef: float,
     balance_loss_coef: float,

@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import finback
 from finback.config import InputError, ModelConfig, checkpoint_tensors
-from finback.model.checkpoint import hf_tensors, load, save
+from finback.model.checkpoint import hf_tensors, load, save, write_checkpoint
 from finback.model.safetensors_io import read_catalog
 from finback.ops.fp8 import dequantize_128x128
 from tests.checkpoint_samples import (
@@ -488,6 +488,10 @@ def test_tokenizer_and_generation_config_come_along(tmp_path: Path) -> None:
         assert not (out / "README.md").exists()
     with pytest.raises(InputError, match="nowhere is not a directory"):
         save(build(BASE), tmp_path / "out", tokenizer_from=tmp_path / "nowhere")
+    model = load(source)
+    source.rename(tmp_path / "elsewhere")
+    save(model, tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_saving_over_a_checkpoint_replaces_its_files_and_keeps_others(tmp_path: Path) -> None:
@@ -521,6 +525,21 @@ def test_model_that_cannot_be_saved_is_told_and_leaves_the_old_one(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_what_is_being_written_is_no_checkpoint_yet(tmp_path: Path) -> None:
+    model, seen = build(BASE), []
+
+    def watched() -> Iterator[tuple[str, Tensor]]:
+        for pair in hf_tensors(model):
+            (hidden,) = tmp_path.iterdir()
+            seen.append(hidden.name.startswith(".model.") and not (hidden / "config.json").exists())
+            yield pair
+
+    write_checkpoint(tmp_path / "model", model.config, watched())
+    assert len(seen) > 10
+    assert all(seen)
+    assert_equal_weights(load(tmp_path / "model"), model)
+
+
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
@@ -537,7 +556,7 @@ except OSError as error:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
-@pytest.mark.parametrize("limit", [100, 70_000])  # inside config.json, inside the weights
+@pytest.mark.parametrize("limit", [100, 70_000])  # inside the header, inside the weights
 def test_disk_that_fills_up_leaves_the_old_checkpoint(limit: int, tmp_path: Path) -> None:
     save(build(BASE), tmp_path / "model")
     before = file_bytes(tmp_path / "model")
@@ -555,7 +574,7 @@ import sys
 from pathlib import Path
 import torch
 from finback.config import checkpoint_tensors
-from finback.model.checkpoint import hf_tensors, load, save
+from finback.model.checkpoint import hf_tensors, load, save, write_checkpoint
 from finback.model.safetensors_io import tensor_bytes
 from finback.model.transformer import Transformer
 from tests.checkpoint_samples import BASE, build

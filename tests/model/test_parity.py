@@ -7,6 +7,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -271,18 +272,20 @@ def test_parity_would_see_each_forgotten_term() -> None:
 # The error rule in bfloat16: against the float32 model, at most twice the error of plain PyTorch code at the same precision.
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("config", [BASE, replace(BASE, q_lora_rank=None), V2], ids=["v3", "no query compression", "v2"])
-def test_bf16_autocast_is_at_most_twice_as_wrong_as_transformers(config: ModelConfig) -> None:
+def test_bf16_autocast_is_at_most_twice_as_wrong_as_transformers(config: ModelConfig, attention: str) -> None:
+    """Logits and all gradients together; errors of three models summed, so that one lucky expert choice decides nothing."""
     ours, theirs, gradient_ours, gradient_theirs = 0.0, 0.0, 0.0, 0.0
-    for seed in range(3):  # summed, so that one lucky or unlucky expert choice decides nothing
+    for seed in range(3):
         model = build(replace(config, n_routed_experts=4, num_experts_per_tok=3, n_group=1, topk_group=1), seed)
         input_ids = untied(model, 2, 140, seed)
         weights = torch.randn(2, 140, config.vocab_size) / 280
-        other = twin(model)
+        other = twin(model, attention)
         reference = other(input_ids).logits
         (reference * weights).sum().backward()
-        expected = torch.cat([gradient.flatten() for _, gradient in gradients(other)])
         names = [name for name, _ in gradients(other)]
+        expected = torch.cat([gradient.flatten() for _, gradient in gradients(other)])
         other.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits, logits_theirs = model(input_ids), other(input_ids).logits
@@ -291,11 +294,87 @@ def test_bf16_autocast_is_at_most_twice_as_wrong_as_transformers(config: ModelCo
         parameters = dict(model.named_parameters())
         ours += relative_error(logits, reference)
         theirs += relative_error(logits_theirs, reference)
-        gradient_ours += relative_error(torch.cat([parameters[name].grad.flatten() for name in names]), expected)
+        gradient_ours += relative_error(torch.cat([parameters[name].grad.flatten() for name in names]), expected)  # type: ignore[union-attr]
         gradient_theirs += relative_error(torch.cat([gradient.flatten() for _, gradient in gradients(other)]), expected)
     assert ours < 2 * theirs
     assert gradient_ours < 2 * gradient_theirs
     assert ours / 3 < 0.1
+
+
+# Gradients once more, without an oracle.
+
+
+EVERYTHING = replace(BASE, num_nextn_predict_layers=2, **yarn(mscale=1.0, mscale_all_dim=0.7))
+
+
+def whole_loss(model: Transformer, input_ids: torch.Tensor, recompute: Any = "none", documents: torch.Tensor | None = None) -> torch.Tensor:
+    """Language model, both MTP depths and the balance term."""
+    output = model.train_forward(input_ids, recompute=recompute, document_ids=documents)
+    loss = output.balance_loss
+    for shift, hidden in enumerate([output.hidden, *output.mtp_hidden]):
+        targets = input_ids[:, shift:].flatten()
+        loss = loss + linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, targets) / targets.numel()
+    return loss
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_gradient_in_float64_is_the_slope_of_the_whole_loss(packed: bool) -> None:
+    """Every hand-written backward at once, with the terms that transformers does not have: MTP chained, balance, hidden documents."""
+    model = build(EVERYTHING).double()
+    input_ids = untied(model, 2, 21)
+    documents = torch.arange(21).expand(2, -1) // 8 if packed else None
+    whole_loss(model, input_ids, documents=documents).backward()
+    parameters = list(model.parameters())
+    start = [parameter.detach().clone() for parameter in parameters]
+    direction = [torch.randn_like(parameter) * parameter.norm() / parameter.numel() ** 0.5 for parameter in start]
+    slope = sum((parameter.grad * way).sum().item() for parameter, way in zip(parameters, direction, strict=True))  # type: ignore[operator]
+    losses = []
+    with torch.no_grad():
+        for step in (1e-6, -1e-6):
+            for parameter, origin, way in zip(parameters, start, direction, strict=True):
+                parameter.copy_(origin + step * way)
+            losses.append(whole_loss(model, input_ids, documents=documents).item())
+    assert slope == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_frozen_parameters_change_no_other_gradient(recompute: str) -> None:
+    model = build(EVERYTHING)
+    input_ids = untied(model, 2, 21)
+    whole_loss(model, input_ids).backward()
+    kept = [name for name, _ in model.named_parameters() if name.endswith(("1.self_attn.kv_b_proj.weight", "2.mlp.experts.up_proj"))]
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if name in kept}
+    model.zero_grad(set_to_none=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in kept)
+    whole_loss(model, input_ids, recompute).backward()
+    assert len(kept) == 2
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (name not in kept)
+        assert name not in kept or torch.equal(parameter.grad, expected[name]), name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_a_training_step_is_bitwise_repeatable_on_two_threads(autocast: bool) -> None:
+    """What resuming bitwise rests on."""
+    model, threads = build(EVERYTHING), torch.get_num_threads()
+    input_ids = torch.randint(0, 96, (4, 200))
+    runs = []
+    torch.set_num_threads(2)
+    try:
+        for _ in range(3):
+            model.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                loss = whole_loss(model, input_ids)
+            loss.backward()
+            runs.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+            del loss
+            model.zero_grad(set_to_none=True)
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for one, other in zip(run, runs[0], strict=True):
+            assert torch.equal(one, other)  # type: ignore[arg-type]
 
 
 # What a model is made of.

@@ -38,6 +38,12 @@ def test_loss_and_gradients_equal_the_two_steps(
         torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=2e-6)
 
 
+def test_gradients_pass_gradcheck() -> None:
+    hidden, weight, targets = draw(6, 2)
+    inputs = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *tensors: linear_cross_entropy(*tensors, targets), inputs)
+
+
 def test_it_is_a_sum_and_not_a_mean() -> None:
     hidden, weight = torch.zeros(5, 4), torch.ones(8, 4)
     assert linear_cross_entropy(hidden, weight, torch.arange(5)).item() == pytest.approx(5 * torch.tensor(8.0).log().item())

@@ -26,6 +26,11 @@ def test_rms_norm_equals_the_formula(shape: tuple[int, ...], eps: float) -> None
         torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=2e-6, msg=f"tensor {index}")
 
 
+def test_rms_norm_passes_gradcheck() -> None:
+    x, weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *inputs: rms_norm(*inputs, 0.1), (x, weight))
+
+
 def test_rms_norm_written_out() -> None:
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     out = rms_norm(x, torch.tensor([2.0, 10.0]), 0.5)  # mean of squares 12.5, plus 0.5 is 13

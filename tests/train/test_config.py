@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ BASE = tiny()
     ("changes", "words"),
     [
         ({"steps": 0}, "field steps is 0, it must be a whole number of at least 1"),
-        ({"steps": 2.5}, "field steps is 2.5"),
         ({"steps": True}, "field steps is True"),
         ({"steps": None}, "exactly one of the fields steps, tokens and minutes ends a run, but none of them is given"),
         ({"tokens": 5}, "but steps and tokens is given"),
@@ -29,7 +30,6 @@ BASE = tiny()
         ({"seed": -1}, "field seed is -1"),
         ({"lr": 0.0}, "field lr is 0.0, it must be above 0"),
         ({"lr": float("nan")}, "field lr is nan, it must be a finite number"),
-        ({"lr": "fast"}, "field lr is 'fast', it must be a finite number"),
         ({"min_lr": 1.0}, "fields lr (0.002), min_lr (1.0)"),
         ({"final_lr": -1e-9}, "field final_lr is -1e-09, it must be at least 0"),
         ({"adam_beta2": 1.0}, "field adam_beta2 is 1.0, it must be at least 0 and below 1"),
@@ -44,14 +44,10 @@ BASE = tiny()
         ({"sequence_length": 4096}, "field sequence_length is 4096, above the model's max_position_embeddings (2048)"),
         ({"sequence_length": 1}, "field sequence_length is 1, it must be above num_nextn_predict_layers (1)"),
         ({"precision": "fp8"}, "field precision is 'fp8', which this version cannot train in yet; use bf16 or fp32"),
-        ({"precision": "fp16"}, "field precision is 'fp16', it must be one of fp32, bf16, fp8"),
-        ({"moments_dtype": "int8"}, "field moments_dtype is 'int8', it must be one of fp32, bf16"),
-        ({"recompute": "some"}, "field recompute is 'some', it must be one of none, selective, full"),
         ({"threads": 0}, "field threads is 0"),
         ({"save_every": 0}, "field save_every is 0"),
         ({"keep_checkpoints": -1}, "field keep_checkpoints is -1"),
         ({"data": ("a",), "data_weights": (1.0, 2.0)}, "field data_weights has 2 values for 1 directories of data"),
-        ({"data": "a"}, "field data is 'a', it must be a list of texts"),
         ({"sample_prompts": ("Once",)}, "field sample_prompts needs the field tokenizer"),
     ],
 )
@@ -77,16 +73,38 @@ def test_json_round_trip_is_exact(tmp_path: Path) -> None:
     assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"learning_rate": 1.0}, "field learning_rate is not known"),
-        ({"warmup_step": 1}, "field warmup_step is not known; did you mean 'warmup_steps'?"),
-        ({"model": None}, "field model is missing"),
-        ({"lr": None}, "field lr is None"),
-        ({"global_batch_size": "16"}, "field global_batch_size is '16'"),
-    ],
-)
-def test_a_damaged_config_file_is_told(change: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError, match=re.escape(words)):
-        PretrainConfig.from_dict(BASE.to_dict() | change)
+DAMAGE: list[tuple[dict[str, Any], str]] = [
+    ({"learning_rate": 1.0}, "field learning_rate is not known"),
+    ({"warmup_step": 1}, "field warmup_step is not known; did you mean 'warmup_steps'?"),
+    ({"model": None}, "field model is missing"),
+    ({"lr": None}, "field lr is None, it must be a finite number"),
+    ({"lr": "fast"}, "field lr is 'fast', it must be a finite number"),
+    ({"steps": 2.5}, "field steps is 2.5, it must be a whole number"),
+    ({"global_batch_size": "16"}, "field global_batch_size is '16'"),
+    ({"precision": "fp16"}, "field precision is 'fp16', it must be one of fp32, bf16, fp8"),
+    ({"moments_dtype": "int8"}, "field moments_dtype is 'int8', it must be one of fp32, bf16"),
+    ({"recompute": "some"}, "field recompute is 'some', it must be one of none, selective, full"),
+    ({"data": "a"}, "field data is 'a', it must be a list of texts"),
+    ({"data": [1]}, "field data is (1,), it must be a list of texts"),
+    ({"data_weights": ["1"], "data": ["a"]}, "field data_weights is ('1',)"),
+    ({"tokenizer": 5}, "field tokenizer is 5"),
+]
+_READ = """
+import json, sys
+from finback.config import InputError
+from finback.train.config import PretrainConfig
+for damage in json.load(sys.stdin):
+    try:
+        PretrainConfig.from_dict(damage)
+        print("no error")
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_a_damaged_config_file_is_told() -> None:
+    """In a process of its own: here the tests' own type checks would come first."""
+    damaged = json.dumps([BASE.to_dict() | damage for damage, _ in DAMAGE])
+    done = subprocess.run([sys.executable, "-c", _READ], input=damaged, capture_output=True, text=True, check=True)
+    for told, (damage, words) in zip(done.stdout.splitlines(), DAMAGE, strict=True):
+        assert words in told, damage

@@ -15,7 +15,7 @@ from tests.train.runs import micro_model
 @pytest.mark.parametrize("depths", [0, 1])
 @pytest.mark.parametrize("q_lora_rank", [None, 16])
 def test_formula_counts_the_matrix_products_of_the_model(depths: int, q_lora_rank: int | None) -> None:
-    """Everything but attention's scores (counted causally here, in full by torch) and the experts (a grouped product torch does not count)."""
+    """Everything but attention's scores (here causal, in torch's count full) and the experts (a product it does not count)."""
     config = micro_model(num_nextn_predict_layers=depths, q_lora_rank=q_lora_rank, hidden_size=40)
     model = Transformer(config)
     init_weights(model, seed=0)
@@ -25,8 +25,7 @@ def test_formula_counts_the_matrix_products_of_the_model(depths: int, q_lora_ran
         output = model.train_forward(ids)
         for hidden in (output.hidden, *output.mtp_hidden):
             model.lm_head(hidden)
-    by_name = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
-    counted = sum(count for name, count in by_name.items() if name in ("aten.mm", "aten.addmm", "aten.bmm"))
+    counted = counter.get_flop_counts()["Global"][torch.ops.aten.mm]
     c = config
     pairs = c.num_attention_heads * (c.qk_head_dim + c.v_head_dim) * (length + 1) / 2
     layers = c.num_hidden_layers + depths

@@ -1,0 +1,104 @@
+"""`python -m bench [names...] [--quick] [--out DIR]`, and the same for each benchmark alone: `python -m bench.train`."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+
+from bench import ceilings, checkpoint, decode, tiny, train
+from bench.machine import ROOT, describe_device, read_commit, read_load
+from bench.peers import peer_versions
+from bench.results import Row, print_table, write_result
+
+Name = Literal["ceilings", "train", "tiny", "decode", "checkpoint"]
+NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "checkpoint")
+TITLES = {
+    "ceilings": "Ceilings of this machine",
+    "train": "Training beside transformers",
+    "tiny": "Training the preset tiny",
+    "decode": "Generation beside transformers",
+    "checkpoint": "Checkpoints beside safetensors",
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {
+        "ceilings": ceilings.FULL,
+        "train": train.FULL,
+        "tiny": tiny.FULL,
+        "decode": decode.FULL,
+        "checkpoint": checkpoint.FULL,
+    },
+    "quick": {
+        "ceilings": ceilings.QUICK,
+        "train": train.QUICK,
+        "tiny": tiny.QUICK,
+        "decode": decode.QUICK,
+        "checkpoint": checkpoint.QUICK,
+    },
+}
+
+
+def main(
+    names: Annotated[tuple[Name, ...], tyro.conf.Positional] = (),
+    quick: bool = False,
+    out: Path = ROOT / "bench" / "results",
+) -> None:
+    """Measure speed beside named peers, print tables, and write one JSON file per benchmark.
+
+    Args:
+        names: Which benchmarks; none given: all.
+        quick: Fewer repetitions: enough to see that it works, too few for a claim.
+        out: Directory of the JSON files.
+    """
+    run(names or NAMES, SIZES["quick" if quick else "full"], out, quick=quick)
+
+
+def main_of(name: Name) -> None:
+    """`main` for one benchmark, with the options of the command line."""
+    tyro.cli(main, prog=f"python -m bench.{name}", args=[name, *sys.argv[1:]])
+
+
+def run(names: tuple[Name, ...], sizes: dict[str, Any], out: Path, *, quick: bool) -> None:
+    """Every benchmark of `names`, with the ceilings measured first: the others divide by them."""
+    console = Console()
+    facts = {**read_commit(), "quick": quick, "device": describe_device(), "peers": peer_versions(), **read_load()}
+    if facts["busy"]:
+        load = facts["load_average_1_minute_before"]
+        console.print(
+            f"The machine is busy (load average {load}): these numbers are no claims, and the JSON says so.\n", style="yellow"
+        )
+    ceiling_rows, measured = ceilings.run(sizes["ceilings"])
+    for name in NAMES:
+        if name not in names:
+            continue
+        start = time.perf_counter()
+        rows: list[Row]
+        tables: dict[str, Any] = {}
+        match name:
+            case "ceilings":
+                rows, notes = ceiling_rows, ceilings.notes()
+            case "train":
+                rows, notes = train.run(sizes[name], measured)
+            case "tiny":
+                rows, notes, tables = tiny.run(sizes[name], measured)
+            case "decode":
+                rows, notes = decode.run(sizes[name], measured)
+            case "checkpoint":
+                rows, notes = checkpoint.run(sizes[name])
+        print_table(console, TITLES[name], rows, notes)
+        if tables:
+            for title, table in tables.items():
+                print_parts(console, title, table)
+        seconds = {"bench_seconds": round(time.perf_counter() - start, 1)}
+        path = write_result(out, name, rows, notes, {**facts, **seconds}, tables)
+        console.print(f"  written to {path}\n", style="dim", soft_wrap=True)
+
+
+def print_parts(console: Console, title: str, table: list[dict[str, Any]]) -> None:
+    """A table of shares, such as where a step's time goes."""
+    console.print(f"  {title.replace('_', ' ')}:")
+    for part in table:
+        console.print(f"    {part['share']:6.1%}  {part['milliseconds']:8.1f} ms  {part['category']}")
+    console.print()

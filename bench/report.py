@@ -1,0 +1,162 @@
+"""Write docs/benchmarks.md, and the tables of the two READMEs, from the JSON files: `python -m bench.report`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bench.cli import NAMES, TITLES
+from bench.machine import ROOT
+from bench.results import HEADINGS, cells, write_text
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+_README_ROWS = ("train", "tiny", "decode", "checkpoint")
+_CHINESE = (
+    *(
+        ("share of the matmul ceiling", "占矩阵乘法上限的比例"),
+        ("matmul ceiling", "矩阵乘法上限"),
+        ("share of the", "占"),
+        ("training", "训练"),
+    ),
+    *(
+        ("generate", "生成"),
+        ("load, page cache warm", "加载（页缓存热）"),
+        ("load, page cache cold", "加载（页缓存冷）"),
+        ("save", "保存"),
+    ),
+    *(
+        ("batch", "批大小"),
+        ("transformers, eager", "transformers（eager）"),
+        ("with fsync", "含 fsync"),
+        ("MISSED", "未达到"),
+        ("met", "达到"),
+    ),
+)
+_CHINESE_HEADINGS = {"": "", "finback": "finback", "peer": "对照", "ratio": "倍数", "target": "目标"}
+
+METHOD = """\
+# Benchmarks
+
+Written by `python -m bench.report` from the JSON files in `bench/results/`; do not edit.
+
+## How it is measured
+
+- A claim is a ratio to a named peer on the same work in the same run. Competitors take turns (ours, theirs, ours, theirs, ...); those
+  that compute have a process each. The tables show medians and half the range between the slowest and the fastest turn.
+- Both sides get the same weights and the same tokens, and their first losses (or, in fp32, all generated tokens, or all loaded
+  tensors) are compared before a time counts.
+- Beside each time stands the floor: the floating-point operations or the bytes that the work needs at least, and how long they would
+  take at the ceilings that the same run measured.
+- Every JSON file names the device, the commit, whether the tree had changes, and the load of the machine before. Medians still move by
+  15-25% between runs on shared machines; ratios move less.
+
+## How to repeat it
+
+```
+make bench                          # all, under ten minutes on two idle cores
+python -m bench train decode        # some
+python -m bench.train --quick       # one, fewer repetitions: to see that it works, not for claims
+python -m bench.report              # this page and the READMEs' tables
+```
+"""
+
+
+def main(results: Path = ROOT / "bench" / "results", root: Path = ROOT) -> None:
+    """Write the pages from the JSON files.
+
+    Args:
+        results: Directory of the JSON files.
+        root: Directory that holds docs/, README.md and README.zh.md.
+    """
+    found: dict[str, Any] = {
+        name: json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        for name in NAMES
+        if (results / f"{name}.json").is_file()
+    }
+    if not found:
+        raise SystemExit(f"{results} holds no results; run python -m bench first")
+    (root / "docs").mkdir(exist_ok=True)
+    write_text(root / "docs" / "benchmarks.md", METHOD + "".join(section(name, result) for name, result in found.items()))
+    for readme, chinese in (("README.md", False), ("README.zh.md", True)):
+        path = root / readme
+        if path.is_file():
+            fill(path, readme_table(found, chinese))
+
+
+def section(name: str, result: Mapping[str, Any]) -> str:
+    """One benchmark's part of the page."""
+    lines = [
+        "",
+        f"## {TITLES[name]}",
+        "",
+        f"{provenance(result)}.",
+        "",
+        *markdown_table(HEADINGS, [cells(row) for row in result["rows"]]),
+        "",
+    ]
+    for part in result.get("time_shares", []):
+        if part is result["time_shares"][0]:
+            lines += ["Where the time of a bf16 step goes:", "", "| part | ms | share |", "|---|---:|---:|"]
+        lines.append(f"| {part['category']} | {part['milliseconds']:.1f} | {part['share']:.1%} |")
+    if result.get("time_shares"):
+        lines.append("")
+    return "\n".join([*lines, *(f"- {note}" for note in result["notes"]), ""])
+
+
+def provenance(result: Mapping[str, Any]) -> str:
+    """Device, versions, commit, date; and what makes the numbers less than a claim."""
+    device = result["device"]
+    flags = [flag for flag, there in (device["cpu_flags"] or {}).items() if there]
+    commit = (result["commit"] or "unknown")[:12] + (" with changes" if result["dirty"] else "")
+    doubts = [
+        text
+        for text, true in (("a quick run, no claim", result["quick"]), ("on a busy machine, no claim", result["busy"]))
+        if true
+    ]
+    parts = [
+        f"{device['cpu']}, {device['cores']} cores, {device['threads']} threads, {', '.join(flags)}",
+        f"torch {device['torch']} ({device['torch_build']})",
+        *(f"{name} {version}" for name, version in result["peers"].items()),
+        f"commit {commit}, {result['date'][:10]}",
+        *doubts,
+    ]
+    return "; ".join(parts)
+
+
+def readme_table(found: Mapping[str, Mapping[str, Any]], chinese: bool) -> str:
+    """The rows with a peer or a target of the benchmarks that concern users, without floors."""
+    body = []
+    for name in _README_ROWS:
+        for row in found.get(name, {"rows": []})["rows"]:
+            if row["target"] is not None or (name == "checkpoint" and "FP8" not in row["name"]):
+                body.append(cells(row)[:-1])
+    headings = [_CHINESE_HEADINGS[heading] if chinese else heading for heading in HEADINGS[:-1]]
+    if chinese:
+        body = [[_to_chinese(cell) for cell in line] for line in body]
+    last = provenance(next(iter(found.values())))
+    return "\n".join([*markdown_table(headings, body), "", last])
+
+
+def _to_chinese(text: str) -> str:
+    for english, chinese in _CHINESE:
+        text = text.replace(english, chinese)
+    return text
+
+
+def markdown_table(headings: Any, body: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(headings) + " |", "|---|---:|---|---:|---:|---|"[: None if len(headings) == 6 else -4]]
+    return lines + ["| " + " | ".join(line) + " |" for line in body]
+
+
+def fill(path: Path, table: str) -> None:
+    """Put `table` between the markers of the file; a file without them stays as it is."""
+    text = path.read_text(encoding="utf-8")
+    if BEGIN in text and END in text:
+        before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+        write_text(path, f"{before}\n{table}\n{after}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, prog="python -m bench.report")
