@@ -54,7 +54,8 @@ def their_model(config: ModelConfig, settings: Mapping[str, str], dtype: torch.d
 
     model: Any = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(config.to_dict(), **settings))
     model.load_state_dict(_their_names(our_model(config).state_dict()), strict=True)
-    return model.to(dtype)
+    moved: nn.Module = model.to(dtype)
+    return moved
 
 
 def peer_versions() -> dict[str, str]:

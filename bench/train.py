@@ -206,7 +206,7 @@ def _notes(size: Size) -> list[str]:
         "tokens per step; forward, loss, backward, clipping to 1.0 and torch's fused AdamW on both sides; losses of the first step "
         "compared before.",
         "transformers: as it comes (sdpa, grouped_mm). transformers, eager: eager attention and eager experts, sometimes faster on "
-        "a CPU. own loop: our model in the step of finback pretrain, with its own AdamW and balance terms, beside the faster of the two.",
+        "a CPU. own loop: our model in the step of finback pretrain, with its own AdamW and balance terms, beside the faster one.",
         "FLOP: the matrix products of forward and backward, attention counted causally, nothing for norms, routing and the optimizer. "
         "The ceiling is the highest matmul rate of this run.",
     ]

@@ -180,7 +180,12 @@ class Transformer(nn.Module):
             x, routing = _run(module, combined, cut, None if mask is None else mask[:, :, :length, :length], recompute)
             mtp_hidden.append(module.shared_head.norm(x))
             routings.append(routing)
-        return TrainOutput(hidden, mtp_hidden, *self._balance([r for r in routings if r is not None], input_ids))
+        counts, balance = self._balance([routing for routing in routings if routing is not None], input_ids)
+        if mtp and len(mtp_hidden) < self.config.num_nextn_predict_layers:  # the sequences end before the deeper predictions begin
+            missing = self.config.num_nextn_predict_layers - len(mtp_hidden)
+            mtp_hidden += [hidden[:, :0]] * missing
+            counts = F.pad(counts, (0, 0, 0, missing))
+        return TrainOutput(hidden, mtp_hidden, counts, balance)
 
     def _balance(self, routings: list[Routing], input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Expert counts int64 [routers, E] and the summed balance terms."""

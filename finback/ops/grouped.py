@@ -57,13 +57,16 @@ def row_alignment(rows: int, n_experts: int, dtype: torch.dtype, device: torch.d
 
 
 def permute(x: Tensor, dispatch: Dispatch) -> Tensor:
-    """Copy each token's row to the place of each of its pairs: [N, D] -> [N * K, D]."""
+    """Copy each token's row to the place of each of its pairs: [N, D] -> [M, D]."""
     result: Tensor = _Permute.apply(x, dispatch.token, dispatch.inverse)
     return result
 
 
 def unpermute(y: Tensor, dispatch: Dispatch, tokens: int) -> Tensor:
-    """Add up the rows of each token: [N * K, D] -> [N, D]. Summed in choice order, so the result is deterministic."""
+    """Add up the rows of each token: [M, D] -> [N, D]. Summed in choice order, so the result is deterministic.
+
+    Filling rows are not read. Their gradient is that of token 0: finite, and stopped by the weight 0 of the row.
+    """
     result: Tensor = _Unpermute.apply(y, dispatch.token, dispatch.inverse, tokens)
     return result
 

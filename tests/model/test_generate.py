@@ -38,7 +38,9 @@ def test_greedy_generation_equals_that_of_transformers_token_for_token(name: str
     other = twin(ours)
     other.generation_config.eos_token_id = None
     input_ids = prompt(3, tokens)
-    expected = other.generate(input_ids, max_new_tokens=25, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(input_ids))
+    expected = other.generate(
+        input_ids, max_new_tokens=25, do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(input_ids)
+    )
     assert torch.equal(generate(ours, input_ids, 25), expected)
 
 

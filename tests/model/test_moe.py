@@ -35,7 +35,10 @@ def test_casting_a_model_leaves_the_router_bias_in_float32(dtype: torch.dtype) -
             assert torch.equal(router.e_score_correction_bias, bias)
             assert router.weight.dtype == dtype
     assert Transformer(BASE, dtype=dtype).routers()[0].e_score_correction_bias.dtype == torch.float32
-    assert Transformer(BASE, device="meta").to_empty(device="cpu").to(dtype).routers()[0].e_score_correction_bias.dtype == torch.float32
+    assert (
+        Transformer(BASE, device="meta").to_empty(device="cpu").to(dtype).routers()[0].e_score_correction_bias.dtype
+        == torch.float32
+    )
 
 
 def test_the_bias_is_a_stored_buffer_without_gradient_and_v2_has_none() -> None:

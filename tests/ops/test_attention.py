@@ -67,7 +67,9 @@ def test_causal_attention_is_the_same_without_gradients(tokens: int) -> None:
 
 def test_causal_attention_takes_any_strides() -> None:
     """Heads behind tokens, as projections give them, and a gradient that is one number repeated."""
-    query, key, value = (tensor.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in draw((2, 3, 130, 8, 6)))
+    query, key, value = (
+        tensor.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in draw((2, 3, 130, 8, 6))
+    )
     blocked(query, key, value).sum().backward()
     expected = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
     naive(*expected).sum().backward()

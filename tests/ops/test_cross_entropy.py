@@ -22,7 +22,9 @@ def draw(rows: int, ignored: int = 0, ignore_index: int = -100) -> tuple[Tensor,
     return torch.randn(rows, 16), torch.randn(37, 16), targets
 
 
-@pytest.mark.parametrize(("rows", "ignored", "ignore_index"), [(1, 0, -100), (50, 0, -100), (50, 20, -100), (50, 7, 3), (9, 9, -100)])
+@pytest.mark.parametrize(
+    ("rows", "ignored", "ignore_index"), [(1, 0, -100), (50, 0, -100), (50, 20, -100), (50, 7, 3), (9, 9, -100)]
+)
 @pytest.mark.parametrize("chunk", [37, 37 * 8, 37 * 50, 1 << 22])
 def test_loss_and_gradients_equal_the_two_steps(
     rows: int, ignored: int, ignore_index: int, chunk: int, monkeypatch: pytest.MonkeyPatch

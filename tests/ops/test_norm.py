@@ -27,7 +27,10 @@ def test_rms_norm_equals_the_formula(shape: tuple[int, ...], eps: float) -> None
 
 
 def test_rms_norm_passes_gradcheck() -> None:
-    x, weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64, requires_grad=True)
+    x, weight = (
+        torch.randn(3, 5, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, dtype=torch.float64, requires_grad=True),
+    )
     assert torch.autograd.gradcheck(lambda *inputs: rms_norm(*inputs, 0.1), (x, weight))
 
 

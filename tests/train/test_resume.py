@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import random
 import resource
@@ -17,7 +18,7 @@ import pytest
 from finback.train.checkpoint import find_damage, list_checkpoints
 from finback.train.config import PretrainConfig
 from finback.train.pretrain import pretrain
-from finback.train.session import resolve_config, write_run_config
+from finback.train.session import resolve_config
 from tests.train.runs import finback, micro_config, read_rows
 
 PATIENCE_SECONDS = 300  # for a machine that is busy with other things
@@ -37,17 +38,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory, micro_data: Path) -> Pat
 
 def prepare(run: Path, config: PretrainConfig) -> Path:
     """A run that has not begun: as one that was killed before its first checkpoint."""
-    write_run_config(run, resolve_config(config, run, resume=False), MACHINE)
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(resolve_config(config, run, resume=False).to_dict()))
     return run
-
-
-MACHINE = {
-    "threads": 1,
-    "matmul_flops_per_second": 1e11,
-    "training_flops_per_token": 1e6,
-    "estimated_device_bytes": 1,
-    "estimated_host_bytes": 1,
-}
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
@@ -89,22 +82,29 @@ def half_written(run: Path) -> bool:
 def kill_and_resume(run: Path, kills: list[str], seed: int) -> None:
     """Kill one process after the other: at a random moment of training, or in the middle of a save."""
     generator = random.Random(seed)
-    caught_saving = 0
     for kind in kills:
         known = count_rows(run)
         with finback("pretrain", "--resume", run) as process:
             wait_for(lambda known=known: count_rows(run) > known + 1, process)  # type: ignore[misc]
             if kind == "saving":
-                wait_for(lambda: half_written(run), process)
-                time.sleep(generator.uniform(0, 0.01))
+                stop_while_saving(run, process, generator)
             else:
                 time.sleep(generator.uniform(0, 0.3))
             process.kill()
-        caught_saving += half_written(run)
         for checkpoint in list_checkpoints(run):
             assert find_damage(checkpoint) is None
-    if "saving" in kills:
-        assert caught_saving > 0
+
+
+def stop_while_saving(run: Path, process: "subprocess.Popen[str]", generator: random.Random) -> None:
+    """Halt the process at some moment at which a checkpoint is half written."""
+    while True:
+        wait_for(lambda: half_written(run), process)
+        time.sleep(generator.uniform(0, 0.01))
+        process.send_signal(signal.SIGSTOP)
+        assert process.poll() is None, f"the run ended before a save was met: {process.communicate()}"
+        if half_written(run):
+            return
+        process.send_signal(signal.SIGCONT)
 
 
 def test_killed_at_any_moment_it_continues_bitwise(tmp_path: Path, micro_data: Path, reference: Path) -> None:
