@@ -20,33 +20,28 @@ from finback.train.throughput import training_flops_per_token
 TARGET_SHARE = 0.5
 _PRESET = tiny()
 
-# Where time is counted: an operation belongs to the nearest of these that it runs inside of.
-CATEGORIES = {
-    "expert products": ("_GroupedLinear", "aten::_grouped_mm"),
-    "attention": ("_BlockedAttention", "aten::scaled_dot_product_attention"),
-    "head and loss": ("_LinearCrossEntropy",),
-    "dense products": ("aten::linear", "aten::matmul", "aten::mm", "MmBackward"),
-    "norms": ("_RMSNorm",),
-    "SwiGLU": ("_SwiGLU",),
-    "routing and permutation": (
-        *(
-            "_Permute",
-            "_Unpermute",
-            "aten::topk",
-            "aten::argsort",
-            "aten::bincount",
-            "aten::gather",
-            "aten::scatter",
-            "aten::sigmoid",
-        ),
-        *("aten::index", "aten::repeat_interleave", "aten::cumsum", "GatherBackward", "SigmoidBackward", "IndexSelectBackward"),
-        *("aten::one_hot", "aten::embedding_bag", "aten::index_select", "aten::scatter_add_", "aten::masked_fill"),
-    ),
-    "optimizer": ("optimizer",),
-    "casts": ("aten::to", "ToCopyBackward"),
-    "rotary, copies, sums and the rest": (),
+# Where time is counted: with the function of ours that an operation runs inside of, else with the nearest of torch's own operations.
+FUNCTIONS = {
+    "_GroupedLinear": "expert products",
+    "_BlockedAttention": "attention",
+    "aten::scaled_dot_product_attention": "attention",
+    "_LinearCrossEntropy": "head and loss",
+    "_RMSNorm": "norms",
+    "_SwiGLU": "SwiGLU",
+    "_Permute": "routing and permutation",
+    "_Unpermute": "routing and permutation",
+    "optimizer": "optimizer",
 }
-_REST = list(CATEGORIES)[-1]
+OPERATIONS = {
+    "dense products": ("aten::linear", "aten::matmul", "aten::mm", "MmBackward"),
+    "routing and permutation": (
+        *("aten::topk", "aten::sort", "aten::argsort", "aten::bincount", "aten::gather", "aten::scatter", "aten::sigmoid"),
+        *("aten::index", "aten::repeat_interleave", "aten::cumsum", "GatherBackward", "SigmoidBackward", "IndexSelectBackward"),
+    ),
+    "casts": ("aten::to", "ToCopyBackward"),
+}
+_REST = "rotary, copies, sums and the rest"
+_PYTHON = "Python between operations"
 _EVALUATE = "autograd::engine::evaluate_function: "
 
 
@@ -149,25 +144,31 @@ def build_profile(size: Size) -> Callable[[Any], list[dict[str, Any]]]:
 
 
 def time_by_category(events: Any, wall_seconds: float) -> list[dict[str, Any]]:
-    """Each event's own time goes to the category of the nearest event around it that has one. What the profiler sees no operation in
-    is Python (and, on a busy machine, waiting)."""
-    microseconds = dict.fromkeys(CATEGORIES, 0.0)
+    """Milliseconds and share of each category. What no operation accounts for is Python (and, on a busy machine, waiting)."""
+    microseconds: dict[str, float] = {}
     for event in events:
-        microseconds[_category(event)] += event.self_cpu_time_total
-    measured = sum(microseconds.values())
-    microseconds["Python between operations"] = max(0.0, wall_seconds * 1e6 - measured)
+        category = category_of(event)
+        microseconds[category] = microseconds.get(category, 0.0) + event.self_cpu_time_total
+    microseconds[_PYTHON] = max(0.0, wall_seconds * 1e6 - sum(microseconds.values()))
     total = sum(microseconds.values())
     table = [{"category": name, "milliseconds": us / 1e3, "share": us / total} for name, us in microseconds.items()]
     return sorted(table, key=lambda row: -row["share"])
 
 
-def _category(event: Any) -> str:
+def category_of(event: Any) -> str:
+    """The category of a profiled operation, from the names of what it runs inside of."""
+    names = []
     while event is not None:
-        name = event.name.removeprefix(_EVALUATE)
-        for category, marks in CATEGORIES.items():
+        names.append(event.name.removeprefix(_EVALUATE))
+        event = event.cpu_parent
+    for name in names:
+        function = name.removesuffix("Backward")
+        if function in FUNCTIONS:
+            return FUNCTIONS[function]
+    for name in names:
+        for category, marks in OPERATIONS.items():
             if name.startswith(marks):
                 return category
-        event = event.cpu_parent
     return _REST
 
 

@@ -28,7 +28,7 @@ class Arguments:
     """Words of `finback pretrain PRESET`; the fields of the run's config stand beside them."""
 
     preset: Annotated[Literal["tiny", "small", "v2-lite-16b", "v3-671b"], tyro.conf.Positional]
-    """Model and recipe to start from."""
+    """Model and recipe to start from: tiny, small, v2-lite-16b or v3-671b. It comes first."""
     config: Annotated[PretrainConfig, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")]
     out: Path | None = None
     """Directory of the run: config, metrics, checkpoints, report. `data` may also name .txt, .jsonl and .parquet files
@@ -74,8 +74,10 @@ def _tell_end(checkpoint: Path) -> None:
 
 
 def _parse(argv: Sequence[str]) -> Arguments:
-    asks_help = any(word in ("-h", "--help") for word in argv)
-    name = "tiny" if asks_help and (not argv or argv[0].startswith("-")) else argv[0] if argv else ""
+    name = argv[0] if argv else ""
+    if name.startswith("-"):
+        shown = Arguments(preset="tiny", config=PRESETS["tiny"]())
+        parse_arguments(Arguments, argv, verb="pretrain", description=_DESCRIPTION, default=shown)  # help, or an unknown field
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""

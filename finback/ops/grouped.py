@@ -127,9 +127,9 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 def _fused(*operands: Tensor) -> bool:
-    """Whether torch's grouped kernel takes these: rows of a multiple of 16 bytes; on GPUs bfloat16 only."""
+    """Whether torch's grouped kernel takes these: rows of a multiple of 16 bytes, in bfloat16 or, on CPUs, float32."""
     return all(
-        (t.device.type == "cpu" or t.dtype == torch.bfloat16)
+        (t.dtype == torch.bfloat16 or (t.dtype == torch.float32 and t.device.type == "cpu"))
         and all(size * t.element_size() % 16 == 0 for size in t.shape[-2:] if t.dim() == 3)
         and t.shape[-1] * t.element_size() % 16 == 0
         for t in operands

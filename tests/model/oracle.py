@@ -141,7 +141,7 @@ def mtp_twin(model: Transformer, main: nn.Module) -> nn.Module:
     """transformers' MtpModel over `main`, with the weights of the model's MTP modules."""
     modules = model.mtp_modules
     other = MtpModel(main, len(modules)).eval()
-    names = {"mtp_block." + name: tensor for name, tensor in {}.items()}
+    names: dict[str, Tensor] = {}
     for depth, module in enumerate(modules):
         for name, tensor in _fused(dict(module.state_dict())).items():
             own = name.startswith(("enorm", "hnorm", "eh_proj"))

@@ -49,10 +49,9 @@ def micro_model(**changes: Any) -> ModelConfig:
 
 def write_micro_data(directory: Path) -> Path:
     """Token shards and their tokenizer in `directory`: a few thousand tokens of sentences with some regularity."""
-    words = "the whale swims north and south while small fish follow it through cold clear water at night".split()
-    documents = [
-        Document(" ".join(words[(i * j + j) % len(words)] for j in range(40)) + f" {i}.\n", "made") for i in range(160)
-    ]
+    sentence = "the whale swims north and south while small fish follow it through cold clear water at night"
+    words = sentence.split()
+    documents = [Document(" ".join(words[(i * j + j) % len(words)] for j in range(40)) + f" {i}.\n", "made") for i in range(160)]
     tokenizer = train_tokenizer([document.text for document in documents], VOCAB_SIZE)
     save_tokenizer(tokenizer, directory / "tokenizer")
     write_shards(documents, tokenizer, directory / "tokens", DataConfig(validation_fraction=0.1))

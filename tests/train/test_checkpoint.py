@@ -111,13 +111,18 @@ def truncate(checkpoint: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def empty(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "flipped bit": (flip_byte, "trainer.safetensors does not match its checksum"),
     "truncated": (truncate, "bytes where"),
     "missing": (lambda c: (c / "ema" / "model.safetensors").unlink(), "ema/model.safetensors is missing"),
     "no manifest": (lambda c: (c / "manifest.json").unlink(), "manifest.json is missing or damaged"),
     "half a manifest": (lambda c: (c / "manifest.json").write_text('{"files": {"a'), "manifest.json is missing or damaged"),
-    "empty directory": (lambda c: (shutil.rmtree(c), c.mkdir()) and None, "manifest.json is missing or damaged"),
+    "empty directory": (empty, "manifest.json is missing or damaged"),
 }
 
 

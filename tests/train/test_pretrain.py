@@ -29,7 +29,7 @@ def test_a_run_directory_holds_what_it_should(tmp_path: Path, micro_data: Path) 
     assert [row["step"] for row in rows if "validation_loss" in row] == [1, 5, 10, 12]
     assert all("validation_bits_per_byte" in row for row in rows if "validation_loss" in row)
     assert [row["tokens"] for row in rows] == [6 * 32 * step for step in range(1, 13)]
-    assert all(0 < row["mfu"] for row in rows)
+    assert all(row["mfu"] > 0 for row in rows)
     loads = [json.loads(line) for line in (run / "expert_load.jsonl").read_text().splitlines()]
     assert [load["step"] for load in loads] == list(range(1, 13))
     assert [len(load["counts"]) for load in loads] == [4] * 12  # two MoE layers, two MTP depths
@@ -69,9 +69,7 @@ def test_two_runs_are_bitwise_equal_and_another_seed_is_not(tmp_path: Path, micr
 
 
 def test_evaluation_sampling_saving_and_the_average_do_not_touch_training(tmp_path: Path, micro_data: Path) -> None:
-    busy = micro_config(
-        micro_data, steps=5, eval_every=1, save_every=1, sample_every=1, sample_prompts=("the",), sample_tokens=3
-    )
+    busy = micro_config(micro_data, steps=5, eval_every=1, save_every=1, sample_every=1, sample_prompts=("the",), sample_tokens=3)
     quiet = replace(busy, eval_every=None, save_every=None, sample_every=None, sample_prompts=(), ema_decay=None)
     pretrain(busy, tmp_path / "busy")
     pretrain(quiet, tmp_path / "quiet")
@@ -119,8 +117,10 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path, micro_data: Path) -> No
 
 
 def test_divergence_stops_the_run_with_the_step_and_spares_the_weights(tmp_path: Path, micro_data: Path) -> None:
-    config = micro_config(micro_data, steps=30, lr=1e30, min_lr=0.0, final_lr=0.0, warmup_steps=0, save_every=1, keep_checkpoints=0)
-    with pytest.raises(InputError, match=r"training has diverged: at step \d+ the gradient norm is not finite, 3 times in a row; lower lr"):
+    config = micro_config(
+        micro_data, steps=30, lr=1e30, min_lr=0.0, final_lr=0.0, warmup_steps=0, save_every=1, keep_checkpoints=0
+    )
+    with pytest.raises(InputError, match=r"diverged: at step \d+ the gradient norm is not finite, 3 times in a row; lower lr"):
         pretrain(config, tmp_path / "run")
     rows = read_rows(tmp_path / "run")
     bad = [row["step"] for row in rows if not math.isfinite(float(row["grad_norm"]))]
@@ -139,7 +139,10 @@ def test_wrong_starts_are_told_and_leave_nothing(tmp_path: Path, micro_data: Pat
         (replace(config, tokenizer=str(tmp_path)), r"holds no tokenizer\.json"),
         (replace(config, device="tpu"), "field device is 'tpu'"),
         (replace(config, device="cuda:7"), "field device is 'cuda:7', but torch finds"),
-        (replace(config, model=replace(config.model, vocab_size=299)), r"has 300 token ids, above the model's vocab_size \(299\)"),
+        (
+            replace(config, model=replace(config.model, vocab_size=299)),
+            r"has 300 token ids, above the model's vocab_size \(299\)",
+        ),
     ]
     for wrong, words in cases:
         with pytest.raises(InputError, match=words):

@@ -1,0 +1,124 @@
+"""Compile the C kernels of this directory for the machine at hand, once, and load them.
+
+A library lies in `~/.cache/finback/native` under the hash of all that it depends on: sources, flags, the compiler and the
+processor. So it is compiled on the machine type that runs it and can hold no instruction that is missing there; another
+processor, compiler or version of finback finds no library under its own hash and compiles again, which takes seconds.
+
+OpenMP is linked to the runtime that torch has already loaded. A second one would bring threads of its own, which fight with
+torch's for the same cores.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from finback.ops.native.calls import Kernels
+
+SOURCES = ("kernels.c", "vectors.h", "product.h", "operations.h", "experts.h", "undefine.h")
+COMPILERS = ("gcc", "cc", "clang")
+# No -ffast-math: it would drop nan and inf, and flush denormal numbers of the whole process to zero.
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
+
+logger = logging.getLogger("finback")
+
+
+class BuildError(Exception):
+    """Why there are no kernels, in one sentence without its subject."""
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The kernels, compiled if need be; None where that is impossible, which is said once, as a warning."""
+    try:
+        return Kernels(_library())
+    except BuildError as error:
+        logger.warning("decoding on the CPU runs on torch alone, several times slower: %s", error)
+        return None
+
+
+def cache_directory() -> Path:
+    """Where compiled libraries lie; they can be removed at any time."""
+    return Path("~/.cache/finback/native").expanduser()
+
+
+def _library() -> ctypes.CDLL:
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        raise BuildError("there is no C compiler; install one (on Debian and Ubuntu: apt-get install gcc)")
+    runtime = _openmp_runtime()
+    path = cache_directory() / f"{_key(compiler, runtime)}.so"
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # damaged; the new one takes its place
+            logger.info("%s does not load; compiling it again", path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            logger.info("compiling the CPU kernels with %s, once for this machine", compiler)
+            library = _compile(compiler, runtime, Path(temporary))
+            os.replace(library, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"the compiled kernels could not be kept or loaded ({error}); make room in {path.parent}") from None
+
+
+def _compile(compiler: str, runtime: Path | None, directory: Path) -> Path:
+    """Compile into `directory` and return the library."""
+    source, compiled, library = Path(__file__).with_name(SOURCES[0]), directory / "kernels.o", directory / "kernels.so"
+    _run(compiler, *FLAGS, "-c", str(source), "-o", str(compiled))
+    openmp = "-fopenmp" if runtime is None else str(runtime)
+    _run(compiler, "-shared", str(compiled), "-o", str(library), openmp, "-lm")
+    with library.open("rb") as file:
+        os.fsync(file.fileno())
+    return library
+
+
+def _run(*command: str) -> str:
+    try:
+        # Messages in English, whatever the user's language, because they are quoted.
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} does not run ({error.strerror}); repair or reinstall it") from None
+    if done.returncode != 0:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        reason = next((line for line in lines if "error" in line), lines[0] if lines else f"exit code {done.returncode}")
+        raise BuildError(f"{command[0]} failed ({reason}); repair it, or install another C compiler")
+    return done.stdout
+
+
+def _key(compiler: str, runtime: Path | None) -> str:
+    parts = [Path(__file__).with_name(name).read_bytes() for name in SOURCES]
+    parts += [" ".join(FLAGS).encode(), _run(compiler, "--version").encode(), _processor().encode(), str(runtime).encode()]
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _processor() -> str:
+    """What decides which instructions a compiler may use: the processor's model and features."""
+    try:
+        information = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    first = information.split("\n\n")[0]
+    return platform.machine() + "\n".join(re.findall(r"^(?:vendor_id|cpu family|model|flags|Features|CPU \w+)\s*:.*$", first, re.M))
+
+
+def _openmp_runtime() -> Path | None:
+    """The OpenMP library in this process (torch's own), or None where it cannot be told."""
+    torch.get_num_threads()
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"/\S.*/lib(?:g|i)omp[^/\n]*\.so[^/\n]*$", maps, re.M)
+    return Path(found[0]) if found else None
