@@ -19,6 +19,7 @@ class Size:
     """How much is measured."""
 
     shapes: tuple[Shape, ...] = ((2048, 2048, 2048), (1024, 1024, 1024), (512, 512, 512), (4096, 256, 1024), (256, 256, 256))
+    convolution_shape: Shape = (4096, 256, 1024)
     seconds: float = 0.5  # for each number
     memory_bytes: int = 1 << 29  # of one array: far larger than any cache
     gemv_shape: tuple[int, int] = (8192, 2048)
@@ -26,7 +27,7 @@ class Size:
 
 FULL: Size = Size()
 QUICK: Size = Size(seconds=0.15, memory_bytes=1 << 28)
-TOY: Size = Size(shapes=((64, 64, 64),), seconds=0.001, memory_bytes=1 << 16, gemv_shape=(64, 32))
+TOY: Size = Size(shapes=((64, 64, 64),), convolution_shape=(64, 64, 64), seconds=0.001, memory_bytes=1 << 16, gemv_shape=(64, 32))
 
 
 class Ceilings(NamedTuple):
@@ -48,6 +49,10 @@ def run(size: Size) -> tuple[list[Row], Ceilings]:
             mark = ", the ceiling" if shape == shapes[precision] else ""
             floor = {"gflop": flops(shape) / 1e9}
             rows.append(Row(f"matmul {precision} {'x'.join(map(str, shape))}{mark}", "gflop_per_second", rate, floor=floor))
+        shape = size.convolution_shape
+        name = f"the same product as a 1x1 convolution, {precision} {'x'.join(map(str, shape))}"
+        rate = convolution_rate(shape, dtype, size.seconds)
+        rows.append(Row(name, "gflop_per_second", rate, floor={"gflop": flops(shape) / 1e9}))
     read, copy = memory_rates(size.memory_bytes, size.seconds)
     megabytes = {"megabytes": size.memory_bytes / 1e6}
     rows.append(Row("memory, read", "gb_per_second", read, floor=megabytes))
@@ -65,6 +70,8 @@ def notes() -> list[str]:
     return [
         "Best of the repetitions. Matrix products of several shapes, because small ones stay in cache and large ones use the "
         "cores better; the best of them is the ceiling.",
+        "The 1x1 convolution goes to oneDNN, the fp32 product to the library of torch's build (MKL on x86), which need not use the "
+        "widest instructions of another maker's processor: where the two differ, no fp32 model that uses plain products is near the limit.",
         "Read: the sum of an array far larger than the caches. Cold: the matrix is one of several, so that none is in cache when "
         "its turn comes.",
     ]
@@ -80,6 +87,14 @@ def matmul_rate(shape: Shape, dtype: torch.dtype, seconds: float) -> float:
     rows, inner, columns = shape
     x, weight = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
     return flops(shape) / best_seconds(lambda: torch.nn.functional.linear(x, weight), seconds) / 1e9
+
+
+def convolution_rate(shape: Shape, dtype: torch.dtype, seconds: float) -> float:
+    """The best GFLOP/s of the same product, written as a convolution with a 1x1 kernel over an image of rows x 1 pixels."""
+    rows, inner, columns = shape
+    image = torch.randn(1, rows, 1, inner).to(dtype).permute(0, 3, 1, 2)
+    kernel = torch.randn(columns, inner, 1, 1).to(dtype)
+    return flops(shape) / best_seconds(lambda: torch.nn.functional.conv2d(image, kernel), seconds) / 1e9
 
 
 def memory_rates(size_bytes: int, seconds: float) -> tuple[float, float]:

@@ -60,7 +60,7 @@ class Size:
 
 
 FULL: Size = Size()
-QUICK: Size = Size(steps=1, warm_up=2, turns=3)
+QUICK: Size = Size(steps=1, warm_up=1, turns=2, recompute=("none", "full"))
 
 
 def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str], dict[str, Any]]:

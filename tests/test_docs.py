@@ -228,11 +228,11 @@ def test_readmes_have_the_same_shape() -> None:
 
 def test_the_numbers_of_the_quickstart_are_those_of_the_code() -> None:
     defaults, memory, disk = QuickstartConfig(), QUICKSTART_MEMORY_BYTES / 1e9, QUICKSTART_DISK_BYTES / 1e9
-    assert defaults.minutes == 5
+    assert defaults.minutes == 5.5
     assert round(count_params(tiny().model).active / 1e6) == 5
     for document, minutes, parameters in (
-        ("README.md", "for five minutes", "five million active parameters"),
-        ("README.zh.md", "用五分钟", "激活参数约五百万"),
+        ("README.md", "for five and a half minutes", "five million active parameters"),
+        ("README.zh.md", "用五分半钟", "激活参数约五百万"),
     ):
         text = read(document)
         for words in (minutes, parameters, f"{defaults.vocab_size:,}", f"{memory:.0f} GB", f"{disk:.0f} GB"):

@@ -14,7 +14,7 @@ class QuickstartConfig:
 
     out: str = "runs/quickstart"
     """Directory of the run; an interrupted run that is there is continued."""
-    minutes: float = 5.0
+    minutes: float = 5.5
     """Minutes of pre-training; the other stages add two or three."""
     seed: int = 0
     """Seed of everything: problems, weights, order of the data, samples."""

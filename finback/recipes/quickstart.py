@@ -22,7 +22,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import finback
 from finback.config import InputError
 from finback.data.config import DataConfig
 from finback.data.files import atomic_directory, read_json, write_atomic
@@ -46,7 +45,7 @@ from finback.train.report import write_report
 MANIFEST = "manifest.json"
 VALIDATION_FRACTION = 0.02
 SAMPLE_TOKENS = 120
-PACKAGES = ("torch", "numpy", "tokenizers", "safetensors")
+PACKAGES = ("finback", "torch", "numpy", "tokenizers", "safetensors")
 # Not of the recipe: they decide where a run lies and how it begins, not what it computes.
 _NOT_SETTINGS = ("out", "cache", "fresh")
 
@@ -341,7 +340,7 @@ def _open_run(config: QuickstartConfig, preset: PretrainConfig) -> Run:
         "recipe": "quickstart",
         "finished": False,
         "settings": settings,
-        "versions": {"finback": finback.__version__, "python": platform.python_version(), **packages},
+        "versions": {"python": platform.python_version(), **packages},
         "stages": {},
         "files": {},
     }

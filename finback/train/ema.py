@@ -37,7 +37,7 @@ class MovingAverage:
         """Begin to average the parameters as they are now."""
         self.wait()
         done = _record_event(self._parameters)
-        self._thread = threading.Thread(target=self._update, args=(done,), name="moving-average", daemon=True)
+        self._thread = threading.Thread(target=self._update, args=(done,), name="moving-average")
         self._thread.start()
 
     def wait(self) -> None:
