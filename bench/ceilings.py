@@ -70,8 +70,8 @@ def notes() -> list[str]:
     return [
         "Best of the repetitions. Matrix products of several shapes, because small ones stay in cache and large ones use the "
         "cores better; the best of them is the ceiling.",
-        "The 1x1 convolution goes to oneDNN, the fp32 product to the library of torch's build (MKL on x86), which need not use the "
-        "widest instructions of another maker's processor: where the two differ, no fp32 model that uses plain products is near the limit.",
+        "The 1x1 convolution goes to oneDNN; plain fp32 products go to the library of torch's build (MKL on x86), which need not use "
+        "the widest instructions of another maker's processor. Where the two differ, the machine could do more than the ceiling says.",
         "Read: the sum of an array far larger than the caches. Cold: the matrix is one of several, so that none is in cache when "
         "its turn comes.",
     ]

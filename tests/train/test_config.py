@@ -15,7 +15,7 @@ from finback.presets import tiny, v2_lite_16b
 from finback.train.config import PretrainConfig
 from tests.train.runs import micro_config
 
-BASE = tiny()
+BASE = PretrainConfig(model=tiny().model, steps=10)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,13 @@ import torch
 
 from finback.config import InputError
 from finback.presets import tiny, v3_671b
+from finback.train.config import PretrainConfig
 from finback.train.memory import MemoryEstimate, available_memory, check_memory, estimate_memory
 from finback.train.pretrain import pretrain
 from tests.train.runs import ROOT, micro_config
 
 CPU = torch.device("cpu")
+BASE = PretrainConfig(model=tiny().model, steps=10)
 FACTOR = 1.5  # what the module promises
 
 # Growth of the peak resident memory over a process that has already trained a smaller model.
@@ -62,13 +64,13 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc")
 @pytest.mark.parametrize(
     ("precision", "recompute", "micro_batch_size", "moments"),
-    [("fp32", "none", 16, "fp32"), ("bf16", "none", 16, "bf16"), ("bf16", "full", 24, "fp32"), ("fp32", "selective", 4, "fp32")],
+    [("fp32", "none", 16, "fp32"), ("bf16", "selective", 16, "bf16"), ("bf16", "full", 24, "fp32")],
 )
 def test_estimate_is_within_its_factor_of_the_measured_peak(
     precision: str, recompute: str, micro_batch_size: int, moments: str
 ) -> None:
     config = replace(
-        tiny(),
+        BASE,
         precision=precision,
         recompute=recompute,
         micro_batch_size=micro_batch_size,
@@ -83,7 +85,7 @@ def test_estimate_is_within_its_factor_of_the_measured_peak(
 
 
 def test_what_saves_memory_lowers_the_estimate() -> None:
-    config = tiny()
+    config = BASE
     base = estimate_memory(config).on_device
     less = [
         {"micro_batch_size": 8},
@@ -108,7 +110,7 @@ def test_v3_needs_what_its_parameters_need() -> None:
 
 
 def needed(**changes: object) -> int:
-    return estimate_memory(replace(tiny(), **changes)).on_device
+    return estimate_memory(replace(BASE, **changes)).on_device
 
 
 @pytest.mark.parametrize(
@@ -124,13 +126,13 @@ def needed(**changes: object) -> int:
 )
 def test_too_little_memory_names_the_field_to_lower(available: int, words: str) -> None:
     with pytest.raises(InputError, match=re.escape(words)) as caught:
-        check_memory(tiny(), CPU, available)
+        check_memory(BASE, CPU, available)
     assert re.search(r"needs about \d+\.\d GiB on cpu and \d+\.\d are available", str(caught.value))
 
 
 def test_enough_memory_gives_the_estimate() -> None:
-    assert isinstance(check_memory(tiny(), CPU, needed()), MemoryEstimate)
-    assert isinstance(check_memory(tiny(), CPU, None), MemoryEstimate)
+    assert isinstance(check_memory(BASE, CPU, needed()), MemoryEstimate)
+    assert isinstance(check_memory(BASE, CPU, None), MemoryEstimate)
 
 
 def test_this_machine_tells_its_memory() -> None:
