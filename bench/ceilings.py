@@ -50,7 +50,7 @@ def run(size: Size) -> tuple[list[Row], Ceilings]:
             floor = {"gflop": flops(shape) / 1e9}
             rows.append(Row(f"matmul {precision} {'x'.join(map(str, shape))}{mark}", "gflop_per_second", rate, floor=floor))
         shape = size.convolution_shape
-        name = f"the same product as a 1x1 convolution, {precision} {'x'.join(map(str, shape))}"
+        name = f"1x1 convolution {precision} {'x'.join(map(str, shape))}"
         rate = convolution_rate(shape, dtype, size.seconds)
         rows.append(Row(name, "gflop_per_second", rate, floor={"gflop": flops(shape) / 1e9}))
     read, copy = memory_rates(size.memory_bytes, size.seconds)
@@ -62,7 +62,7 @@ def run(size: Size) -> tuple[list[Row], Ceilings]:
         traffic = size.gemv_shape[0] * size.gemv_shape[1] * dtype.itemsize / 1e6
         floor = {"megabytes": traffic, "milliseconds": traffic / read}
         shape_text = "x".join(map(str, size.gemv_shape))
-        rows.append(Row(f"cold {shape_text} matrix times one row, {precision}", "milliseconds", milliseconds, floor=floor))
+        rows.append(Row(f"cold {shape_text} times one row, {precision}", "milliseconds", milliseconds, floor=floor))
     return rows, Ceilings(best, shapes, read)
 
 

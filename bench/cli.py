@@ -63,6 +63,8 @@ def main_of(name: Name) -> None:
 def run(names: tuple[Name, ...], sizes: dict[str, Any], out: Path, *, quick: bool) -> None:
     """Every benchmark of `names`, with the ceilings measured first: the others divide by them."""
     console = Console()
+    if not console.is_terminal:
+        console.width = 150  # of a log
     facts = {**read_commit(), "quick": quick, "device": describe_device(), "peers": peer_versions(), **read_load()}
     if facts["busy"]:
         load = facts["load_average_1_minute_before"]

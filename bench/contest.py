@@ -30,7 +30,7 @@ class Summary(NamedTuple):
     """The middle of several measurements, and how far they lie apart."""
 
     median: float
-    spread_percent: float  # (largest - smallest) / median
+    spread_percent: float | None  # (largest - smallest) / median; None for a single measurement
 
 
 def alternate(competitors: Mapping[str, Build], schedule: Sequence[Any], *, separate: bool = True) -> dict[str, list[Turn]]:
@@ -65,7 +65,8 @@ def in_a_fresh_process(build: Build, item: Any = None) -> Any:
 def summarize(values: Sequence[float]) -> Summary:
     """Median, and the range as a share of it."""
     median = statistics.median(values)
-    return Summary(median, 100 * (max(values) - min(values)) / median)
+    spread = 100 * (max(values) - min(values)) / median if len(values) > 1 else None
+    return Summary(median, spread)
 
 
 def _timed(run: Run, item: Any) -> Turn:

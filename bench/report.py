@@ -9,30 +9,20 @@ import tyro
 
 from bench.cli import NAMES, TITLES
 from bench.machine import ROOT
-from bench.results import HEADINGS, cells, write_text
+from bench.results import ALONE, HEADINGS, cells, write_text
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _README_ROWS = ("train", "tiny", "decode", "checkpoint")
 _CHINESE = (
+    *((": share of the ceiling", "：占矩阵乘法上限的比例"), ("tiny", "tiny 预设训练")),
     *(
-        ("share of the matmul ceiling", "占矩阵乘法上限的比例"),
-        ("matmul ceiling", "矩阵乘法上限"),
-        ("share of the", "占"),
         ("training", "训练"),
-    ),
-    *(
         ("generate", "生成"),
-        ("load, page cache warm", "加载（页缓存热）"),
-        ("load, page cache cold", "加载（页缓存冷）"),
-        ("save", "保存"),
-    ),
-    *(
         ("batch", "批大小"),
-        ("transformers, eager", "transformers（eager）"),
-        ("with fsync", "含 fsync"),
-        ("MISSED", "未达到"),
-        ("met", "达到"),
+        ("save", "保存"),
+        ("load, page cache warm", "加载（页缓存热）"),
     ),
+    *(("load, page cache cold", "加载（页缓存冷）"), (", with fsync", "，含 fsync"), ("MISSED", "未达到"), ("met", "达到")),
 )
 _CHINESE_HEADINGS = {"": "", "finback": "finback", "peer": "对照", "ratio": "倍数", "target": "目标"}
 
@@ -87,13 +77,14 @@ def main(results: Path = ROOT / "bench" / "results", root: Path = ROOT) -> None:
 
 def section(name: str, result: Mapping[str, Any]) -> str:
     """One benchmark's part of the page."""
+    headings = HEADINGS if any(row["peer"] for row in result["rows"]) else ALONE
     lines = [
         "",
         f"## {TITLES[name]}",
         "",
         f"{provenance(result)}.",
         "",
-        *markdown_table(HEADINGS, [cells(row) for row in result["rows"]]),
+        *markdown_table(headings, [cells(row) for row in result["rows"]]),
         "",
     ]
     for part in result.get("time_shares", []):

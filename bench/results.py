@@ -114,6 +114,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 HEADINGS = ("", "finback", "peer", "ratio", "target", "floor")
+ALONE = ("", "measured", "peer", "ratio", "target", "floor")  # where nobody is compared
 
 
 def unit_of(row: Mapping[str, Any]) -> str:
@@ -133,7 +134,7 @@ def with_unit(value: float, name: str) -> str:
 
 def print_table(console: Console, title: str, rows: list[Row], notes: list[str]) -> None:
     table = Table(title=title, title_justify="left")
-    for heading in HEADINGS:
+    for heading in HEADINGS if any(row.peer for row in rows) else ALONE:
         table.add_column(heading, justify="left" if heading in ("", "peer", "floor") else "right")
     for row in rows:
         style = {True: "green", False: "yellow", None: ""}[row.met]

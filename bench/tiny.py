@@ -1,5 +1,6 @@
 """The training step of the preset `tiny`: how fast, how near to the ceiling, where the rest goes, and how much memory it takes."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -85,15 +86,14 @@ def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str], dict[str,
         probe = summarize([turn.value for turn in kept[f"matmul {precision}"]]).median
         ceiling = max(ceilings.matmul_gflop_per_second[precision], probe)
         gflop = training_flops_per_token(variant.config, size.tokens) / 1e9 * size.sequences * size.tokens
-        rows.append(Row(f"training {name}", "tokens_per_second", *speed, floor={"gflop": gflop, "seconds": gflop / ceiling}))
+        rows.append(Row(f"tiny {name}", "tokens_per_second", *speed, floor={"gflop": gflop, "seconds": gflop / ceiling}))
         share = speed.median / (size.sequences * size.tokens) * gflop / ceiling
         target = TARGET_SHARE if name == "bf16" else None
         rows.append(
-            Row(
-                f"share of the matmul ceiling, {name}", "share", share, target=target, floor={"ceiling_gflop_per_second": ceiling}
-            )
+            Row(f"tiny {name}: share of the ceiling", "share", share, target=target, floor={"ceiling_gflop_per_second": ceiling})
         )
     rows += [_memory_row(size, recompute) for recompute in size.recompute]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's own log lines stand among the tables
     shares = _call(partial(build_profile, size), size.separate)
     return rows, _notes(size), {"time_shares": shares}
 
@@ -123,7 +123,7 @@ def _memory_row(size: Size, recompute: str) -> Row:
     measured = _call(partial(build_memory, size, recompute), size.separate)
     peak, between = ((measured[name] or 0) / 2**20 for name in ("peak", "between"))
     extra = {"above_the_state_mebibytes": peak - between, "seconds_per_step": measured["seconds"]}
-    return Row(f"peak memory of a bf16 step, recompute {recompute}", "mebibytes", peak, extra=extra)
+    return Row(f"tiny bf16, recompute {recompute}: peak memory", "mebibytes", peak, extra=extra)
 
 
 def build_profile(size: Size) -> Callable[[Any], list[dict[str, Any]]]:

@@ -43,7 +43,7 @@ class Size:
 
 
 FULL: Size = Size()
-QUICK: Size = Size(warm_up=1, turns=2)
+QUICK: Size = Size(sequences=4, warm_up=1, turns=2, separate=False)  # importing transformers ten times is slow
 
 
 def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str]]:
@@ -179,23 +179,17 @@ def _rows(size: Size, precision: str, turns: Mapping[str, list[Turn]], ceilings:
         name = f"training {precision}{ours.removeprefix('finback')}"
         return Row(name, "tokens_per_second", *mine, peer, *theirs, target=target, floor=floor, extra=extra)
 
-    def share(name: str, label: str) -> Row:
-        target = TARGET_SHARE if precision == "bf16" and name == "finback" else None
-        value = speeds[name].median * gflop_per_token / ceiling
-        return Row(
-            f"share of the {precision} matmul ceiling{label}",
-            "share",
-            value,
-            target=target,
-            floor={"ceiling_gflop_per_second": ceiling},
-        )
+    def share(name: str, target: float | None) -> Row:
+        value, theirs = (speeds[side].median * gflop_per_token / ceiling for side in (name, best_peer))
+        label = f"training {precision}{name.removeprefix('finback')}: share of the ceiling"
+        floor = {"ceiling_gflop_per_second": ceiling}
+        return Row(label, "share", value, target=target, floor=floor, extra={f"share_of_{best_peer}": theirs})
 
     return [
         *(against("finback", peer, TARGET_RATIO[precision]) for peer in SETTINGS),
         against("finback, own loop", best_peer, None),
-        share("finback", ""),
-        share("finback, own loop", ", own loop"),
-        share(best_peer, f", {best_peer}"),
+        share("finback", TARGET_SHARE if precision == "bf16" else None),
+        share("finback, own loop", None),
     ]
 
 

@@ -68,9 +68,7 @@ def test_python_m_is_the_same_program():
     assert done.stdout.startswith("usage: finback doctor")
 
 
-@pytest.mark.parametrize(
-    ("word", "nearest"), [("pretran", "pretrain"), ("docter", "doctor"), ("Fetch", "fetch"), ("zzz", "")]
-)
+@pytest.mark.parametrize(("word", "nearest"), [("pretran", "pretrain"), ("docter", "doctor"), ("Fetch", "fetch"), ("zzz", "")])
 def test_an_unknown_verb_names_the_nearest(word: str, nearest: str, capsys: pytest.CaptureFixture[str]):
     assert cli.main([word]) == 2
     printed = capsys.readouterr()
@@ -98,18 +96,14 @@ def test_an_option_before_the_verb_is_told(capsys: pytest.CaptureFixture[str]):
          "this needs the Python package pyarrow, which is not installed; finback doctor tells what is missing"),
     ],
 )  # fmt: skip
-def test_mistakes_are_one_sentence_and_exit_2(
-    error: Exception, sentence: str, verb, capsys: pytest.CaptureFixture[str]
-):
+def test_mistakes_are_one_sentence_and_exit_2(error: Exception, sentence: str, verb, capsys: pytest.CaptureFixture[str]):
     verb(raising(error))
     assert cli.main(["try"]) == 2
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", f"finback try: {sentence}\n")
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("a bug"), RuntimeError("a bug"), ModuleNotFoundError("x", name="finback.typo")]
-)
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), ModuleNotFoundError("x", name="finback.typo")])
 def test_bugs_keep_their_traceback(error: Exception, verb):
     verb(raising(error))
     with pytest.raises(type(error)):

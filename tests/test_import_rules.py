@@ -128,11 +128,7 @@ def violations(root: Path) -> list[str]:
     found = []
     for module in modules.values():
         relative = module.path.relative_to(root)
-        if (
-            module.path.name == "__init__.py"
-            and module.name != "finback"
-            and module.path.read_text(encoding="utf-8").strip()
-        ):
+        if module.path.name == "__init__.py" and module.name != "finback" and module.path.read_text(encoding="utf-8").strip():
             found.append(f"{relative}: __init__.py files are empty but the root's")
         parts = module.name.split(".")
         if len(parts) > 1 and parts[1] not in {room.split(".")[0] for room in ROOMS}:
@@ -281,9 +277,7 @@ def test_what_the_table_allows_passes(tmp_path: Path, path: str, source: str):
 
 
 def _plant(root: Path, files: dict[str, str]) -> None:
-    (root / "pyproject.toml").write_text(
-        '[project]\ndependencies = ["torch>=2", "numpy", "jaxtyping"]\n', encoding="utf-8"
-    )
+    (root / "pyproject.toml").write_text('[project]\ndependencies = ["torch>=2", "numpy", "jaxtyping"]\n', encoding="utf-8")
     for path, source in {"__init__.py": "", "model/a.py": "import torch\nb = 1\n", **files}.items():
         target = root / "finback" / path
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -75,9 +75,7 @@ def test_configuration_needs_no_torch():
         max_position_embeddings=128,
     )
     published = config.to_dict()
-    done = run_blocked(
-        f"import finback; print(finback.count_params(finback.ModelConfig.from_dict({published!r})).total)"
-    )
+    done = run_blocked(f"import finback; print(finback.count_params(finback.ModelConfig.from_dict({published!r})).total)")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == count_params(config).total
 

@@ -267,9 +267,7 @@ def _sections(report: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str
     hardware, torch, tools = report["hardware"], report["torch"], report["tools"]
     flags = hardware["cpu_flags"]
     extensions = (
-        "unknown"
-        if flags is None
-        else ", ".join(name for name, there in flags.items() if there) or "none of those that matter"
+        "unknown" if flags is None else ", ".join(name for name, there in flags.items() if there) or "none of those that matter"
     )
     rows = [
         ("system", "", f"{hardware['system']}, {hardware['architecture']}"),

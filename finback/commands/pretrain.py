@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.out is None:
         raise InputError("--out is missing; give a directory for the run")
     if not arguments.config.data:
-        raise InputError("--data is missing; give text files (.txt, .jsonl, .parquet) or directories of token shards")
+        raise InputError("--data is missing; give text files (.txt, .jsonl, .parquet; finback fetch gets some) or token shards")
     if (arguments.out / "config.json").exists():
         again = f"continue it with finback pretrain --resume {arguments.out}"
         raise InputError(f"--out {arguments.out} already holds a run; {again}, or give another --out")

@@ -181,7 +181,9 @@ class Transformer(nn.Module):
             mtp_hidden.append(module.shared_head.norm(x))
             routings.append(routing)
         counts, balance = self._balance([routing for routing in routings if routing is not None], input_ids)
-        if mtp and len(mtp_hidden) < self.config.num_nextn_predict_layers:  # the sequences end before the deeper predictions begin
+        if (
+            mtp and len(mtp_hidden) < self.config.num_nextn_predict_layers
+        ):  # the sequences end before the deeper predictions begin
             missing = self.config.num_nextn_predict_layers - len(mtp_hidden)
             mtp_hidden += [hidden[:, :0]] * missing
             counts = F.pad(counts, (0, 0, 0, missing))

@@ -49,11 +49,6 @@ class MovingAverage:
             failure, self._failure = self._failure, None
             raise failure
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from saved averages."""
-        for name, average in self.tensors.items():
-            average.copy_(tensors[name])
-
     def _update(self, done: "torch.cuda.Event | None") -> None:
         try:
             if done is None:

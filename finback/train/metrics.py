@@ -116,9 +116,7 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         if self._events is not None:
             self._events.close()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
 

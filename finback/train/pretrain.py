@@ -38,6 +38,7 @@ from finback.train.session import (
     cpu_threads,
     deferred_interrupts,
     describe_machine,
+    device_name,
     locked,
     open_data,
     read_machine,
@@ -81,7 +82,7 @@ def pretrain(config: PretrainConfig, directory: str | Path, *, resume: bool = Fa
                 total_seconds=None if config.minutes is None else 60 * config.minutes,
                 resume_step=state.progress.step if resume else None,
             ) as metrics:
-                for sentence in (*_introduction(config, device, machine, validation), *_changes(machine), *notes):
+                for sentence in (*_introduction(config, device, machine, validation), *_changes(machine, device), *notes):
                     metrics.say(sentence)
                 return train(config, run, state, metrics, interrupted, machine, validation, tokenizer)
 
@@ -281,9 +282,9 @@ def _introduction(
         yield "the validation split is shorter than one sequence: no held-out loss will be measured"
 
 
-def _changes(machine: dict[str, Any]) -> list[str]:
+def _changes(machine: dict[str, Any], device: torch.device) -> list[str]:
     """What differs from the machine that the run started on and may change bits."""
-    now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    now = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
     return [
         f"{name} is {value} and was {machine[name]} when the run started: losses may differ in their last bits"
         for name, value in now.items()

@@ -69,7 +69,7 @@ def resolve_config(config: PretrainConfig, directory: Path, resume: bool) -> Pre
 def describe_machine(config: PretrainConfig, device: torch.device, estimate: MemoryEstimate) -> dict[str, Any]:
     """What the run is computed on, and the numbers that `mfu` is made of."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "matmul_flops_per_second": measure_matmul_flops(config.precision, device),
@@ -77,6 +77,11 @@ def describe_machine(config: PretrainConfig, device: torch.device, estimate: Mem
         "estimated_device_bytes": estimate.on_device,
         "estimated_host_bytes": estimate.moving_average,
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def write_run_config(directory: Path, config: PretrainConfig, machine: dict[str, Any]) -> None:
@@ -121,8 +126,21 @@ def open_data(config: PretrainConfig) -> tuple[TokenStream, list[TokenShards], T
             raise InputError(
                 f"{shards.directory} has {shards.vocab_size} token ids, above the model's vocab_size ({size}); raise it"
             )
+    if tokenizer is not None:
+        _check_prompts(config, tokenizer)
     stream = TokenStream(training, config.sequence_length, seed=config.seed, weights=config.data_weights or None)
     return stream, validation, tokenizer
+
+
+def _check_prompts(config: PretrainConfig, tokenizer: Tokenizer) -> None:
+    context = config.model.max_position_embeddings
+    for prompt in config.sample_prompts:
+        needed = len(tokenizer.encode(prompt, add_bos=True)) + config.sample_tokens
+        if needed > context:
+            raise InputError(
+                f"field sample_prompts holds {prompt[:40]!r}, which with sample_tokens ({config.sample_tokens}) needs {needed} "
+                f"tokens, above max_position_embeddings ({context}); shorten it or lower sample_tokens"
+            )
 
 
 @contextmanager

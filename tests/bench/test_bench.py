@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from bench import ceilings, checkpoint, cli, decode, report, tiny, train
-from bench.contest import alternate, in_a_fresh_process, summarize
+from bench.contest import Turn, alternate, in_a_fresh_process, summarize
 from bench.machine import describe_device, peak_memory_bytes, read_commit
 from bench.peers import COMPARED, SETTINGS, our_model, their_model
 from bench.results import Row, cells, with_unit
@@ -91,7 +91,7 @@ def test_every_target_of_the_project_has_a_row(results: Path):
     for name in cli.NAMES:
         rows = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))["rows"]
         targets |= {(row["name"], row["peer"]): row["target"] for row in rows if row["target"] is not None}
-    expected = {("share of the bf16 matmul ceiling", None): 0.65, ("share of the matmul ceiling, bf16", None): 0.5}
+    expected = {("training bf16: share of the ceiling", None): 0.65, ("tiny bf16: share of the ceiling", None): 0.5}
     expected |= {("training bf16", peer): 2.5 for peer in SETTINGS} | {("training fp32", peer): 1.4 for peer in SETTINGS}
     expected |= {(f"generate {precision}, batch 1", peer): 8.0 for precision in ("fp32", "bf16") for peer in SETTINGS}
     assert targets == expected  # the toy has no batch of 16
@@ -198,6 +198,23 @@ def test_bytes_per_step_counts_each_weight_once_and_experts_as_chosen():
     latents = 4 * 10 * row * SMALL.num_hidden_layers
     assert decode.bytes_per_step(SMALL, 4, batch=1, context=10) == pytest.approx(by_hand(SMALL, 2) + latents)
     assert decode.bytes_per_step(SMALL, 4, batch=2, context=0) == pytest.approx(by_hand(SMALL, 8 * (1 - 0.75**2)))
+
+
+def test_other_tokens_pass_only_where_two_logits_are_equal():
+    prompt = [1, 2, 3]
+    with torch.no_grad():
+        first, second = our_model(SMALL)(torch.tensor([prompt]))[0, -1].topk(2).indices.tolist()
+
+    def turns(token: int) -> dict[str, list[Turn]]:
+        return {"finback": [Turn(1.0, [[*prompt, first, 5]])], "other": [Turn(1.0, [[*prompt, token, 5]])]}
+
+    decode.check_tokens(SMALL, turns(first))
+    with pytest.raises(AssertionError, match="token 3"):
+        decode.check_tokens(SMALL, turns(second))
+
+
+def test_one_measurement_has_no_spread():
+    assert summarize([2.0]) == (2.0, None)
 
 
 def test_the_machine_is_described():

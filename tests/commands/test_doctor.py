@@ -173,9 +173,7 @@ def test_a_broken_torch_is_a_row(tmp_path: Path, source: str, words: str):
 def test_a_good_laptop_runs_the_quickstart():
     report = make_report()
     states = runs(report)
-    assert (
-        states["quickstart"] == states["pretrain tiny"] == states["precision bf16"] == states["torch.compile"] == "yes"
-    )
+    assert states["quickstart"] == states["pretrain tiny"] == states["precision bf16"] == states["torch.compile"] == "yes"
     assert states["pretrain small"] == "slow"
     assert states["pretrain v3-671b"] == states["GPU"] == states["Triton kernels"] == "no"
     words = {ability.name: ability.why for ability in doctor.abilities(report)}

@@ -48,7 +48,8 @@ def test_repeats_bitwise_and_continues_bitwise_from_saved_tensors() -> None:
         first.start()
     first.wait()
     second = MovingAverage(parameters, decay=0.9)
-    second.load({name: tensor.clone() for name, tensor in first.tensors.items()})
+    for name, tensor in first.tensors.items():
+        second.tensors[name].copy_(tensor)
     for step in range(3, 6):
         second.wait()
         for p in parameters.values():

@@ -91,9 +91,7 @@ def test_a_fresh_run_starts_with_empty_files(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(cut=st.integers(0, 400), keep=st.integers(0, 6))
-def test_any_cut_leaves_each_step_once_after_resume(
-    tmp_path_factory: pytest.TempPathFactory, cut: int, keep: int
-) -> None:
+def test_any_cut_leaves_each_step_once_after_resume(tmp_path_factory: pytest.TempPathFactory, cut: int, keep: int) -> None:
     """Wherever a kill cut the file, if the rows up to the checkpoint are whole, the resumed file has each step once."""
     path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
     content = b"".join(json.dumps(row(step)).encode() + b"\n" for step in range(1, 7))
@@ -213,9 +211,7 @@ def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
     )
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], stdout=slave, stderr=slave, env=environment
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=slave, stderr=slave, env=environment) as child:
         os.close(slave)
         shown = b""
         try:

@@ -136,6 +136,10 @@ def test_wrong_starts_are_told_and_leave_nothing(tmp_path: Path, micro_data: Pat
         (replace(config, data=(str(tmp_path / "no"),)), r"no/index\.json does not exist"),
         (replace(config, tokenizer=str(tmp_path)), r"holds no tokenizer\.json"),
         (replace(config, device="tpu"), "field device is 'tpu'"),
+        (
+            replace(config, sample_prompts=("the",), sample_tokens=128),
+            "field sample_prompts holds 'the', which with sample_tokens",
+        ),
         (replace(config, device="cuda:7"), "field device is 'cuda:7', but torch finds"),
         (
             replace(config, model=replace(config.model, vocab_size=299)),

@@ -63,9 +63,7 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 
 def loads(count: int) -> list[dict[str, Any]]:
-    return [
-        {"step": step, "counts": [[40, 10, 10, 20], [20, 20, 20, 20], [80, 0, 0, 0]]} for step in range(1, count + 1)
-    ]
+    return [{"step": step, "counts": [[40, 10, 10, 20], [20, 20, 20, 20], [80, 0, 0, 0]]} for step in range(1, count + 1)]
 
 
 @pytest.fixture

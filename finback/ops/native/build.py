@@ -110,7 +110,9 @@ def _processor() -> str:
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     first = information.split("\n\n")[0]
-    return platform.machine() + "\n".join(re.findall(r"^(?:vendor_id|cpu family|model|flags|Features|CPU \w+)\s*:.*$", first, re.M))
+    return platform.machine() + "\n".join(
+        re.findall(r"^(?:vendor_id|cpu family|model|flags|Features|CPU \w+)\s*:.*$", first, re.M)
+    )
 
 
 def _openmp_runtime() -> Path | None:
