@@ -30,8 +30,8 @@ def tiny() -> PretrainConfig:
         initializer_range=0.02,
         pad_token_id=2,
     )
-    # Small batches: at a million tokens each halving of the batch still gains more than it costs in speed. A larger gamma than V3's, because
-    # there are hundreds of steps here and not hundreds of thousands.
+    # Small batches: at a million tokens, halving the batch still gains more than it costs in speed. Gamma is above V3's, because there
+    # are hundreds of steps here and not hundreds of thousands.
     return PretrainConfig(
         model=model,
         steps=1500,

@@ -87,7 +87,9 @@ def _compile(compiler: str, runtime: Path | None, directory: Path) -> Path:
 def _run(*command: str) -> str:
     try:
         # Messages in English, whatever the user's language, because they are quoted.
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}, errors="replace")
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}, errors="replace"
+        )
     except OSError as error:
         raise BuildError(f"{command[0]} does not run ({error.strerror}); repair or reinstall it") from None
     if done.returncode != 0:
