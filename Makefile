@@ -8,10 +8,9 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-# pip's pins hold for the packages that it builds in isolation, too
-export PIP_CONSTRAINT := constraints.txt
-export PIP_BUILD_CONSTRAINT := constraints.txt
-export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# pip's pins hold for the packages that it builds in isolation, too. Not exported: what finback fetches is not ours to pin.
+PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	$(BIN)/python -m pip install --progress-bar off
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow check bench
@@ -46,6 +45,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 		{ echo "$(PYTHON) has no venv module; install it (on Debian and Ubuntu: apt-get install python3-venv) and run make again" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --progress-bar off "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --progress-bar off --editable '.[report,data,hub,rl,test]'
+	$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(PIP_INSTALL) --editable '.[report,data,hub,rl,test]'
 	@touch $(STAMP)

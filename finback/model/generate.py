@@ -1,6 +1,7 @@
 """Plain cached generation: one latent cache of [layers, B, S, C + R], no paging, no scheduler. The twin that the engine is tested
 against, and what `finback generate` runs."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -77,16 +78,15 @@ def generate(
     limit = model.config.max_position_embeddings
     if prompt == 0:
         raise InputError("the prompt is empty; give at least one token")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise InputError(f"temperature is {temperature} and top_p {top_p}; they must be >= 0 and in (0, 1]")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise InputError(f"temperature is {temperature} and top_p {top_p}; they must be finite and >= 0, and in (0, 1]")
     if max_new_tokens < 1 or prompt + max_new_tokens > limit:
         raise InputError(
             f"prompt ({prompt}) plus max_tokens ({max_new_tokens}) must be above {prompt} and within the context ({limit})"
         )
-    if int(input_ids.max()) >= model.config.vocab_size or int(input_ids.min()) < 0:
-        raise InputError(
-            f"the prompt holds token {int(input_ids.max())}, outside the model's vocabulary ({model.config.vocab_size})"
-        )
+    unknown = input_ids[(input_ids < 0) | (input_ids >= model.config.vocab_size)]
+    if unknown.numel():
+        raise InputError(f"the prompt holds token {int(unknown[0])}, outside the model's vocabulary ({model.config.vocab_size})")
     generator = torch.Generator(device=input_ids.device).manual_seed(seed)
     cache = LatentCache(model, batch, prompt + max_new_tokens)
     hidden = cached_forward(model, input_ids, cache)
@@ -110,7 +110,9 @@ def sample(logits: Float[Tensor, "B vocab"], temperature: float, top_p: float, g
     """One token per row: argmax at temperature 0, else a draw from the smallest set whose probability reaches top_p."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.to(torch.float32) / temperature).softmax(-1)
+    logits = logits.to(torch.float32)
+    # Largest logit 0: however small the temperature, the quotients are 0 or run to -inf, never to inf.
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         ordered, index = probabilities.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0.0
