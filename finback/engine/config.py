@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 from finback.config import InputError
 
@@ -12,6 +12,7 @@ MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 
 
+@no_type_check  # under pytest, too, a wrong type is told by the sentences below
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled and when it ends. Names are vLLM's. Raises InputError for a value that cannot be meant.
