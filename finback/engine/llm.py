@@ -103,7 +103,7 @@ class LLM:
         num_blocks: int | None = None,
         enable_prefix_caching: bool = True,
         num_speculative_tokens: int = 0,
-        kv_cache_dtype: Literal["auto"] = "auto",
+        kv_cache_dtype: str = "auto",
         backend: Backend = "auto",
     ) -> None:
         if (directory is None) == (model is None):

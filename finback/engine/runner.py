@@ -15,6 +15,7 @@ from finback.engine.paged import paged_forward, paged_mtp_forward
 from finback.model.mla import Rotary
 from finback.model.transformer import Transformer
 from finback.ops.native.build import kernels
+from finback.ops.native.calls import Kernels
 from finback.ops.rotary import rotary_table
 
 Backend = Literal["auto", "native", "torch"]
@@ -47,7 +48,8 @@ class Runner:
         library = _choose(backend, model)
         if library is not None:
             table_width = -(-max_model_len // block_size)
-            self._native = NativeDecoder(library, model, self.cache, self._rotary, max_rows, table_width)
+            rows = max(max_rows, SHORT)  # a chunk is never split
+            self._native = NativeDecoder(library, model, self.cache, self._rotary, rows, table_width)
         self.backend = "native" if self._native else "torch"
 
     def forward(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> Forward:
@@ -170,7 +172,7 @@ def _in_order(
     return Forward(hidden, first_rows, logits)
 
 
-def _choose(backend: Backend, model: Transformer) -> "Kernels | None":  # noqa: F821
+def _choose(backend: Backend, model: Transformer) -> Kernels | None:
     """The native kernels if they are to be used; InputError if they were asked for and cannot be."""
     weight = model.lm_head.weight
     reason = None

@@ -334,7 +334,6 @@ def test_settings_that_cannot_be_used(fields: dict[str, Any], sentence: str) -> 
         ([], {}, "the prompt is empty"),
         ([96], {}, "token 96, outside"),
         ([-1], {}, "no token id"),
-        ([1.5], {}, "no token id"),
         ("text", {}, "no tokenizer"),
         ([1], {"stop": "x"}, "stop strings need a tokenizer"),
         ([1], {"logit_bias": {200: 1.0}}, "token 200, outside"),
