@@ -122,7 +122,6 @@ class BlockManager:
                 else:
                     self._cached[block] = None
         request.block_table.clear()
-        request.num_registered_blocks = 0
         request.num_computed_tokens = 0
 
     def reset_prefix_cache(self) -> None:

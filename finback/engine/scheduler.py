@@ -138,9 +138,10 @@ class Scheduler:
         running, preempted = list(self._running.values()), list[Request]()
         scheduled = list[ScheduledSequence]()
         budget, drafts = self.max_num_batched_tokens, False
+        # Each was admitted while budget was left, and only the last one admitted can need more than one token: all of them get some.
         for request in running:
-            if budget == 0 or request.state is not RequestState.RUNNING:
-                break  # those behind it were preempted as well
+            if request.state is not RequestState.RUNNING:
+                break  # preempted by one before it, like all those behind it
             start, remaining = request.num_computed_tokens, len(request.token_ids) - request.num_computed_tokens
             if len(request.block_table) * self.blocks.block_size < start + remaining and not self._grow(request, preempted):
                 break
@@ -150,7 +151,7 @@ class Scheduler:
             drafts = drafts or bool(request.draft_token_ids)
         if drafts:
             budget = self._add_drafts(scheduled, budget)
-        if self._waiting and not preempted:
+        if self._waiting:
             self._admit(scheduled, budget)
         return Schedule(scheduled, preempted)
 
@@ -243,7 +244,7 @@ class Scheduler:
             table, end = request.block_table, sequence.start + sequence.count
             places = (len(table) + self.blocks.num_available) * size - end
             answer = request.max_tokens - len(request.output_token_ids) - 1  # the step yields one token besides
-            number = min(len(request.draft_token_ids), budget, places, answer) if sequence.samples else 0
+            number = min(len(request.draft_token_ids), budget, places, answer)  # 0 if it does not sample: it took all the budget
             del request.draft_token_ids[number:]
             missing = -(-(end + number) // size) - len(table)
             if missing > 0:
@@ -262,7 +263,6 @@ class Scheduler:
             del self._waiting[request_id]
             self._running[request_id] = request
             request.state = RequestState.RUNNING
-            request.draft_token_ids = []
             if request.num_preemptions == 0:
                 request.num_cached_tokens = request.num_computed_tokens
                 self._prefix_query_tokens += len(request.token_ids)

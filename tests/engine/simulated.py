@@ -104,6 +104,7 @@ class SimulatedEngine:
             assert request.block_table == []
             assert request.num_computed_tokens == 0
             assert request.state is RequestState.WAITING
+            assert request.draft_token_ids == []
         for request in self.requests.values():
             assert request.num_preemptions == self.preemptions.get(request.request_id, 0)
 

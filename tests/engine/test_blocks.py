@@ -23,7 +23,7 @@ class NaivePool:
     def __init__(self, num_blocks: int, size: int, caching: bool) -> None:
         self.num_blocks, self.size, self.caching = num_blocks, size, caching
         self.released: dict[Prefix, int] = {}  # known prefix -> when its last holder left; meaningless while somebody holds it
-        self.known_of: dict[int, list[Prefix]] = {}  # request -> known prefixes that it holds
+        self.known_of: dict[int, list[Prefix]] = {}  # request -> known prefixes that it holds, and once known ones
         self.private_of: dict[int, int] = {}  # request -> blocks of its own that nobody knows
         self.clock = 0
 
@@ -77,13 +77,13 @@ class NaivePool:
         self.clock += 1
         del self.private_of[request.request_id]
         for prefix in self.known_of.pop(request.request_id):
-            if not self.holders(prefix):
+            if prefix in self.released and not self.holders(prefix):
                 self.released[prefix] = self.clock
 
     def reset(self) -> None:
-        for request_id, known in self.known_of.items():
-            self.private_of[request_id] += len(known)
-            known.clear()
+        self.clock += 1
+        for known in self.known_of.values():  # still held, also by several, but under names that nobody asks for
+            known[:] = [(f"{cache_key}, forgotten at {self.clock}", tokens) for cache_key, tokens in known]
         self.released.clear()
 
 
@@ -99,8 +99,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.next_id = 0
 
     @rule(
-        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=4),
-        repeat=st.integers(1, 5),
+        prompt=st.sampled_from([[1], [1], [1, 2], [1, 1, 2]]),
+        repeat=st.integers(1, 6),
         cache_key=st.sampled_from(["", "", "", "other"]),
     )
     def admit(self, prompt: list[int], repeat: int, cache_key: str) -> None:
@@ -177,7 +177,7 @@ TestBesideTheNaivePool = PoolMachine.TestCase
 
 @pytest.mark.slow
 class TestBesideTheNaivePoolLong(PoolMachine.TestCase):  # type: ignore[name-defined, misc]
-    settings = settings(max_examples=3000, stateful_step_count=80)
+    settings = settings(max_examples=800, stateful_step_count=80)
 
 
 def compute(pool: BlockManager, tokens: list[int], cache_key: str = "") -> Request:
@@ -214,8 +214,8 @@ def test_hits_are_whole_blocks_of_equal_tokens_under_the_same_key() -> None:
     assert hit(pool, [1, 2, 3, 4, 5], cache_key="other") == 0
 
 
-def test_a_key_cannot_pose_as_a_chain() -> None:
-    """A key may hold any characters, even the bytes of another key's digest and tokens, or halves of surrogate pairs."""
+def test_a_key_may_be_any_text() -> None:
+    """Halves of surrogate pairs, too, which have no UTF-8 of their own."""
     pool = BlockManager(32, block_size=1)
     for cache_key in ("", "\0", "a", "\ud800", "B" + "x" * 32):
         request = compute(pool, [1, 2, 3], cache_key)

@@ -108,7 +108,7 @@ TestAnyOrder = EngineMachine.TestCase
 
 @pytest.mark.slow
 class TestAnyOrderLong(EngineMachine.TestCase):  # type: ignore[name-defined, misc]
-    settings = settings(max_examples=2000, stateful_step_count=80)
+    settings = settings(max_examples=500, stateful_step_count=80)
 
 
 @pytest.mark.parametrize("seed", range(4))
