@@ -113,7 +113,9 @@ class SamplingRows:
     requests run with the same number of drafts (`describes`): positions and counts are read from the states at each step.
     """
 
-    def __init__(self, states: Sequence[SamplingState], num_drafts: Sequence[int] | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, states: Sequence[SamplingState], num_drafts: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         num_drafts = [0] * len(states) if num_drafts is None else num_drafts
         repeats = [drafts + 1 for drafts in num_drafts]
         self.states = list(states)

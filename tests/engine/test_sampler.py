@@ -261,6 +261,14 @@ def test_extreme_temperatures(temperature: float) -> None:
     assert tokens == ({0} if temperature < 1 else {0, 1, 3})
 
 
+def test_small_temperatures_keep_the_difference_of_large_logits() -> None:
+    """1000 / 1e-4 has no digits left for the 0.6 that separate these two tokens in float32."""
+    logits = torch.tensor([1000.0, 1000.0 + 2**-14]).expand(4000, 2)
+    tokens = sample(logits, SamplingRows([make_state(seed, temperature=1e-4) for seed in range(4000)])).token_ids
+    expected = 1 / (1 + math.exp(-(2**-14) / 1e-4))
+    assert abs(float(tokens.double().mean()) - expected) < 4 * math.sqrt(expected * (1 - expected) / 4000)
+
+
 def test_accept_counts_the_drafts_before_the_first_difference() -> None:
     assert accept([], [4]) == 0
     assert accept([4, 5], [4, 5, 6]) == 2
