@@ -1,151 +1,81 @@
 """The C kernels as Python calls on tensors.
 
 A method of `Kernels` checks its tensors and returns a *call* bound to them: `call()` runs the kernel, as often as wanted, each
-time on what the tensors hold by then. Preparing takes a few microseconds, calling less than one. Nothing has gradients.
+time on what the tensors hold by then. Preparing takes some microseconds, calling less than one. `Kernels.program` makes one call
+of many, so that a whole decode step crosses from Python to C once. Nothing has gradients.
 
 All tensors are on the CPU, contiguous and of one dtype, float32 or bfloat16, but for those that are documented as float32 or
-integers. A call uses as many threads as torch did when it was prepared.
+integers. A call uses as many threads as torch did when it was prepared; results do not depend on that number.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
-from ctypes import c_float, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import c_int64, c_void_p
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Call = Callable[[], Any]
+from finback.ops.native.arguments import (
+    KERNELS,
+    CacheArguments,
+    CachedRows,
+    Choice,
+    EmbeddingArguments,
+    FeedForwardArguments,
+    GroupedArguments,
+    LatentArguments,
+    LinearArguments,
+    Norm,
+    NormArguments,
+    Operation,
+    Projected,
+    RotaryArguments,
+    RotaryTable,
+    Routing,
+    SwiGLUArguments,
+    Weights,
+)
+
 SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-def _fields(pointers: str, sizes: str, floats: str) -> list[tuple[str, Any]]:
-    """Fields of a struct: pointers, then 64-bit integers, then floats; "x*3" is an array of three."""
-    fields = []
-    for names, kind in ((pointers, c_void_p), (sizes, c_int64), (floats, c_float)):
-        for name, _, count in (word.partition("*") for word in names.split()):
-            fields.append((name, kind * int(count) if count else kind))
-    return fields
+class Call:
+    """Kernels that run one after the other. Calling it returns 0, or 1 if one was given an index that is out of range.
 
+    The kernels behind that one do not run. Two threads may not run calls at once that write to the same tensors.
+    """
 
-class LinearArguments(ctypes.Structure):
-    """As in operations.h."""
+    def __init__(self, run: Any, operations: list[tuple[Operation, object]]) -> None:
+        self.operations = operations  # each with what keeps the memory behind its pointers alive
+        array = (Operation * len(operations))(*(operation for operation, _ in operations))
+        self._run = partial(run, array, len(operations), torch.get_num_threads())
 
-    _fields_ = _fields("x norm weights*3 outputs*3 residual", "rows*3 tokens inputs threads", "eps")
-
-
-class NormArguments(ctypes.Structure):
-    """As in operations.h."""
-
-    _fields_ = _fields("x norm output", "tokens size", "eps")
-
-
-class SwiGLUArguments(ctypes.Structure):
-    """As in operations.h."""
-
-    _fields_ = _fields("gate up output", "count", "")
-
-
-class RotaryArguments(ctypes.Structure):
-    """As in operations.h."""
-
-    _fields_ = _fields("x cosine sine output", "tokens heads size", "")
-
-
-class AttentionArguments(ctypes.Structure):
-    """As in operations.h."""
-
-    _fields_ = _fields(
-        "query key_up value_up output compressed norm rows blocks cosine sine positions",
-        "sequences heads nope rope rank value_size head_stride blocks_per_sequence block_rows threads",
-        "scale eps",
-    )
-
-
-class FeedForwardArguments(ctypes.Structure):
-    """As in experts.h."""
-
-    _fields_ = _fields(
-        "x norm residual output router bias scores indices values gate up down shared_gate shared_up shared_down",
-        "tokens size experts choices groups kept_groups width shared_width threads softmax two_per_group normalise",
-        "scaling eps",
-    )
-
-
-_FUNCTIONS: dict[str, type[ctypes.Structure]] = {
-    "linear": LinearArguments,
-    "rms_norm": NormArguments,
-    "swiglu": SwiGLUArguments,
-    "rotary": RotaryArguments,
-    "latent_attention": AttentionArguments,
-    "feed_forward": FeedForwardArguments,
-}
-
-
-class Norm(NamedTuple):
-    """An RMSNorm: weight [D] and epsilon."""
-
-    weight: Tensor
-    eps: float
-
-
-class LatentRows(NamedTuple):
-    """Where cached latents lie and which of them are seen: one query token per sequence looks at positions 0 to its own."""
-
-    rows: Tensor  # [blocks, block_rows, C + R]
-    positions: Tensor  # int64 [B]
-    blocks: Tensor | None = None  # int32 [B, n]: each sequence's blocks; None: sequence i has block i and no other
-
-
-class Projected(NamedTuple):
-    """What makes `latent_attention` start from projections, as they come: everything between them and `o_proj`."""
-
-    compressed: Tensor  # [B, C + R], not normalised, not rotated: becomes the cached row of each new token
-    norm: Norm  # of the latent
-    cosine: Tensor  # float32 [positions, R / 2]
-    sine: Tensor
-    up: Tensor  # kv_b_proj.weight [H (N + V), C]
-    nope: int  # N
-
-
-class Routing(NamedTuple):
-    """A router, in the words of `ops.router`."""
-
-    weight: Tensor  # [E, D]
-    bias: Tensor | None  # float32 [E]
-    scoring_func: str
-    topk_method: str
-    n_group: int
-    topk_group: int
-    normalise: bool
-    scaling: float
-    scores: Tensor  # float32 [B, E], an output
-
-
-class Choice(NamedTuple):
-    """Which experts each token goes to, and with what weight."""
-
-    indices: Tensor  # int64 [B, K]
-    values: Tensor  # float32 [B, K]
-
-
-class Weights(NamedTuple):
-    """Of routed experts [E, F, D], [E, F, D], [E, D, F]; of one dense feed-forward, or of shared experts, without the E."""
-
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    def __call__(self) -> int:
+        status: int = self._run()
+        return status
 
 
 class Kernels:
-    """The loaded library. B is the number of tokens, at most one per sequence in attention; other letters as everywhere."""
+    """The loaded library. B is the number of tokens; other letters as everywhere."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._functions = {
-            dtype: {name: _declared(library, f"{name}_{suffix}", types) for name, types in _FUNCTIONS.items()}
+            (name, dtype): (
+                _address(library, f"{name}_{suffix}"),
+                _address(library, f"{name}_memory_of_{suffix}") if needs_memory else None,
+            )
+            for name, (_, needs_memory) in KERNELS.items()
             for dtype, suffix in SUFFIXES.items()
         }
+        self._run = library.run_program
+        self._run.argtypes, self._run.restype = [ctypes.POINTER(Operation), c_int64, c_int64], ctypes.c_int
+
+    def program(self, calls: Sequence[Call]) -> Call:
+        """All of `calls` as one, in their order."""
+        assert calls
+        return Call(self._run, [operation for call in calls for operation in call.operations])
 
     def linear(
         self,
@@ -154,34 +84,45 @@ class Kernels:
         outputs: Sequence[Tensor],
         norm: Norm | None = None,
         residual: Tensor | None = None,
+        biases: Sequence[Tensor | None] = (),
     ) -> Call:
-        """outputs[i] [B, n_i] = weights[i] [n_i, D] x [B, D], for up to three matrices; with `norm`, x is normalised first.
+        """outputs[i] [B, n_i] = weights[i] [n_i, D] x [B, D] + biases[i] [n_i], for up to three matrices.
 
-        `residual` is added to the first output, and may be that output.
+        With `norm`, x is normalised first. `residual` is added to the first output, and may be that output.
         """
         tokens, inputs = x.shape
         assert 1 <= len(weights) == len(outputs) <= 3
         for weight, output in zip(weights, outputs, strict=True):
             assert weight.shape == (output.shape[1], inputs), (weight.shape, x.shape, output.shape)
             assert output.shape[0] == tokens, (x.shape, output.shape)
+        for weight, bias in zip(weights, biases, strict=bool(biases)):
+            assert bias is None or bias.shape == (len(weight),)
         assert residual is None or residual.shape == outputs[0].shape
         assert norm is None or norm.weight.shape == (inputs,)
         return self._bind(
             "linear",
-            (x, *weights, *outputs, residual, norm and norm.weight),
+            (x, *weights, *outputs, *biases, residual, norm and norm.weight),
             LinearArguments(
                 x=_at(x),
                 norm=norm and _at(norm.weight),
                 weights=(c_void_p * 3)(*map(_at, weights)),
+                biases=(c_void_p * 3)(*map(_at, biases)),
                 outputs=(c_void_p * 3)(*map(_at, outputs)),
                 residual=_at(residual),
                 rows=(c_int64 * 3)(*(len(weight) for weight in weights)),
                 tokens=tokens,
                 inputs=inputs,
-                threads=torch.get_num_threads(),
                 eps=norm.eps if norm else 0.0,
             ),
         )
+
+    def embedding(self, ids: Tensor, table: Tensor, output: Tensor) -> Call:
+        """output [B, D] = table [n, D] at the rows ids (int64 [B]). The call returns 1 if an id is not that of a row."""
+        assert ids.dim() == 1
+        assert output.shape == (len(ids), table.shape[1])
+        address = _integers(ids, torch.int64)
+        arguments = EmbeddingArguments(_at(table), address, _at(output), len(ids), *table.shape)
+        return self._bind("embedding", (table, output), arguments, ids)
 
     def rms_norm(self, x: Tensor, norm: Norm, output: Tensor) -> Call:
         """output [B, D] = norm(x [B, D])."""
@@ -197,73 +138,89 @@ class Kernels:
         arguments = SwiGLUArguments(_at(gate), _at(up), _at(output), gate.numel())
         return self._bind("swiglu", (gate, up, output), arguments)
 
-    def rotary(self, x: Tensor, cosine: Tensor, sine: Tensor, output: Tensor) -> Call:
-        """output [B, H, R] = x rotated by the angles of cosine, sine [B, R / 2] (float32), interleaved pairs."""
+    def rotary(self, x: Tensor, angles: RotaryTable, output: Tensor) -> Call:
+        """output [B, H, R] = x rotated by angles that are given for each token [B, R / 2], interleaved pairs."""
         tokens, heads, size = x.shape
         assert output.shape == x.shape
-        assert cosine.shape == sine.shape == (tokens, size // 2)
-        arguments = RotaryArguments(_at(x), _float32(cosine), _float32(sine), _at(output), tokens, heads, size)
-        return self._bind("rotary", (x, output), arguments, (cosine, sine))
+        assert angles.cosine.shape == angles.sine.shape == (tokens, size // 2)
+        arguments = RotaryArguments(_at(x), *map(_float32, angles), _at(output), tokens, heads, size)
+        return self._bind("rotary", (x, output), arguments, angles)
 
     def latent_attention(
         self,
         query: Tensor,
-        latents: LatentRows,
+        cached: CachedRows,
         output: Tensor,
         rank: int,
         scale: float,
         projected: Projected | None = None,
     ) -> Call:
-        """Absorbed attention of one new token per sequence to its cached rows, the token's own included.
+        """Absorbed attention of new tokens to cached latents [blocks, block_rows, C + R], each token's own included.
 
         Without `projected`: query [B, H, C + R], absorbed and rotated, output [B, H, C]. With it: query [B, H, N + R] as it was
-        projected, output [B, H, V], and the token's row is cached here.
+        projected, output [B, H, V], and every token's row is cached here, before any token looks.
         """
-        sequences, heads, width = query.shape
-        rows, positions, blocks = latents
-        rope = rows.shape[-1] - rank
-        assert rows.dim() == 3
-        assert blocks is not None or rows.shape[0] == sequences
-        arguments = AttentionArguments(
-            query=_at(query),
-            output=_at(output),
-            rows=_at(rows),
-            blocks=_integers(blocks, torch.int32),
-            positions=_integers(positions, torch.int64),
-            sequences=sequences,
-            heads=heads,
-            rope=rope,
-            rank=rank,
-            blocks_per_sequence=0 if blocks is None else blocks.shape[1],
-            block_rows=rows.shape[1],
-            threads=torch.get_num_threads(),
-            scale=scale,
-        )
-        assert positions.shape == (sequences,)
-        tensors: tuple[Tensor | None, ...] = (query, output, rows)
+        tokens, heads, width = query.shape
+        rope = cached.rows.shape[-1] - rank
+        arguments = LatentArguments(query=_at(query), output=_at(output), heads=heads, rope=rope, rank=rank, scale=scale)
+        arguments.cache = _cache(cached, tokens, projected and projected.rotary, rope)
+        assert output.shape[:2] == (tokens, heads)
         if projected is None:
             assert width == rank + rope
-            assert output.shape == (sequences, heads, rank)
-            return self._bind("latent_attention", tensors, arguments, latents)
-        value_size = output.shape[2]
-        nope = projected.nope
+            assert output.shape[2] == rank
+            return self._bind("latent_attention", (query, output, cached.rows), arguments, cached)
+        value_size, nope = output.shape[2], projected.nope
         assert width == nope + rope
-        assert output.shape[:2] == (sequences, heads)
         assert projected.up.shape == (heads * (nope + value_size), rank)
-        assert projected.compressed.shape == (sequences, rank + rope)
+        assert projected.compressed.shape == (tokens, rank + rope)
         assert projected.norm.weight.shape == (rank,)
-        assert projected.cosine.shape == projected.sine.shape
-        assert projected.cosine.shape[1:] == (rope // 2,)
         arguments.key_up = _at(projected.up)
         arguments.value_up = projected.up.data_ptr() + nope * rank * projected.up.element_size()
         arguments.head_stride = (nope + value_size) * rank
         arguments.compressed = _at(projected.compressed)
-        arguments.norm = _at(projected.norm.weight)
-        arguments.eps = projected.norm.eps
-        arguments.cosine, arguments.sine = _float32(projected.cosine), _float32(projected.sine)
+        arguments.norm, arguments.eps = _at(projected.norm.weight), projected.norm.eps
         arguments.nope, arguments.value_size = nope, value_size
-        tensors += (projected.up, projected.compressed, projected.norm.weight)
-        return self._bind("latent_attention", tensors, arguments, (latents, projected))
+        tensors = (query, output, cached.rows, projected.up, projected.compressed, projected.norm.weight)
+        return self._bind("latent_attention", tensors, arguments, (cached, projected))
+
+    def grouped_query_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cached: CachedRows,
+        rotary: RotaryTable,
+        output: Tensor,
+        scale: float,
+        query_norm: Norm | None = None,
+        key_norm: Norm | None = None,
+    ) -> Call:
+        """Everything between the projections and `o_proj`: query [B, H d], key and value [B, KV d] -> output [B, H d].
+
+        Heads are normalised if norms (of weight [d]) are given, rotated (value i turns with value i + d / 2), and cached as rows
+        [blocks, block_rows, 2 KV d], keys before values, before any token looks. `rotary` is [positions, d / 2].
+        """
+        tokens, key_width = key.shape
+        size = 2 * rotary.cosine.shape[1]
+        norms = [norm for norm in (query_norm, key_norm) if norm is not None]
+        assert value.shape == key.shape
+        assert query.shape == output.shape == (tokens, query.shape[1])
+        assert cached.rows.shape[-1] == 2 * key_width
+        assert key_width % size == 0
+        assert query.shape[1] % key_width == 0
+        assert all(norm.weight.shape == (size,) for norm in norms)
+        assert len({norm.eps for norm in norms}) <= 1, "one epsilon for both norms"
+        arguments = GroupedArguments(
+            *map(_at, (query, key, value, query_norm and query_norm.weight, key_norm and key_norm.weight, output)),
+            cache=_cache(cached, tokens, rotary, size),
+            heads=query.shape[1] // size,
+            key_heads=key_width // size,
+            size=size,
+            scale=scale,
+            eps=norms[0].eps if norms else 0.0,
+        )
+        tensors = (query, key, value, output, cached.rows, *(norm.weight for norm in norms))
+        return self._bind("grouped_query_attention", tensors, arguments, (cached, rotary))
 
     def feed_forward(
         self,
@@ -280,12 +237,10 @@ class Kernels:
         """output [B, D] = sum of chosen experts(x) + shared(x) + residual, of which each part may be missing.
 
         x [B, D] is normalised first with `norm`. `choice` is filled in where `routing` is given, and read where it is not; alone the
-        two only route. `output` may be x or the residual. The call returns 0, or 1 if a given index is not that of an expert.
+        two only route. `output` may be x or the residual. The call returns 1 if a given index is not that of an expert.
         """
         tokens, size = x.shape
-        arguments = FeedForwardArguments(
-            x=_at(x), output=_at(output), residual=_at(residual), tokens=tokens, size=size, threads=torch.get_num_threads()
-        )
+        arguments = FeedForwardArguments(x=_at(x), output=_at(output), residual=_at(residual), tokens=tokens, size=size)
         tensors: list[Tensor | None] = [x, output, residual]
         assert output is None or output.shape == x.shape
         assert residual is None or residual.shape == x.shape
@@ -319,7 +274,7 @@ class Kernels:
             tensors.extend(shared)
         return self._bind("feed_forward", tensors, arguments, (choice, routing))
 
-    def _bind(self, name: str, tensors: Sequence[Tensor | None], arguments: Any, others: object = None) -> Call:
+    def _bind(self, name: str, tensors: Sequence[Tensor | None], arguments: ctypes.Structure, others: object = None) -> Call:
         """The call, after the check that all `tensors` are of one dtype and as the kernels need them."""
         first = tensors[0]
         assert first is not None
@@ -329,8 +284,30 @@ class Kernels:
                 assert tensor.dtype == dtype, f"{tensor.dtype} beside {dtype}"
                 assert tensor.is_contiguous(), f"strides {tensor.stride()} of shape {tuple(tensor.shape)}"
                 assert tensor.device.type == "cpu", tensor.device
-        arguments.tensors = (tensors, others)  # the memory behind the pointers lives as long as they do
-        return partial(self._functions[dtype][name], ctypes.byref(arguments))
+        operation = Operation(*self._functions[name, dtype], ctypes.addressof(arguments))
+        return Call(self._run, [(operation, (arguments, tensors, others))])
+
+
+def _cache(cached: CachedRows, tokens: int, rotary: RotaryTable | None, rotated: int) -> CacheArguments:
+    """`rotary` turns `rotated` values; None where nothing is rotated."""
+    rows, positions, blocks = cached
+    assert rows.dim() == 3
+    assert positions.shape == (tokens,)
+    assert rows.shape[0] == tokens if blocks is None else blocks.shape == (tokens, blocks.shape[1])
+    cache = CacheArguments(
+        rows=_at(rows),
+        blocks=_integers(blocks, torch.int32),
+        positions=_integers(positions, torch.int64),
+        tokens=tokens,
+        width=rows.shape[2],
+        blocks_per_sequence=0 if blocks is None else blocks.shape[1],
+        block_rows=rows.shape[1],
+    )
+    if rotary is not None:
+        assert rotary.cosine.shape == rotary.sine.shape
+        assert rotary.cosine.shape[1:] == (rotated // 2,)
+        cache.cosine, cache.sine = map(_float32, rotary)
+    return cache
 
 
 def _set_routing(arguments: Any, routing: Routing) -> None:
@@ -352,10 +329,8 @@ def _set_routing(arguments: Any, routing: Routing) -> None:
     arguments.normalise, arguments.scaling = routing.normalise, routing.scaling
 
 
-def _declared(library: ctypes.CDLL, name: str, arguments: type[ctypes.Structure]) -> Any:
-    function = getattr(library, name)
-    function.argtypes, function.restype = [ctypes.POINTER(arguments)], ctypes.c_int
-    return function
+def _address(library: ctypes.CDLL, name: str) -> int | None:
+    return ctypes.cast(getattr(library, name), c_void_p).value
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -1,4 +1,4 @@
-// Feed-forward of a decode step, for one stored type: included twice, after product.h.
+// Feed-forward of a decode step, for one stored type: included twice, after operations.h.
 //
 // One struct describes the router, the routed experts, the shared ones (or the dense feed-forward), the norm before and the
 // residual after; each part is left out where its pointers are null. Tokens are grouped by expert, so the weights of each
@@ -14,12 +14,12 @@ typedef struct {
   float *values;                             // [tokens, choices]
   const NAME(stored) * gate, *up, *down;     // [experts, width, size] twice, [experts, size, width]; or null
   const NAME(stored) * shared_gate, *shared_up, *shared_down;  // [shared_width, size] twice, [size, shared_width]; or null
-  int64_t tokens, size, experts, choices, groups, kept_groups, width, shared_width, threads;
+  int64_t tokens, size, experts, choices, groups, kept_groups, width, shared_width;
   int64_t softmax, two_per_group, normalise;  // booleans
   float scaling, eps;
 } NAME(feed_forward_arguments);
 
-// Token-choice pairs in expert order.
+// Token-choice pairs in expert order. Each member makes its own: that is sooner done than waiting for another's.
 typedef struct {
   int64_t *start;    // [experts + 1]: the first pair of each expert
   int64_t *pair;     // [tokens * choices]: token * choices + choice
@@ -27,13 +27,29 @@ typedef struct {
   int64_t count;
 } NAME(dispatch);
 
-static NAME(dispatch) NAME(new_dispatch)(const NAME(feed_forward_arguments) * a) {
-  int64_t experts = a->gate ? a->experts : 0, pairs = a->tokens * a->choices;
-  NAME(dispatch) d = {allocate((2 * experts + 1 + pairs) * sizeof(int64_t)), 0, 0, 0};
-  d.pair = d.start + experts + 1;
-  d.touched = d.pair + (a->gate ? pairs : 0);
-  return d;
+typedef struct {
+  NAME(activations) x, routed, shared;  // the last two are what lies between gate and up, and down
+  NAME(dispatch) dispatch;              // of this member, like the sums
+  float *sums;                          // [tokens, BLOCK]
+} NAME(feed_forward_memory);
+
+static NAME(feed_forward_memory) NAME(take_of_member)(const NAME(feed_forward_arguments) * a, member m, arena *memory) {
+  NAME(feed_forward_memory) taken = {0};
+  int64_t experts = a->gate ? a->experts : 0, pairs = a->gate ? a->tokens * a->choices : 0;
+  taken.x = NAME(take_activations)(a->tokens, a->size, m.count, memory);
+  taken.routed = NAME(take_activations)(pairs, a->width, 1, memory);
+  if (a->shared_gate) taken.shared = NAME(take_activations)(a->tokens, a->shared_width, 1, memory);
+  for (int64_t i = 0; i < m.count; i++) {
+    int64_t *start = take(memory, (2 * experts + 1 + pairs) * sizeof(int64_t));
+    float *sums = take(memory, a->tokens * BLOCK * sizeof(float));
+    if (i != m.index) continue;
+    taken.dispatch = (NAME(dispatch)){start, start + experts + 1, start + experts + 1 + pairs, 0};
+    taken.sums = sums;
+  }
+  return taken;
 }
+
+TAKE(feed_forward) { return NAME(take_of_member)(a, (member){0, threads}, memory); }
 
 static void NAME(group_pairs)(const NAME(feed_forward_arguments) * a, NAME(dispatch) * d) {
   int64_t pairs = a->tokens * a->choices;
@@ -53,13 +69,13 @@ static void NAME(group_pairs)(const NAME(feed_forward_arguments) * a, NAME(dispa
 
 static void NAME(router_logits)(const NAME(feed_forward_arguments) * a, const NAME(activations) * x, member m) {
   range mine = share(a->experts, 8, m);
-  float block[BLOCK * PANEL];
+  float block[NAME(PRODUCT)];
   for (int64_t row = mine.first; row < mine.end; row += BLOCK)
-    for (int64_t first = 0; first < a->tokens; first += PANEL) {
+    for (int64_t first = 0; first < a->tokens; first += NAME(tokens_now)(x, first)) {
       int64_t count = least(BLOCK, mine.end - row);
       NAME(product)(a->router + row * a->size, count, x, first, block);
-      for (int64_t t = 0; t < least(PANEL, a->tokens - first); t++)
-        for (int64_t r = 0; r < count; r++) a->scores[(first + t) * a->experts + row + r] = block[r * PANEL + t];
+      for (int64_t t = 0; t < NAME(tokens_now)(x, first); t++)
+        memcpy(a->scores + (first + t) * a->experts + row, block + t * BLOCK, count * sizeof *block);
     }
 }
 
@@ -70,137 +86,150 @@ static void NAME(route_tokens)(const NAME(feed_forward_arguments) * a, member m)
     choose_experts(&how, a->scores + t * a->experts, a->bias, a->indices + t * a->choices, a->values + t * a->choices);
 }
 
-// ---- experts
+// ---- gate and up
 
-// hidden[m][rows] = silu(gate x) * up x * weight, for rows [first, first + count) of one expert and the tokens of x.
-static void NAME(activate)(const float *gate, const float *up, int64_t count, int64_t tokens, const float *weights,
-                           NAME(packed) * const *hidden) {
-  enum { PARTS = PANEL / LANES };
-  vector weight[PARTS];
-  float products[PANEL];
-  for (int p = 0; p < PARTS; p++) weight[p] = load_float32(weights + p * LANES);
-  for (int64_t r = 0; r < count; r++) {
-    for (int p = 0; p < PARTS; p++) {
-      vector g = load_float32(gate + r * PANEL + p * LANES), u = load_float32(up + r * PANEL + p * LANES);
-      store_float32(products + p * LANES, silu(g) * u * weight[p]);
-    }
-    for (int64_t m = 0; m < tokens; m++) hidden[m][r] = TO_PACKED(products[m]);
-  }
+// to[0 .. count) = silu(gate) * up * weight, one token's part of a row; with the last part, zeros up to `padded`.
+INLINE void NAME(activate)(const float *gate, const float *up, float weight, int64_t row, int64_t count,
+                           const NAME(activations) * hidden, int64_t at) {
+  NAME(packed) *to = (NAME(packed) *)hidden->rows + at * hidden->padded + row;
+  for (int64_t r = 0; r < count; r += LANES)
+    STORE_PACKED_PART(to + r, silu(load_float32(gate + r)) * load_float32(up + r) * weight, count - r);
+  if (row + count == hidden->inputs) memset(to + count, 0, (hidden->padded - hidden->inputs) * sizeof *to);
 }
 
 // One block of rows of one routed expert: its gate and up products for all of its tokens.
-static void NAME(routed_rows)(const NAME(feed_forward_arguments) * a, const NAME(dispatch) * d, int64_t expert, int64_t row,
-                              const NAME(activations) * x, const NAME(activations) * hidden) {
+static void NAME(routed_rows)(const NAME(feed_forward_arguments) * a, const NAME(feed_forward_memory) * taken, int64_t expert,
+                              int64_t row) {
+  const NAME(dispatch) *d = &taken->dispatch;
   int64_t count = least(BLOCK, a->width - row), at = (expert * a->width + row) * a->size;
-  float gate[BLOCK * PANEL] = {0}, up[BLOCK * PANEL] = {0}, weights[PANEL] = {0};
+  float gate[PANEL * BLOCK] = {0}, up[PANEL * BLOCK] = {0};
   for (int64_t first = d->start[expert]; first < d->start[expert + 1]; first += PANEL) {
     int64_t tokens = least(PANEL, d->start[expert + 1] - first);
     const NAME(packed) * from[PANEL];
-    NAME(packed) * to[PANEL];
-    for (int64_t m = 0; m < tokens; m++) {
-      int64_t pair = d->pair[first + m];
-      from[m] = x->rows + pair / a->choices * x->padded;
-      to[m] = hidden->rows + (first + m) * hidden->padded + row;
-      weights[m] = a->values[pair];
-    }
-    NAME(all_dots)(a->gate + at, a->size, from, a->size, count, tokens, gate);
-    NAME(all_dots)(a->up + at, a->size, from, a->size, count, tokens, up);
-    NAME(activate)(gate, up, count, tokens, weights, to);
+    for (int64_t t = 0; t < tokens; t++) from[t] = taken->x.rows + d->pair[first + t] / a->choices * taken->x.padded;
+    NAME(all_dots)(a->gate + at, a->size, from, a->size, count, tokens, gate, BLOCK);
+    NAME(all_dots)(a->up + at, a->size, from, a->size, count, tokens, up, BLOCK);
+    for (int64_t t = 0; t < tokens; t++)
+      NAME(activate)(gate + t * BLOCK, up + t * BLOCK, a->values[d->pair[first + t]], row, count, &taken->routed, first + t);
   }
 }
 
-static void NAME(shared_rows)(const NAME(feed_forward_arguments) * a, int64_t row, const NAME(activations) * x,
-                              const NAME(activations) * hidden) {
+// Panels of gate and up products [BLOCK][PANEL] -> panels of hidden values, without a detour over rows: neighbours of a pair are
+// neighbours here.
+static void NAME(activate_panel)(const float *gate, const float *up, int64_t count, NAME(packed) * to) {
+  for (int64_t r = 0; r < count; r += PAIR)
+    for (int p = 0; p < PANEL; p += LANES) {
+      const float *g = gate + r * PANEL + p, *u = up + r * PANEL + p;
+      vector value = silu(load_float32(g)) * load_float32(u);
+#if PAIR == 2
+      vector other = r + 1 < count ? silu(load_float32(g + PANEL)) * load_float32(u + PANEL) : (vector){0};
+      words pair = bfloat16_words(value) | bfloat16_words(other) << 16;
+      memcpy(to + (r / 2 * PANEL + p) * 2, &pair, sizeof pair);
+#else
+      store_float32(to + r * PANEL + p, value);
+#endif
+    }
+}
+
+// One block of rows of the shared experts.
+static void NAME(shared_rows)(const NAME(feed_forward_arguments) * a, const NAME(feed_forward_memory) * taken, int64_t row) {
+  const NAME(activations) *x = &taken->x, *hidden = &taken->shared;
+  const NAME(stored) *gate_rows = a->shared_gate + row * a->size, *up_rows = a->shared_up + row * a->size;
   int64_t count = least(BLOCK, a->shared_width - row);
-  float gate[BLOCK * PANEL] = {0}, up[BLOCK * PANEL] = {0}, weights[PANEL];
-  for (int m = 0; m < PANEL; m++) weights[m] = 1.0f;
-  for (int64_t first = 0; first < a->tokens; first += PANEL) {
-    int64_t tokens = least(PANEL, a->tokens - first);
-    NAME(packed) * to[PANEL];
-    for (int64_t m = 0; m < tokens; m++) to[m] = hidden->rows + (first + m) * hidden->padded + row;
-    NAME(product)(a->shared_gate + row * a->size, count, x, first, gate);
-    NAME(product)(a->shared_up + row * a->size, count, x, first, up);
-    NAME(activate)(gate, up, count, tokens, weights, to);
+  float gate[NAME(PRODUCT)] = {0}, up[NAME(PRODUCT)] = {0};
+  if (a->tokens <= MOST_DOTS) {
+    NAME(product)(gate_rows, count, x, 0, gate);
+    NAME(product)(up_rows, count, x, 0, up);
+    for (int64_t t = 0; t < a->tokens; t++) NAME(activate)(gate + t * BLOCK, up + t * BLOCK, 1.0f, row, count, hidden, t);
+    return;
   }
+  for (int64_t first = 0; first < a->tokens; first += PANELS * PANEL) {
+    int64_t panels = (NAME(tokens_now)(x, first) + PANEL - 1) / PANEL;
+    const NAME(packed) *from = x->panels + first * x->padded;
+    NAME(all_panel)(gate_rows, a->size, from, PANEL * x->padded, a->size, count, panels, gate);
+    NAME(all_panel)(up_rows, a->size, from, PANEL * x->padded, a->size, count, panels, up);
+    for (int64_t n = 0; n < panels; n++)
+      NAME(activate_panel)(gate + n * BLOCK * PANEL, up + n * BLOCK * PANEL, count,
+                           hidden->panels + (first + n * PANEL) * hidden->padded + row * PANEL);
+  }
+}
+
+// This member's blocks of rows of all experts. A block costs reading its weights, about as much as multiplying 4 tokens.
+static void NAME(hidden_rows)(const NAME(feed_forward_arguments) * a, const NAME(feed_forward_memory) * taken, member m) {
+  enum { READING = 4 };
+  const NAME(dispatch) *d = &taken->dispatch;
+  int64_t shared = a->shared_gate ? (a->shared_width + BLOCK - 1) / BLOCK : 0, routed = (a->width + BLOCK - 1) / BLOCK;
+  int64_t at = shared * (READING + a->tokens);
+  range mine = share(at + routed * (READING * d->count + d->start[a->gate ? a->experts : 0]), 1, m);
+  range rows = items_within(mine, 0, shared, READING + a->tokens);
+  for (int64_t i = rows.first; i < rows.end; i++) NAME(shared_rows)(a, taken, i * BLOCK);
+  for (int64_t e = 0; e < d->count; e++) {
+    int64_t expert = d->touched[e], cost = READING + d->start[expert + 1] - d->start[expert];
+    rows = items_within(mine, at, routed, cost);
+    for (int64_t i = rows.first; i < rows.end; i++) NAME(routed_rows)(a, taken, expert, i * BLOCK);
+    at += routed * cost;
+  }
+}
+
+// ---- down
+
+INLINE void NAME(add_block)(float *sum, const float *block) {
+  UNROLL(4) for (int r = 0; r < BLOCK; r += LANES)
+    store_float32(sum + r, load_float32(sum + r) + load_float32(block + r));
 }
 
 // Output values [row, row + BLOCK) of all tokens: the sum over experts in their order, then shared experts and residual.
-static void NAME(down_rows)(const NAME(feed_forward_arguments) * a, const NAME(dispatch) * d, int64_t row,
-                            const NAME(activations) * routed, const NAME(activations) * shared, float *sums) {
+static void NAME(down_rows)(const NAME(feed_forward_arguments) * a, const NAME(feed_forward_memory) * taken, int64_t row) {
+  const NAME(dispatch) *d = &taken->dispatch;
   int64_t count = least(BLOCK, a->size - row);
-  float block[BLOCK * PANEL];
-  memset(sums, 0, a->tokens * BLOCK * sizeof *sums);
+  float block[NAME(PRODUCT)] = {0};
+  memset(taken->sums, 0, a->tokens * BLOCK * sizeof(float));
   for (int64_t i = 0; i < d->count; i++) {
     int64_t expert = d->touched[i];
     for (int64_t first = d->start[expert]; first < d->start[expert + 1]; first += PANEL) {
       int64_t tokens = least(PANEL, d->start[expert + 1] - first);
       const NAME(packed) * from[PANEL];
-      for (int64_t m = 0; m < tokens; m++) from[m] = routed->rows + (first + m) * routed->padded;
-      NAME(all_dots)(a->down + (expert * a->size + row) * a->width, a->width, from, a->width, count, tokens, block);
-      for (int64_t m = 0; m < tokens; m++) {
-        float *sum = sums + d->pair[first + m] / a->choices * BLOCK;
-        for (int64_t r = 0; r < count; r++) sum[r] += block[r * PANEL + m];
-      }
+      for (int64_t t = 0; t < tokens; t++) from[t] = taken->routed.rows + (first + t) * taken->routed.padded;
+      NAME(all_dots)(a->down + (expert * a->size + row) * a->width, a->width, from, a->width, count, tokens, block, BLOCK);
+      for (int64_t t = 0; t < tokens; t++)
+        NAME(add_block)(taken->sums + d->pair[first + t] / a->choices * BLOCK, block + t * BLOCK);
     }
   }
-  for (int64_t first = 0; a->shared_gate && first < a->tokens; first += PANEL) {
-    NAME(product)(a->shared_down + row * a->shared_width, count, shared, first, block);
-    for (int64_t m = 0; m < least(PANEL, a->tokens - first); m++)
-      for (int64_t r = 0; r < count; r++) sums[(first + m) * BLOCK + r] += block[r * PANEL + m];
+  for (int64_t first = 0; a->shared_gate && first < a->tokens; first += NAME(tokens_now)(&taken->shared, first)) {
+    NAME(product)(a->shared_down + row * a->shared_width, count, &taken->shared, first, block);
+    for (int64_t t = 0; t < NAME(tokens_now)(&taken->shared, first); t++)
+      NAME(add_block)(taken->sums + (first + t) * BLOCK, block + t * BLOCK);
   }
   for (int64_t t = 0; t < a->tokens; t++)
-    for (int64_t r = 0; r < count; r++) {
+    for (int64_t r = 0; r < count; r += LANES) {
       int64_t at = t * a->size + row + r;
-      a->output[at] = FROM_FLOAT(sums[t * BLOCK + r] + (a->residual ? TO_FLOAT(a->residual[at]) : 0.0f));
+      vector value = load_float32(taken->sums + t * BLOCK + r);
+      if (a->residual) value += LOAD_PART(a->residual + at, count - r);
+      STORE_PART(a->output + at, value, count - r);
     }
 }
 
-// 0, or 1 if an index that was given is not that of an expert.
-int NAME(feed_forward)(const NAME(feed_forward_arguments) * a) {
+// Returns 1 if an index that was given is not that of an expert.
+PERFORM(feed_forward) {
   if (a->gate && !a->router)
     for (int64_t i = 0; i < a->tokens * a->choices; i++)
       if (a->indices[i] < 0 || a->indices[i] >= a->experts) return 1;
-  int64_t shared_width = a->shared_gate ? a->shared_width : 0, pairs = a->gate ? a->tokens * a->choices : 0;
-  NAME(activations) x = NAME(new_activations)(a->tokens, a->size);
-  NAME(activations) routed = NAME(new_activations)(pairs, a->width), shared = NAME(new_activations)(a->tokens, shared_width);
-  memset(routed.rows, 0, pairs * routed.padded * sizeof *routed.rows);
-  memset(shared.rows, 0, a->tokens * shared.padded * sizeof *shared.rows);
-  NAME(dispatch) d = NAME(new_dispatch)(a);
-  int64_t routed_blocks = (a->width + BLOCK - 1) / BLOCK, shared_blocks = (shared_width + BLOCK - 1) / BLOCK;
-  TEAM(a->threads) {
-    member m = this_member();
-    NAME(pack)(&x, a->x, a->norm, a->eps, m);
-    if (a->router) {
-      NAME(router_logits)(a, &x, m);
-      wait_for_team();
-      NAME(route_tokens)(a, m);
-      wait_for_team();
-    }
-    if (a->gate || a->shared_gate) {
-      if (a->gate) {
-        if (m.index == 0) NAME(group_pairs)(a, &d);
-        wait_for_team();
-      }
-      // Whoever is free takes the next block: experts have unequal numbers of tokens. Who computes it changes nothing.
-      EACH_TAKEN_BY_ONE for (int64_t i = 0; i < d.count * routed_blocks + shared_blocks; i++) {
-        if (i < shared_blocks)
-          NAME(shared_rows)(a, i * BLOCK, &x, &shared);
-        else
-          NAME(routed_rows)(a, &d, d.touched[(i - shared_blocks) / routed_blocks],
-                            (i - shared_blocks) % routed_blocks * BLOCK, &x, &routed);
-      }
-      if (shared.tokens > MOST_DOTS) {
-        transpose_words((uint32_t *)shared.panels, (const uint32_t *)shared.rows, a->tokens, shared.padded / PAIR, m);
-        wait_for_team();
-      }
-      float *sums = allocate(a->tokens * BLOCK * sizeof *sums);
-      EACH_TAKEN_BY_ONE for (int64_t row = 0; row < a->size; row += BLOCK) NAME(down_rows)(a, &d, row, &routed, &shared, sums);
-      free(sums);
-    }
+  NAME(feed_forward_memory) taken = NAME(take_of_member)(a, m, &memory);
+  NAME(pack)(&taken.x, a->x, a->norm, a->eps, m);
+  if (a->router) {
+    NAME(router_logits)(a, &taken.x, m);
+    wait_for_team();
+    NAME(route_tokens)(a, m);
+    wait_for_team();
   }
-  free(d.start);
-  free(shared.rows);
-  free(routed.rows);
-  free(x.rows);
+  if (!a->gate && !a->shared_gate) return 0;
+  if (a->gate)
+    NAME(group_pairs)(a, &taken.dispatch);
+  else
+    taken.dispatch.start[0] = 0;
+  NAME(hidden_rows)(a, &taken, m);
+  wait_for_team();
+  range mine = share(a->size, BLOCK, m);
+  for (int64_t row = mine.first; row < mine.end; row += BLOCK) NAME(down_rows)(a, &taken, row);
   return 0;
 }

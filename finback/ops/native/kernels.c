@@ -1,9 +1,11 @@
 // The kernels of a decode step on a CPU: few tokens at a time, so that reading the weights is what takes the time.
 //
-// Compiled for the machine it runs on, on first use, by build.py, which also declares these functions to Python. Everything
+// Compiled for the machine it runs on, on first use, by build.py; calls.py declares these functions to Python. Everything
 // typed is written once and included for float32 (names end in _float32) and for bfloat16 (_bfloat16).
+//
+// A kernel is a function that every thread of a team runs with its own number. Nothing in it forks, so any number of
+// kernels run one after the other in one parallel region: `run_program` is the only function that Python calls to compute.
 
-#include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,46 +20,33 @@
 #include "vectors.h"
 
 enum {
-  PANEL = 16,      // tokens that are multiplied together when they are many
-  MOST_DOTS = 8,   // tokens up to which they are not
-  BLOCK = 16,      // rows of a matrix whose products are finished before the next ones are begun
+  PANEL = 16,     // tokens that are multiplied together when they are many
+  PANELS = 2,     // panels that are multiplied together when there are many
+  MOST_DOTS = 8,  // tokens up to which they are few
+  BLOCK = 16,     // rows of a matrix whose products are finished before the next ones are begun
 };
 
-#define PRAGMA(text) _Pragma(#text)
-#define UNROLL(most) PRAGMA(GCC unroll most)
-
 // ---- threads
-
-#ifdef _OPENMP
-#define TEAM(threads) PRAGMA(omp parallel num_threads((int)(threads)))
-#define EACH_TAKEN_BY_ONE PRAGMA(omp for schedule(dynamic))
-INLINE void wait_for_team(void) {
-#pragma omp barrier
-}
-#else
-#define TEAM(threads)
-#define EACH_TAKEN_BY_ONE
-INLINE void wait_for_team(void) {}
-#endif
 
 typedef struct {
   int64_t index, count;
 } member;
 
-INLINE member this_member(void) {
 #ifdef _OPENMP
-  return (member){omp_get_thread_num(), omp_get_num_threads()};
-#else
-  return (member){0, 1};
-#endif
+#define TEAM(threads) PRAGMA(omp parallel num_threads((int)(threads)))
+INLINE member this_member(void) { return (member){omp_get_thread_num(), omp_get_num_threads()}; }
+INLINE void wait_for_team(void) {
+#pragma omp barrier
 }
+#else
+#define TEAM(threads)
+INLINE member this_member(void) { return (member){0, 1}; }
+INLINE void wait_for_team(void) {}
+#endif
 
 typedef struct {
   int64_t first, end;
 } range;
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // This member's part of `count` items, cut at multiples of `grain`.
 INLINE range share(int64_t count, int64_t grain, member m) {
@@ -65,27 +54,110 @@ INLINE range share(int64_t count, int64_t grain, member m) {
   return (range){least(count, grains * m.index / m.count * grain), least(count, grains * (m.index + 1) / m.count * grain)};
 }
 
-// ---- memory
-
-static void *allocate(size_t bytes) {
-  void *memory = 0;
-  if (posix_memalign(&memory, 64, bytes + 64)) {
-    fprintf(stderr, "finback: no memory for %zu bytes\n", bytes);
-    abort();
-  }
-  return memory;
+// Items of unequal cost lie one after the other on a line that is cut into equal shares: `mine` is one of those. Which of
+// `count` items that begin at `start` and take `cost` each begin in it?
+INLINE range items_within(range mine, int64_t start, int64_t count, int64_t cost) {
+  int64_t first = most(0, mine.first - start + cost - 1) / cost, end = most(0, mine.end - start + cost - 1) / cost;
+  return (range){least(count, first), least(count, end)};
 }
 
-// from [tokens, words] -> to [panels][words][16], zeros where there is no token.
-static void transpose_words(uint32_t *to, const uint32_t *from, int64_t tokens, int64_t words, member m) {
-  range mine = share(words, 16, m);
-  for (int64_t first = 0; first < tokens; first += PANEL, to += PANEL * words, from += PANEL * words) {
-    int64_t now = least(PANEL, tokens - first);
-    for (int64_t k = mine.first; k < mine.end; k++) {
-      for (int64_t t = 0; t < now; t++) to[k * PANEL + t] = from[t * words + k];
-      for (int64_t t = now; t < PANEL; t++) to[k * PANEL + t] = 0;
+// ---- memory
+
+// Working memory is handed out from one block. Starting from nothing, the same calls say how much they need.
+typedef struct {
+  uintptr_t next;
+} arena;
+
+INLINE void *take(arena *memory, int64_t bytes) {
+  uintptr_t taken = memory->next;
+  memory->next += rounded_up(bytes, 64);
+  return (void *)taken;
+}
+
+// The calling thread's own block, kept for its next call.
+static arena reserve(size_t bytes) {
+  static _Thread_local void *block = 0;
+  static _Thread_local size_t size = 0;
+  if (bytes > size) {
+    free(block);
+    size = bytes + bytes / 2;
+    if (posix_memalign(&block, 64, size)) {
+      fprintf(stderr, "finback: no memory for %zu bytes\n", size);
+      abort();
     }
   }
+  return (arena){(uintptr_t)block};
+}
+
+// ---- programs
+
+// One kernel with its arguments. `run` returns 0, or, in every member alike, what is wrong with them.
+typedef struct {
+  int (*run)(const void *arguments, member m, arena memory);
+  void (*take_memory)(const void *arguments, int64_t threads, arena *memory);  // or null
+  const void *arguments;
+} operation;
+
+// Run operations one after the other; the first result that is not 0 ends that and is returned.
+int run_program(const operation *operations, int64_t count, int64_t threads) {
+  size_t bytes = 0;
+  for (int64_t i = 0; i < count; i++) {
+    arena needed = {0};
+    if (operations[i].take_memory) operations[i].take_memory(operations[i].arguments, threads, &needed);
+    bytes = needed.next > bytes ? needed.next : bytes;
+  }
+  arena memory = reserve(bytes);
+  int result = 0;
+  TEAM(threads) {
+    member m = this_member();
+    int status = 0;
+    for (int64_t i = 0; i < count && status == 0; i++) {
+      if (i > 0) wait_for_team();
+      status = operations[i].run(operations[i].arguments, m, memory);
+    }
+    if (m.index == 0) result = status;
+  }
+  return result;
+}
+
+// ---- blocks of words
+
+// from [tokens, words], rows `stride` apart -> to [panels][words][16], zeros where there is no token. `words` is a multiple
+// of LANES. The team shares the work.
+static void transpose_words(uint32_t *to, const uint32_t *from, int64_t tokens, int64_t count, int64_t stride, member m) {
+  int64_t across = count / LANES, panels = (tokens + PANEL - 1) / PANEL;
+  range mine = share(panels * across, 1, m);
+  for (int64_t i = mine.first; i < mine.end; i++) {
+    int64_t token = i / across * PANEL, k = i % across * LANES;
+    uint32_t *block = to + token * count + k * PANEL;
+    for (int64_t first = 0; first < PANEL; first += LANES) {
+      words rows[LANES];
+      UNROLL(16) for (int t = 0; t < LANES; t++) {
+        rows[t] = (words){0};
+        if (token + first + t < tokens) memcpy(&rows[t], from + (token + first + t) * stride + k, sizeof rows[t]);
+      }
+      transpose(rows);
+      UNROLL(16) for (int t = 0; t < LANES; t++) memcpy(block + t * PANEL + first, &rows[t], sizeof rows[t]);
+    }
+  }
+}
+
+// A square of 16 x 16 floats, transposed in place.
+static void transpose_square(float *square) {
+  for (int i = 0; i < 16; i += LANES)
+    for (int j = 0; j <= i; j += LANES) {
+      words upper[LANES], lower[LANES];
+      UNROLL(16) for (int t = 0; t < LANES; t++) {
+        memcpy(&upper[t], square + (j + t) * 16 + i, sizeof upper[t]);
+        memcpy(&lower[t], square + (i + t) * 16 + j, sizeof lower[t]);
+      }
+      transpose(upper);
+      if (i != j) transpose(lower);
+      UNROLL(16) for (int t = 0; t < LANES; t++) {
+        memcpy(square + (i + t) * 16 + j, &upper[t], sizeof upper[t]);
+        if (i != j) memcpy(square + (j + t) * 16 + i, &lower[t], sizeof lower[t]);
+      }
+    }
 }
 
 // ---- router (V3 section 2.1.2)
@@ -109,12 +181,8 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
   float highest = scores[0], sum = 0;
   for (int64_t e = 1; e < experts; e++) highest = scores[e] > highest ? scores[e] : highest;
   for (int64_t e = 0; e < experts; e += LANES) {
-    float part[LANES] = {0};
-    int64_t now = least(LANES, experts - e);
-    memcpy(part, scores + e, now * sizeof *part);
-    vector x = load_float32(part);
-    store_float32(part, how->softmax ? exponential(x - highest) : 1.0f / (1.0f + exponential(-x)));
-    memcpy(scores + e, part, now * sizeof *part);
+    vector x = load_part_float32(scores + e, experts - e);
+    store_part_float32(scores + e, how->softmax ? exponential(x - highest) : 1.0f / (1.0f + exponential(-x)), experts - e);
   }
   if (how->softmax) {
     for (int64_t e = 0; e < experts; e++) sum += scores[e];
@@ -158,6 +226,7 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
 #define NAME(name) name##_float32
 #include "product.h"
 #include "operations.h"
+#include "attention.h"
 #include "experts.h"
 #include "undefine.h"
 
@@ -165,4 +234,5 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
 #define NAME(name) name##_bfloat16
 #include "product.h"
 #include "operations.h"
+#include "attention.h"
 #include "experts.h"

@@ -18,6 +18,8 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define PRAGMA(text) _Pragma(#text)
+#define UNROLL(most) PRAGMA(GCC unroll most)
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t integers __attribute__((vector_size(4 * LANES)));
@@ -25,7 +27,17 @@ typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef float four __attribute__((vector_size(16)));
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t rounded_up(int64_t count, int64_t grain) { return (count + grain - 1) / grain * grain; }
+
 INLINE vector splat(float value) { return value - (vector){0}; }
+
+INLINE vector where(integers condition, vector yes, vector no) {
+  return (vector)((condition & (integers)yes) | (~condition & (integers)no));
+}
+
+// ---- in and out of memory: whole vectors, and the first `count` lanes where there are no more
 
 INLINE vector load_float32(const float *from) {
   vector result;
@@ -36,11 +48,21 @@ INLINE vector load_float32(const float *from) {
 INLINE void store_float32(float *to, vector value) { memcpy(to, &value, sizeof value); }
 
 // bfloat16 is the upper half of a float32.
-
 INLINE vector load_bfloat16(const uint16_t *from) {
   halves bits;
   memcpy(&bits, from, sizeof bits);
   return (vector)(__builtin_convertvector(bits, words) << 16);
+}
+
+// Rounded to the nearest, ties to even, as torch does; nan stays nan. In the lower half of each word.
+INLINE words bfloat16_words(vector value) {
+  words bits = (words)value, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (words)where(value == value, (vector)rounded, (vector)((words){0} + 0x7fc0));
+}
+
+INLINE void store_bfloat16(uint16_t *to, vector value) {
+  halves bits = __builtin_convertvector(bfloat16_words(value), halves);
+  memcpy(to, &bits, sizeof bits);
 }
 
 INLINE float float_of_bfloat16(uint16_t bits) {
@@ -50,37 +72,72 @@ INLINE float float_of_bfloat16(uint16_t bits) {
   return result;
 }
 
-// Rounded to the nearest, ties to even, as torch does; nan stays nan.
-INLINE uint16_t bfloat16_of_float(float value) {
-  uint32_t word;
-  memcpy(&word, &value, sizeof word);
-  if (value != value) return 0x7fc0;
-  return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-}
+#define PART_OF(type, name, loaded, stored)                             \
+  INLINE vector load_part_##name(const type *from, int64_t count) {     \
+    if (count >= LANES) return loaded(from);                            \
+    type part[LANES] = {0};                                             \
+    memcpy(part, from, count * sizeof *from);                           \
+    return loaded(part);                                                \
+  }                                                                     \
+  INLINE void store_part_##name(type *to, vector value, int64_t count) { \
+    if (count >= LANES) {                                               \
+      stored(to, value);                                                \
+      return;                                                           \
+    }                                                                   \
+    type part[LANES];                                                   \
+    stored(part, value);                                                \
+    memcpy(to, part, count * sizeof *to);                               \
+  }
+PART_OF(float, float32, load_float32, store_float32)
+PART_OF(uint16_t, bfloat16, load_bfloat16, store_bfloat16)
+#undef PART_OF
 
-// Sums of the lanes of four vectors: halves are added until four lanes are left, then 4 x 4 is transposed and added.
+// ---- across lanes
+
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE __builtin_shufflevector
+
+// Halves are added until four lanes are left, then 4 x 4 is transposed and added.
 #if LANES == 16
 typedef float eight __attribute__((vector_size(32)));
 INLINE four folded(vector v) {
   eight half = SHUFFLE(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   return SHUFFLE(half, half, 0, 1, 2, 3) + SHUFFLE(half, half, 4, 5, 6, 7);
 }
+#define LOW_LANES(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define HIGH_LANES(a, b) SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 #elif LANES == 8
 INLINE four folded(vector v) { return SHUFFLE(v, v, 0, 1, 2, 3) + SHUFFLE(v, v, 4, 5, 6, 7); }
+#define LOW_LANES(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH_LANES(a, b) SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
 #else
 INLINE four folded(vector v) { return v; }
+#define LOW_LANES(a, b) SHUFFLE(a, b, 0, 4, 1, 5)
+#define HIGH_LANES(a, b) SHUFFLE(a, b, 2, 6, 3, 7)
 #endif
+
 INLINE four sums_of_lanes(vector a, vector b, vector c, vector d) {
   four p = folded(a), q = folded(b), r = folded(c), s = folded(d);
   four pq = SHUFFLE(p, q, 0, 4, 1, 5) + SHUFFLE(p, q, 2, 6, 3, 7);  // p0+p2, q0+q2, p1+p3, q1+q3
   four rs = SHUFFLE(r, s, 0, 4, 1, 5) + SHUFFLE(r, s, 2, 6, 3, 7);
   return SHUFFLE(pq, rs, 0, 1, 4, 5) + SHUFFLE(pq, rs, 2, 3, 6, 7);
 }
+
 INLINE float sum_of_lanes(vector v) {
   four part = folded(v);
   return (part[0] + part[2]) + (part[1] + part[3]);
+}
+
+// Rows become columns: interleaving the first half of the rows with the second, as often as LANES can be halved.
+INLINE void transpose(words rows[LANES]) {
+  UNROLL(4) for (int halved = 1; halved < LANES; halved *= 2) {
+    words next[LANES];
+    UNROLL(8) for (int i = 0; i < LANES / 2; i++) {
+      next[2 * i] = LOW_LANES(rows[i], rows[i + LANES / 2]);
+      next[2 * i + 1] = HIGH_LANES(rows[i], rows[i + LANES / 2]);
+    }
+    UNROLL(16) for (int i = 0; i < LANES; i++) rows[i] = next[i];
+  }
 }
 #else
 INLINE float sum_of_lanes(vector v) {
@@ -88,14 +145,26 @@ INLINE float sum_of_lanes(vector v) {
   for (int lane = 0; lane < LANES; lane++) sum += v[lane];
   return sum;
 }
+
 INLINE four sums_of_lanes(vector a, vector b, vector c, vector d) {
   return (four){sum_of_lanes(a), sum_of_lanes(b), sum_of_lanes(c), sum_of_lanes(d)};
 }
+
+INLINE void transpose(words rows[LANES]) {
+  words columns[LANES];
+  for (int i = 0; i < LANES; i++)
+    for (int j = 0; j < LANES; j++) columns[j][i] = rows[i][j];
+  memcpy(rows, columns, sizeof columns);
+}
 #endif
 
-INLINE vector where(integers condition, vector yes, vector no) {
-  return (vector)((condition & (integers)yes) | (~condition & (integers)no));
+INLINE float largest_lane(vector v) {
+  float largest = v[0];
+  UNROLL(16) for (int lane = 1; lane < LANES; lane++) largest = v[lane] > largest ? v[lane] : largest;
+  return largest;
 }
+
+// ---- functions
 
 // e^x to about one unit in the last place: 2^n p(r) with n = round(x / ln 2) and a polynomial of degree 6 on the rest.
 // Below -87 the result is 0 and above 88 infinity, so nothing is denormal; nan stays nan.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finback.ops.native.calls import LatentRows
+from finback.ops.native.arguments import CachedRows
 from tests.ops.native.rule import draw
 
 
@@ -16,8 +16,8 @@ class Cache(NamedTuple):
     positions: Tensor  # int64 [B]
     blocks: Tensor | None  # int32 [B, n]
 
-    def latents(self) -> LatentRows:
-        return LatentRows(*self)
+    def cached(self) -> CachedRows:
+        return CachedRows(*self)
 
     def slot(self, token: int, position: int) -> tuple[int, int]:
         if self.blocks is None:

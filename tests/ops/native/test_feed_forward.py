@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finback.ops.native.calls import Choice, Norm, Routing, Weights
+from finback.ops.native.arguments import Choice, Norm, Routing, Weights
 from finback.ops.norm import rms_norm
 from finback.ops.router import gate_values, router_scores, select_experts
 from finback.ops.swiglu import swiglu

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finback.ops.attention import latent_attention
-from finback.ops.native.calls import Norm, Projected
+from finback.ops.native.arguments import Norm, Projected, RotaryTable
 from finback.ops.norm import rms_norm
 from finback.ops.rotary import apply_rotary
 from tests.ops.native.paged import Cache, draw_cache
@@ -45,7 +45,7 @@ def attend(query: Tensor, cache: Cache, rank: int) -> Tensor:
 def from_projections(query: Tensor, cache: Cache, projected: Projected) -> tuple[Tensor, Tensor]:
     """Everything between the projections and `o_proj`, as the model does it: outputs [B, H, V] and the new rows [B, C + R]."""
     rank, (heads, width) = len(projected.norm.weight), query.shape[1:]
-    cosine, sine = projected.cosine[cache.positions], projected.sine[cache.positions]
+    cosine, sine = (table[cache.positions] for table in projected.rotary)
     latent = rms_norm(projected.compressed[:, :rank], projected.norm.weight, EPS)
     rows = torch.cat((latent, apply_rotary(projected.compressed[:, rank:].clone(), cosine, sine)), 1)
     up = projected.up.view(heads, -1, rank)
@@ -61,14 +61,14 @@ def draw_projected(dtype: torch.dtype, tokens: int, s: Sizes) -> tuple[Tensor, P
     query = draw(dtype, tokens, s.heads, s.nope + s.rope)
     up = draw(dtype, s.heads * (s.nope + s.value), s.rank, scale=s.rank**-0.5)
     norm = Norm(draw(dtype, s.rank), EPS)
-    return query, Projected(draw(dtype, tokens, s.rank + s.rope), norm, *angles(torch.arange(POSITIONS), s.rope), up, s.nope)
+    return query, Projected(
+        draw(dtype, tokens, s.rank + s.rope), norm, RotaryTable(*angles(torch.arange(POSITIONS), s.rope)), up, s.nope
+    )
 
 
 def widened(projected: Projected) -> Projected:
-    compressed, weight, cosine, sine, up = wide(
-        projected.compressed, projected.norm.weight, projected.cosine, projected.sine, projected.up
-    )
-    return Projected(compressed, Norm(weight, EPS), cosine, sine, up, projected.nope)
+    compressed, weight, up = wide(projected.compressed, projected.norm.weight, projected.up)
+    return Projected(compressed, Norm(weight, EPS), RotaryTable(*wide(*projected.rotary)), up, projected.nope)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,7 +80,7 @@ def test_absorbed_queries_keep_the_error_rule(
     cache = draw_cache(dtype, lengths, sizes.rank + sizes.rope, block_rows, new)
     query = draw(dtype, len(cache.positions), sizes.heads, sizes.rank + sizes.rope)
     output = nans(dtype, *query.shape[:2], sizes.rank)
-    compiled().latent_attention(query, cache.latents(), output, sizes.rank, SCALE)()
+    compiled().latent_attention(query, cache.cached(), output, sizes.rank, SCALE)()
     truth = attend(query.double(), cache._replace(rows=cache.rows.double()), sizes.rank)
     assert_within_the_rule(output, attend(query, cache, sizes.rank), truth)
 
@@ -113,7 +113,7 @@ def check_projections(cache: Cache, sizes: Sizes, dtype: torch.dtype) -> None:
     output, before = nans(dtype, tokens, sizes.heads, sizes.value), cache.rows.clone()
     plain, plain_rows = from_projections(query, cache, projected)
     truth, true_rows = from_projections(query.double(), cache, widened(projected))
-    compiled().latent_attention(query, cache.latents(), output, sizes.rank, SCALE, projected)()
+    compiled().latent_attention(query, cache.cached(), output, sizes.rank, SCALE, projected)()
     assert_within_the_rule(output, plain, truth)
     slots = [cache.slot(token, position) for token, position in enumerate(cache.positions.tolist())]
     assert_within_the_rule(torch.stack([cache.rows[slot] for slot in slots]), plain_rows, true_rows)
@@ -132,7 +132,7 @@ def test_results_do_not_depend_on_threads(sizes: Sizes, lengths: list[int], new:
     for count in (1, 2, 3):
         with threads(count):
             output = nans(dtype, len(query), sizes.heads, sizes.value)
-            compiled().latent_attention(query, cache.latents(), output, sizes.rank, SCALE, projected)()
+            compiled().latent_attention(query, cache.cached(), output, sizes.rank, SCALE, projected)()
             results.append(output)
     assert_same_bits(results)
 
@@ -144,12 +144,12 @@ def test_a_sequence_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> Non
     cache = draw_cache(dtype, [30, 61], sizes.rank + sizes.rope, 8, new=3)
     query, projected = draw_projected(dtype, 6, sizes)
     together = nans(dtype, 6, sizes.heads, sizes.value)
-    compiled().latent_attention(query, cache.latents(), together, sizes.rank, SCALE, projected)()
+    compiled().latent_attention(query, cache.cached(), together, sizes.rank, SCALE, projected)()
     assert cache.blocks is not None
     for token in range(6):
         one = slice(token, token + 1)
         alone = nans(dtype, 1, sizes.heads, sizes.value)
-        latents = Cache(cache.rows, cache.positions[one], cache.blocks[one]).latents()
+        latents = Cache(cache.rows, cache.positions[one], cache.blocks[one]).cached()
         of_token = projected._replace(compressed=projected.compressed[one])
         compiled().latent_attention(query[one], latents, alone, sizes.rank, SCALE, of_token)()
         assert torch.equal(alone[0], together[token])
@@ -163,7 +163,7 @@ def test_nan_and_infinity_stay_in_their_sequence(bad: float, dtype: torch.dtype)
     query = draw(dtype, 2, sizes.heads, sizes.rank + sizes.rope)
     query[1, 2, 3] = bad
     output = nans(dtype, 2, sizes.heads, sizes.rank)
-    compiled().latent_attention(query, cache.latents(), output, sizes.rank, SCALE)()
+    compiled().latent_attention(query, cache.cached(), output, sizes.rank, SCALE)()
     expected = torch.zeros(2, sizes.heads, sizes.rank, dtype=torch.bool)
     expected[1, 2] = True
     assert torch.equal(output.isnan(), expected)
@@ -176,6 +176,6 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
     cache.rows.mul_(50)
     query = draw(dtype, 1, sizes.heads, sizes.rank + sizes.rope, scale=50)
     output = nans(dtype, 1, sizes.heads, sizes.rank)
-    compiled().latent_attention(query, cache.latents(), output, sizes.rank, SCALE)()
+    compiled().latent_attention(query, cache.cached(), output, sizes.rank, SCALE)()
     truth = attend(query.double(), cache._replace(rows=cache.rows.double()), sizes.rank)
     torch.testing.assert_close(output.double(), truth, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finback.ops.native.calls import Norm
+from finback.ops.native.arguments import Norm, RotaryTable
 from finback.ops.norm import rms_norm
 from finback.ops.rotary import apply_rotary
 from finback.ops.swiglu import swiglu
@@ -41,6 +41,27 @@ def test_linear_keeps_the_error_rule(rows: tuple[int, ...], inputs: int, tokens:
         truth = products(x64, w64, n64 if with_norm else None, r64 if with_residual else None)
         # One norm over all outputs: single ones of a few values have errors that are luck.
         assert_within_the_rule(*(torch.cat([t.flatten() for t in tensors]) for tensors in (outputs, plain, truth)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 7, 9, 40])
+def test_biases_are_added_to_the_outputs_that_have_one(tokens: int, dtype: torch.dtype) -> None:
+    """Any of the three may be without; the residual comes on top."""
+    rows = (21, 16, 5)
+    x, residual, weights = draw(dtype, tokens, 40), draw(dtype, tokens, rows[0]), [draw(dtype, count, 40) for count in rows]
+    for which in ((True, True, True), (True, False, False), (False, True, True)):
+        biases = [draw(dtype, count) if given else None for count, given in zip(rows, which, strict=True)]
+        outputs = [nans(dtype, tokens, count) for count in rows]
+        compiled().linear(x, weights, outputs, residual=residual, biases=biases)()
+
+        def expected(*tensors: Tensor, biases: list[Tensor | None]) -> Tensor:
+            x, residual, *weights = tensors
+            parts = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+            return torch.cat((parts[0] + residual, *parts[1:]), 1)
+
+        exact = [None if bias is None else bias.double() for bias in biases]
+        plain = expected(x, residual, *weights, biases=biases)
+        assert_within_the_rule(torch.cat(outputs, 1), plain, expected(*wide(x, residual, *weights), biases=exact))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -149,6 +170,6 @@ def test_swiglu_of_extremes_is_what_torch_says(dtype: torch.dtype) -> None:
 def test_rotary_keeps_the_error_rule(size: int, dtype: torch.dtype) -> None:
     cosine, sine = angles(torch.tensor([0, 1, 77, 4095]), size)
     x, output = draw(dtype, 4, 3, size), nans(dtype, 4, 3, size)
-    compiled().rotary(x, cosine, sine, output)()
+    compiled().rotary(x, RotaryTable(cosine, sine), output)()
     by_head = cosine.unsqueeze(1), sine.unsqueeze(1)
     assert_within_the_rule(output, apply_rotary(x, *by_head), apply_rotary(x.double(), *wide(*by_head)))
