@@ -134,8 +134,12 @@ class ReasoningParser:
     become a tag or the head of a tool call (a few hundred characters at most), so the work is linear in the text.
     """
 
-    def __init__(self, *, starts_in_thought: bool = False) -> None:
-        """`starts_in_thought`: the prompt ends inside an open `<think>`, as R1's generation prompt does (`opens_thought`)."""
+    def __init__(self, *, starts_in_thought: bool = False, tools: bool = True) -> None:
+        """`starts_in_thought`: the prompt ends inside an open `<think>`, as R1's generation prompt does (`opens_thought`).
+
+        Without `tools`, where none were offered to the model, tool tags are content like any other text.
+        """
+        self._tools = tools
         self._state = _State.REPEATED if starts_in_thought else _State.START
         self._has_thought = starts_in_thought
         self._text = ""  # what is held back, and the chunk that is worked on
@@ -200,7 +204,8 @@ class ReasoningParser:
         """Move past what is certain at this place; True where another step may follow, False where more text is needed."""
         match self._state:
             case _State.START:
-                return self._choose({**_OPENING, f"\n{CALL_BEGIN}": _State.HEAD}, _State.CONTENT)
+                heads = {f"\n{CALL_BEGIN}": _State.HEAD} if self._tools else {}
+                return self._choose({**_OPENING, **heads}, _State.CONTENT)
             case _State.REPEATED:
                 return self._choose({THINK_TOKEN: _State.OPENED}, _State.OPENED)
             case _State.OPENED:
@@ -211,6 +216,9 @@ class ReasoningParser:
                 return self._choose({"\n": _State.CLOSED_NEWLINE}, _State.CONTENT)
             case _State.CLOSED_NEWLINE:
                 return self._choose({"\n": _State.CONTENT}, _State.CONTENT)
+            case _State.CONTENT if not self._tools:
+                self._take("content", len(self._text))
+                return False
             case _State.CONTENT:
                 return self._run("content", _CALL_START, _State.HEAD)
             case _State.HEAD:
@@ -304,9 +312,9 @@ def opens_thought(prompt: str) -> bool:
     return prompt.rstrip("\n").endswith(THINK_TOKEN)
 
 
-def parse_answer(text: str, *, starts_in_thought: bool = False) -> Answer:
+def parse_answer(text: str, *, starts_in_thought: bool = False, tools: bool = True) -> Answer:
     """The parts of a whole answer."""
-    parser = ReasoningParser(starts_in_thought=starts_in_thought)
+    parser = ReasoningParser(starts_in_thought=starts_in_thought, tools=tools)
     increments = (parser.feed(text), parser.finish())
     calls: dict[int, ToolCall] = {}
     for call in (call for increment in increments for call in increment.tool_calls):

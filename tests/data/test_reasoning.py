@@ -231,6 +231,16 @@ def test_text_streams_as_soon_as_it_is_certain() -> None:
 
 
 @given(st.booleans(), texts)
+def test_without_tools_every_tool_tag_is_content(starts_in_thought: bool, text: str) -> None:
+    found = parse_answer(text, starts_in_thought=starts_in_thought, tools=False)
+    parser = ReasoningParser(starts_in_thought=starts_in_thought, tools=False)
+    assert assembled(parser, list(text)) == found
+    assert found.tool_calls == ()
+    for tag in (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, CALL_SEPARATOR):
+        assert (found.reasoning + "|" + found.content).count(tag) == text.count(tag)
+
+
+@given(st.booleans(), texts)
 def test_what_is_held_back_is_bounded(starts_in_thought: bool, text: str) -> None:
     parser = ReasoningParser(starts_in_thought=starts_in_thought)
     given_out = 0
