@@ -17,6 +17,8 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -57,31 +59,62 @@ def _library() -> ctypes.CDLL:
         raise BuildError("there is no C compiler; install one (on Debian and Ubuntu: apt-get install gcc)")
     runtime = _openmp_runtime()
     path = cache_directory() / f"{_key(compiler, runtime)}.so"
-    if path.exists():
+    if _is_whole(path):
         try:
             return ctypes.CDLL(str(path))
-        except OSError:  # damaged; the new one takes its place
-            logger.info("%s does not load; compiling it again", path)
+        except OSError as error:
+            logger.info("%s does not load (%s); compiling it again", path, error)
+    logger.info("compiling the CPU kernels with %s, once for this machine", compiler)
+    # Beside its place if possible, so that it can be moved there in one step; two processes may do so at once.
+    with _temporary_directory(path.parent) as temporary:
+        compiled = _compile(compiler, runtime, temporary)
+        try:
+            os.replace(compiled, path)
+            compiled = path
+        except OSError as error:
+            logger.info("the compiled kernels cannot be kept in %s (%s): this run only", path.parent, error.strerror)
+        try:
+            return ctypes.CDLL(str(compiled))  # which stays loaded when the file goes
+        except OSError as error:
+            raise BuildError(f"the compiled kernels do not load ({error}); repair {compiler}, or install another") from None
+
+
+@contextmanager
+def _temporary_directory(parent: Path) -> Iterator[Path]:
+    """In `parent`, or, where nothing can be written there, in the system's place for temporary files."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            logger.info("compiling the CPU kernels with %s, once for this machine", compiler)
-            library = _compile(compiler, runtime, Path(temporary))
-            os.replace(library, path)
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"the compiled kernels could not be kept or loaded ({error}); make room in {path.parent}") from None
+        parent.mkdir(parents=True, exist_ok=True)
+        directory = tempfile.TemporaryDirectory(dir=parent)
+    except OSError:
+        directory = tempfile.TemporaryDirectory()
+    with directory as name:
+        yield Path(name)
 
 
 def _compile(compiler: str, runtime: Path | None, directory: Path) -> Path:
-    """Compile into `directory` and return the library."""
+    """Compile into `directory` and return the library, with its own digest at the end."""
     source, compiled, library = Path(__file__).with_name(SOURCES[0]), directory / "kernels.o", directory / "kernels.so"
     _run(compiler, *FLAGS, "-c", str(source), "-o", str(compiled))
     openmp = "-fopenmp" if runtime is None else str(runtime)
     _run(compiler, "-shared", str(compiled), "-o", str(library), openmp, "-lm")
-    with library.open("rb") as file:
-        os.fsync(file.fileno())
+    try:
+        with library.open("r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise BuildError(f"{compiler} left no library behind ({error.strerror}); repair it, or install another") from None
     return library
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library ends in its digest: loading half a file would not fail, it would end the process."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _run(*command: str) -> str:

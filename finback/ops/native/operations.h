@@ -152,8 +152,11 @@ static void NAME(absorb)(const NAME(attention_arguments) * a, int64_t head, rang
   for (int64_t i = 0; i < count; i++)
     for (int64_t n = 0; n < a->nope; n++)
       coefficients[i * a->nope + n] = TO_FLOAT(a->query[((sequences.first + i) * a->heads + head) * width + n]);
-  NAME(mix)(a->key_up + head * a->head_stride, a->rank, a->nope, a->rank, coefficients, a->nope, 1, count, latent,
-            a->rank);
+  for (int64_t first = 0; first < count; first += 4) {
+    const float keep[4] = {1, 1, 1, 1};
+    NAME(mix)(a->key_up + head * a->head_stride, a->rank, a->nope, a->rank, coefficients + first * a->nope, a->nope, 1, keep,
+              least(4, count - first), latent + first * a->rank, a->rank);
+  }
   for (int64_t i = 0; i < count; i++) {
     int64_t position = a->positions[sequences.first + i];
     const NAME(stored) *rope = a->query + ((sequences.first + i) * a->heads + head) * width + a->nope;
@@ -187,19 +190,17 @@ static void NAME(attend)(const NAME(attention_arguments) * a, int64_t sequence, 
         highest[p] = where(score > highest[p], score, highest[p]);
       }
       vector shrink = exponential((before - highest[p]) * a->scale);
-      sum[p] *= shrink;
       store_float32(factor + p * LANES, shrink);
+      vector of_piece = {0};  // pieces are summed apart: one long sum would lose bits
       for (int64_t s = 0; s < count; s++) {
         float *score = scores + s * PANEL + p * LANES;
         vector weight = exponential((load_float32(score) - highest[p]) * a->scale);
-        sum[p] += weight;
+        of_piece += weight;
         store_float32(score, weight);
       }
+      sum[p] = sum[p] * shrink + of_piece;
     }
-    for (int64_t h = 0; h < heads; h++)
-      if (factor[h] != 1.0f)
-        for (int64_t c = 0; c < a->rank; c++) latent[h * a->rank + c] *= factor[h];
-    NAME(mix)(rows, width, count, a->rank, scores, 1, PANEL, heads, latent, a->rank);
+    NAME(mix)(rows, width, count, a->rank, scores, 1, PANEL, factor, heads, latent, a->rank);
     start += count;
   }
   for (int p = 0; p < PARTS; p++) store_float32(factor + p * LANES, 1.0f / sum[p]);

@@ -165,13 +165,12 @@ static void NAME(all_panel)(const NAME(stored) * weight, int64_t stride, const N
   for (; row < rows; row++) NAME(panel)(weight + row * stride, stride, x, inputs, 1, out + row * PANEL);
 }
 
-// out[m][c] += sum over s < count of coefficient(m, s) rows[s][c]: `tokens` (1, 2 or 4) at once, `vectors` (1 or 4) wide.
-// The coefficient lies at m * along_tokens + s * along_rows.
+// out[m][c] = factor[m] out[m][c] + sum over s < count of coefficient(m, s) rows[s][c], for `tokens` (1, 2 or 4) at once and
+// `vectors` (1 or 4) of columns. The coefficient lies at m * along_tokens + s * along_rows.
 INLINE void NAME(mix_tile)(const NAME(stored) * rows, int64_t stride, int64_t count, const float *coefficients,
-                           int64_t along_tokens, int64_t along_rows, int tokens, int vectors, float *out, int64_t out_stride) {
-  vector sum[4][4];
-  UNROLL(4) for (int m = 0; m < tokens; m++)
-    UNROLL(4) for (int v = 0; v < vectors; v++) sum[m][v] = load_float32(out + m * out_stride + v * LANES);
+                           int64_t along_tokens, int64_t along_rows, const float *factor, int tokens, int vectors, float *out,
+                           int64_t out_stride) {
+  vector sum[4][4] = {0};
   for (int64_t s = 0; s < count; s++) {
     vector row[4];
     UNROLL(4) for (int v = 0; v < vectors; v++) row[v] = LOAD_STORED(rows + s * stride + v * LANES);
@@ -181,30 +180,38 @@ INLINE void NAME(mix_tile)(const NAME(stored) * rows, int64_t stride, int64_t co
     }
   }
   UNROLL(4) for (int m = 0; m < tokens; m++)
-    UNROLL(4) for (int v = 0; v < vectors; v++) store_float32(out + m * out_stride + v * LANES, sum[m][v]);
+    UNROLL(4) for (int v = 0; v < vectors; v++) {
+      float *to = out + m * out_stride + v * LANES;
+      store_float32(to, load_float32(to) * factor[m] + sum[m][v]);
+    }
 }
 
 INLINE void NAME(mix_tokens)(const NAME(stored) * rows, int64_t stride, int64_t count, int64_t width, const float *coefficients,
-                             int64_t along_tokens, int64_t along_rows, int tokens, float *out, int64_t out_stride) {
+                             int64_t along_tokens, int64_t along_rows, const float *factor, int tokens, float *out,
+                             int64_t out_stride) {
   int64_t c = 0;
   for (; c + 4 * LANES <= width; c += 4 * LANES)
-    NAME(mix_tile)(rows + c, stride, count, coefficients, along_tokens, along_rows, tokens, 4, out + c, out_stride);
+    NAME(mix_tile)(rows + c, stride, count, coefficients, along_tokens, along_rows, factor, tokens, 4, out + c, out_stride);
   for (; c + LANES <= width; c += LANES)
-    NAME(mix_tile)(rows + c, stride, count, coefficients, along_tokens, along_rows, tokens, 1, out + c, out_stride);
+    NAME(mix_tile)(rows + c, stride, count, coefficients, along_tokens, along_rows, factor, tokens, 1, out + c, out_stride);
   for (; c < width; c++)
-    for (int m = 0; m < tokens; m++)
+    for (int m = 0; m < tokens; m++) {
+      float sum = 0;
       for (int64_t s = 0; s < count; s++)
-        out[m * out_stride + c] += coefficients[m * along_tokens + s * along_rows] * TO_FLOAT(rows[s * stride + c]);
+        sum += coefficients[m * along_tokens + s * along_rows] * TO_FLOAT(rows[s * stride + c]);
+      out[m * out_stride + c] = out[m * out_stride + c] * factor[m] + sum;
+    }
 }
 
-// out [tokens, width] += coefficients [tokens, count] rows [count, width].
+// out [tokens, width] = factor out + coefficients [tokens, count] rows [count, width].
 static void NAME(mix)(const NAME(stored) * rows, int64_t stride, int64_t count, int64_t width, const float *coefficients,
-                      int64_t along_tokens, int64_t along_rows, int64_t tokens, float *out, int64_t out_stride) {
+                      int64_t along_tokens, int64_t along_rows, const float *factor, int64_t tokens, float *out,
+                      int64_t out_stride) {
   int64_t m = 0;
 #define MIX(now)                                                                                                       \
   for (; m + now <= tokens; m += now)                                                                                  \
-    NAME(mix_tokens)(rows, stride, count, width, coefficients + m * along_tokens, along_tokens, along_rows, now,       \
-                     out + m * out_stride, out_stride);
+    NAME(mix_tokens)(rows, stride, count, width, coefficients + m * along_tokens, along_tokens, along_rows, factor + m, \
+                     now, out + m * out_stride, out_stride);
   MIX(4) MIX(2) MIX(1)
 #undef MIX
 }

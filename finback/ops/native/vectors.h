@@ -5,6 +5,7 @@
 #ifndef FINBACK_VECTORS_H
 #define FINBACK_VECTORS_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -97,10 +98,8 @@ INLINE vector where(integers condition, vector yes, vector no) {
 }
 
 // e^x to about one unit in the last place: 2^n p(r) with n = round(x / ln 2) and a polynomial of degree 6 on the rest.
-// Below -87 the result is e^-87, about 1e-38, and above 88 it is e^88; nan stays nan.
+// Below -87 the result is 0 and above 88 infinity, so nothing is denormal; nan stays nan.
 INLINE vector exponential(vector x) {
-  x = where(x < -87.0f, splat(-87.0f), x);
-  x = where(x > 88.0f, splat(88.0f), x);
   const vector round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves no place for a fraction
   vector n = x * 1.44269504088896341f + round - round;
   vector r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first of few bits
@@ -111,11 +110,11 @@ INLINE vector exponential(vector x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * (vector)((__builtin_convertvector(n, integers) + 127) << 23);
+  p *= (vector)((__builtin_convertvector(n, integers) + 127) << 23);
+  p = where(x < -87.0f, splat(0.0f), p);
+  return where(x > 88.0f, splat(INFINITY), p);
 }
 
 INLINE vector silu(vector x) { return x / (1.0f + exponential(-x)); }
-
-INLINE float exponential_of(float x) { return exponential(splat(x))[0]; }
 
 #endif

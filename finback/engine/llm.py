@@ -1,0 +1,402 @@
+"""The engine: requests in, tokens out (DESIGN section 4, "serve").
+
+One call of `LLM.step` is one pass through the model for whatever the scheduler picked: pieces of prompts, one next token of each
+running request, and, with speculation, the drafts that are verified along with it. Everything else here is built from `add`, `step`
+and `abort`.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from finback.config import InputError, ModelConfig
+from finback.data.detokenizer import IncrementalDetokenizer
+from finback.data.files import read_json
+from finback.data.tokenizer import Tokenizer, load_tokenizer
+from finback.engine.batch import Chunk
+from finback.engine.blocks import BlockManager
+from finback.engine.config import SamplingParams
+from finback.engine.output import EngineStats, Increment, RequestOutput
+from finback.engine.request import FinishReason, Request
+from finback.engine.runner import Backend, Forward, Runner
+from finback.engine.sampler import SamplingRows, SamplingState, TokenLogprobs, accept, sample
+from finback.engine.scheduler import ScheduledSequence, Scheduler, SchedulerStats
+from finback.engine.stops import StopStrings
+from finback.model.checkpoint import load
+from finback.model.transformer import Transformer
+from finback.ops.memory import available_memory
+
+CACHE_SHARE = 0.25  # of the memory that is free, at most, unless num_blocks says otherwise
+
+logger = logging.getLogger("finback")
+
+Prompt = str | Sequence[int]
+
+
+class _Answer:
+    """One request's way from tokens to text."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, end_token_ids: frozenset[int]) -> None:
+        params = request.params
+        self.request = request
+        self.end_token_ids = end_token_ids.union(params.stop_token_ids)
+        if params.ignore_eos:
+            self.end_token_ids = frozenset(params.stop_token_ids)
+        self.detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self.stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
+        self.stopped_by_text = False
+        self.sampling = SamplingState(params, request.seed, request.prompt_token_ids)
+        penalised = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1
+        self.speculates = not penalised and params.grammar is None
+
+    def take(self, token_id: int) -> tuple[str, FinishReason | None]:
+        """The text that has become certain with one more token, and why the answer ends with it, if it does."""
+        request = self.request
+        ends = token_id in self.end_token_ids
+        text = ""
+        if self.detokenizer is not None and not (ends and not request.params.include_stop_str_in_output):
+            text = self.detokenizer.feed(token_id)
+            if self.stops is not None:
+                text, self.stopped_by_text = self.stops.feed(text)
+                if self.stopped_by_text:
+                    return text, "stop"
+        return text, "stop" if ends else None
+
+    def rest(self) -> str:
+        """What was held back, at the end of an answer that no stop string ended."""
+        if self.detokenizer is None:
+            return ""
+        text = self.detokenizer.flush()
+        if self.stops is None:
+            return text
+        certain, stopped = self.stops.feed(text)
+        return certain if stopped else certain + self.stops.flush()
+
+
+class LLM:
+    """A model with its paged cache and its scheduler.
+
+    `LLM(directory)` loads a Hugging Face directory; `LLM(model=model)` shares a model's weights as they are, and changes made to them
+    in place count from the next step on (call `reset_prefix_cache` then: cached rows are of the old ones). Without a tokenizer
+    prompts are token ids and answers have no text. Not thread-safe: one thread calls it.
+
+    `num_speculative_tokens` drafts that many tokens with the MTP module and verifies them in one pass; which tokens come out does not
+    depend on it. `num_blocks` of `block_size` tokens bound the cache; by default they hold `max_num_seqs` requests of full length, or
+    as many as fit into a quarter of the free memory. Raises InputError for a directory or a number that cannot be used.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path | None = None,
+        *,
+        model: Transformer | None = None,
+        tokenizer: Tokenizer | None = None,
+        dtype: torch.dtype | Literal["auto"] = "auto",
+        device: torch.device | str = "cpu",
+        max_num_seqs: int = 32,
+        max_num_batched_tokens: int = 512,
+        max_model_len: int | None = None,
+        block_size: int = 64,
+        num_blocks: int | None = None,
+        enable_prefix_caching: bool = True,
+        num_speculative_tokens: int = 0,
+        kv_cache_dtype: Literal["auto"] = "auto",
+        backend: Backend = "auto",
+    ) -> None:
+        if (directory is None) == (model is None):
+            raise InputError("LLM needs a directory or model=..., and not both")
+        end_token_ids: set[int] = set()
+        if directory is not None:
+            model = load(directory, dtype=_dtype(directory, dtype, torch.device(device)), device=device)
+            if tokenizer is None and (Path(directory) / "tokenizer.json").is_file():
+                tokenizer = load_tokenizer(directory)
+            end_token_ids |= _generation_end(Path(directory))
+        assert model is not None
+        config = model.config
+        self.model, self.tokenizer = model, tokenizer
+        self.max_model_len = config.max_position_embeddings if max_model_len is None else max_model_len
+        if not 1 <= self.max_model_len <= config.max_position_embeddings:
+            context = config.max_position_embeddings
+            raise InputError(f"max_model_len is {self.max_model_len}, it must be from 1 to the model's context ({context})")
+        if kv_cache_dtype != "auto":
+            raise InputError(f"kv_cache_dtype is {kv_cache_dtype!r}, it must be 'auto' (the dtype of the weights)")
+        if num_speculative_tokens < 0 or (num_speculative_tokens and not model.mtp_modules):
+            raise InputError(
+                f"num_speculative_tokens is {num_speculative_tokens}, but this model has no MTP module to draft with; use 0"
+                if num_speculative_tokens > 0
+                else f"num_speculative_tokens is {num_speculative_tokens}, it must be at least 0"
+            )
+        self.num_speculative_tokens = num_speculative_tokens
+        eos = config.eos_token_id
+        end_token_ids.update(eos if isinstance(eos, tuple) else [] if eos is None else [eos])
+        if tokenizer is not None:
+            end_token_ids.add(tokenizer.eos_token_id)
+        self._end_token_ids = frozenset(end_token_ids)
+        if num_blocks is None:
+            num_blocks = self._fitting_blocks(max_num_seqs, block_size)
+        self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
+        self._scheduler = Scheduler(self._blocks, max_num_seqs, max_num_batched_tokens, self.max_model_len)
+        rows = max_num_seqs * (1 + num_speculative_tokens)
+        self._runner = Runner(model, num_blocks, block_size, self.max_model_len, rows, num_speculative_tokens > 0, backend)
+        self._answers: dict[int, _Answer] = {}
+        self._rows: SamplingRows | None = None  # kept while the same requests run
+        self._draft_rows: SamplingRows | None = None
+        self._next_id = 0
+        self.stats = EngineStats()
+        logger.info("engine: %s back-end, %d cache blocks of %d tokens", self._runner.backend, num_blocks, block_size)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[RequestOutput]:
+        """Answer all prompts, in one batch as far as there is room, and return the answers in their order.
+
+        A prompt is a text or a list of token ids; `params` is one for all, or one for each. If one of them cannot be used, an
+        InputError says so and none is started.
+        """
+        listed = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)  # type: ignore[arg-type, list-item]
+        each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(listed)
+        if len(each) != len(listed):
+            raise InputError(f"there are {len(listed)} prompts and {len(each)} params; give one for all, or one for each")
+        outputs: dict[int, RequestOutput] = {}
+        try:
+            for prompt, one in zip(listed, each, strict=True):
+                request_id = self.add(prompt, one)
+                outputs[request_id] = RequestOutput(self._answers[request_id].request.prompt_token_ids)
+            while any(output.finish_reason is None for output in outputs.values()):
+                for increment in self.step():
+                    if increment.request_id in outputs:
+                        outputs[increment.request_id].add(increment)
+        finally:
+            for request_id in outputs:
+                self.abort(request_id)
+        return list(outputs.values())
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
+        """The answer to one prompt, piece by piece. Closing the iterator aborts the request. Other requests go on meanwhile."""
+        request_id = self.add(prompt, params or SamplingParams())
+        try:
+            while request_id in self._answers:
+                yield from (increment for increment in self.step() if increment.request_id == request_id)
+        finally:
+            self.abort(request_id)
+
+    def add(self, prompt: Prompt, params: SamplingParams) -> int:
+        """Queue a request and return its id. Raises InputError if it can never be answered; the others go on."""
+        token_ids = self._token_ids(prompt)
+        vocab = self.model.config.vocab_size
+        for token in (*params.stop_token_ids, *(params.logit_bias or ())):
+            if token >= vocab:
+                raise InputError(f"stop_token_ids or logit_bias names token {token}, outside the model's vocabulary ({vocab})")
+        if params.stop and self.tokenizer is None:
+            raise InputError("stop strings need a tokenizer; give LLM(tokenizer=...) or use stop_token_ids")
+        request = Request(self._next_id, token_ids, params)
+        self._scheduler.add(request)
+        self._next_id += 1
+        self._answers[request.request_id] = _Answer(request, self.tokenizer, self._end_token_ids)
+        return request.request_id
+
+    def abort(self, request_id: int) -> bool:
+        """End a request now; its blocks are free at once. False if it has ended already."""
+        self._answers.pop(request_id, None)
+        return self._scheduler.abort(request_id) is not None
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether there is anything for `step` to do."""
+        return bool(self._answers)
+
+    def step(self) -> list[Increment]:
+        """One pass through the model; what it added to each answer."""
+        scheduled = self._scheduler.schedule().scheduled
+        if not scheduled:
+            return []
+        chunks = [Chunk(s.token_ids, s.start, s.request.block_table) for s in scheduled]
+        wanted = [1 + s.num_drafts if s.samples else 0 for s in scheduled]
+        forward = self._runner.forward(chunks, wanted)
+        increments = self._take(scheduled, wanted, forward)
+        self.stats.steps += 1
+        return increments
+
+    def _take(self, scheduled: list[ScheduledSequence], wanted: list[int], forward: Forward) -> list[Increment]:
+        """Sample, keep the drafts that were right, tell the scheduler, and make the next drafts."""
+        sampling = [(sequence, rows) for sequence, rows in zip(scheduled, wanted, strict=True) if rows]
+        tokens: list[int] = []
+        logprobs: list[TokenLogprobs | None] | None = None
+        if sampling:
+            states = [self._answers[sequence.request.request_id].sampling for sequence, _ in sampling]
+            drafts = [sequence.request.draft_token_ids[: sequence.num_drafts] for sequence, _ in sampling]
+            counts = [sequence.num_drafts for sequence, _ in sampling]
+            if self._rows is None or not self._rows.describes(states, counts):
+                self._rows = SamplingRows(states, counts, str(forward.logits.device))
+            sampled = sample(forward.logits, self._rows, drafts=drafts)
+            tokens, logprobs = sampled.token_ids.tolist(), sampled.logprobs
+        increments, row = [], 0
+        for sequence, rows in zip(scheduled, wanted, strict=True):
+            if not rows:
+                self._scheduler.advance(sequence, [])
+                continue
+            end = row + 1 + accept(sequence.request.draft_token_ids[: sequence.num_drafts], tokens[row : row + rows])
+            self.stats.drafted_tokens += sequence.num_drafts
+            self.stats.accepted_tokens += end - row - 1
+            increments.append(self._extend(sequence, tokens[row:end], None if logprobs is None else logprobs[row:end]))
+            row += rows
+        if self.num_speculative_tokens:
+            self._draft(scheduled, wanted, forward)
+        return increments
+
+    def _extend(
+        self, sequence: ScheduledSequence, new: list[int], logprobs: list[TokenLogprobs | None] | None
+    ) -> Increment:
+        """Add sampled tokens to an answer, up to the one that ends it."""
+        request = sequence.request
+        answer = self._answers[request.request_id]
+        room = request.max_tokens - len(request.output_token_ids)
+        text, reason, taken = "", None, 0
+        for token in new[:room]:
+            piece, reason = answer.take(token)
+            text += piece
+            taken += 1
+            if reason is not None:
+                break
+        if reason is None and taken == room:
+            reason = "length"
+        new = new[:taken]
+        self._scheduler.advance(sequence, new)
+        for token in new:
+            answer.sampling.append(token)
+        self.stats.generated_tokens += taken
+        if reason is not None:
+            if not answer.stopped_by_text:
+                text += answer.rest()
+            self._scheduler.finish(request, reason)
+            del self._answers[request.request_id]
+        asked = None if logprobs is None or request.params.logprobs is None else [one for one in logprobs[:taken] if one]
+        return Increment(request.request_id, text, new, asked, reason, request.num_cached_tokens)
+
+    def _draft(self, scheduled: list[ScheduledSequence], wanted: list[int], forward: Forward) -> None:
+        """Guess the next tokens of the requests that go on. The MTP module sees every position once, with the hidden state that the
+        model computed there and the token that follows; for guesses beyond the first it sees its own hidden state instead (V3 section
+        2.2; 5.4.3), and the rows that it caches then are written again when the true ones are known."""
+        chunks: list[Chunk] = []
+        rows: list[int] = []
+        live: list[Request] = []
+        counts: list[int] = []
+        for sequence, first, samples in zip(scheduled, forward.first_rows, wanted, strict=True):
+            request, start = sequence.request, sequence.start
+            if request.request_id not in self._answers:
+                continue
+            known = request.num_computed_tokens - start  # without the rejected drafts
+            chunks.append(Chunk(request.token_ids[start + 1 : start + known + 1], start, request.block_table))
+            rows += range(first, first + known)
+            drafts = bool(samples) and self._answers[request.request_id].speculates
+            counts.append(int(drafts))
+            if drafts:
+                live.append(request)
+                request.draft_token_ids = []
+        if not chunks:
+            return
+        hidden = forward.hidden
+        if len(rows) < len(hidden) or rows != sorted(rows):
+            hidden = hidden[torch.tensor(rows, device=hidden.device)]
+        result = self._runner.draft(chunks, counts, hidden)
+        ends = [first + len(chunk.token_ids) - 1 for first, chunk in zip(result.first_rows, chunks, strict=True)]
+        last = [end for end, count in zip(ends, counts, strict=True) if count]
+        for depth in range(self.num_speculative_tokens):
+            if not live:
+                return
+            states = [self._answers[request.request_id].sampling for request in live]
+            if self._draft_rows is None or not self._draft_rows.describes(states):
+                self._draft_rows = SamplingRows(states, device=str(result.logits.device))
+            guesses = sample(result.logits, self._draft_rows, ahead=depth).token_ids.tolist()
+            for request, guess in zip(live, guesses, strict=True):
+                request.draft_token_ids.append(guess)
+            if depth + 1 == self.num_speculative_tokens:
+                return
+            # A guess further on needs a cached row at the position of the last known token or beyond: only within blocks at hand.
+            position = depth - 1
+            going = [
+                i
+                for i, request in enumerate(live)
+                if request.num_tokens + position < len(request.block_table) * self._blocks.block_size
+            ]
+            live = [live[i] for i in going]
+            if not live:
+                return
+            hidden = result.hidden[torch.tensor([last[i] for i in going], device=result.hidden.device)]
+            chunks = [
+                Chunk(request.draft_token_ids[-1:], request.num_tokens + position, request.block_table) for request in live
+            ]
+            result = self._runner.draft(chunks, [1] * len(live), hidden)
+            last = list(range(len(live)))
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        vocab = self.model.config.vocab_size
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError("the prompt is a text, but there is no tokenizer; give token ids, or LLM(tokenizer=...)")
+            token_ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos_token)
+        else:
+            token_ids = list(prompt)
+        for token in token_ids:
+            if type(token) is int and token >= vocab:
+                raise InputError(f"the prompt holds token {token}, outside the model's vocabulary ({vocab})")
+        return token_ids  # the scheduler checks the rest
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes: after the weights have changed, their rows are those of another model."""
+        self._blocks.reset_prefix_cache()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache."""
+        return self._blocks.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no request holds (some of them keep prefixes for later)."""
+        return self._blocks.num_available
+
+    @property
+    def scheduler_stats(self) -> SchedulerStats:
+        """Requests, blocks, prefix hits and preemptions."""
+        return self._scheduler.stats()
+
+    def _fitting_blocks(self, max_num_seqs: int, block_size: int) -> int:
+        """Blocks for `max_num_seqs` requests of full length, or what fits into a share of the free memory."""
+        config, weight = self.model.config, self.model.lm_head.weight
+        per_request = -(-self.max_model_len // block_size)
+        layers = config.num_hidden_layers + int(self.num_speculative_tokens > 0)
+        block_bytes = layers * block_size * config.cache_row_width * weight.element_size()
+        available = available_memory(weight.device)
+        if available is None:
+            return per_request * max_num_seqs
+        fitting = int(available * CACHE_SHARE) // block_bytes
+        if fitting < 1:
+            raise InputError(
+                f"a cache block of {block_size} tokens takes {block_bytes / 2**20:.0f} MiB, more than a quarter of the free "
+                "memory; free some, or lower block_size"
+            )
+        return min(per_request * max_num_seqs, fitting)
+
+
+def _dtype(directory: str | Path, dtype: torch.dtype | Literal["auto"], device: torch.device) -> torch.dtype:
+    """The dtype of the weights in memory: with "auto" the stored one, but float32 for float16 on a CPU, which is slow there."""
+    if dtype != "auto":
+        return dtype
+    stored: torch.dtype = getattr(torch, ModelConfig.from_hf(directory).torch_dtype)
+    return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+
+
+def _generation_end(directory: Path) -> list[int]:
+    """End tokens of generation_config.json, one or several; none where there is no such file."""
+    file = directory / "generation_config.json"
+    if not file.is_file():
+        return []
+    eos = read_json(file).get("eos_token_id")
+    tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        raise InputError(f"{file}: eos_token_id is {eos!r}, it must be a token id or a list of them")
+    return tokens

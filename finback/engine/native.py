@@ -1,0 +1,225 @@
+"""Decode steps on a CPU by the C kernels of `ops.native`: the whole step for a given number of rows is prepared once, as a list of
+calls that are bound to their tensors, and then runs without Python in between.
+
+A row is one token of some sequence. Rows of one sequence (a verified draft, a short piece of a prompt) share a block table: in each
+layer all of them are cached before any attends.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finback.engine.batch import Chunk
+from finback.model.layers import MLP, RMSNorm
+from finback.model.mla import LATENT_NORM_EPS, MLA, Rotary
+from finback.model.moe import MoE
+from finback.model.transformer import Block, MTPModule, Transformer
+from finback.ops.native.calls import Call, Choice, Kernels, LatentRows, Norm, Projected, Routing, Weights
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Step(NamedTuple):
+    """The prepared step for some number of rows, and the tensors that it ends with."""
+
+    run: Call
+    hidden: Tensor  # [rows, D], after the final norm
+    logits: Tensor  # [rows, vocab]
+
+
+class NativeDecoder:
+    """Rows of tokens through the model, and through its MTP module. Weights are used where they lie: changed in place (by a training
+    step, say), they count from the next step on."""
+
+    def __init__(
+        self, kernels: Kernels, model: Transformer, cache: Tensor, rotary: Rotary, max_rows: int, blocks_per_sequence: int
+    ) -> None:
+        self.max_rows = max_rows
+        self._kernels, self._model, self._cache, self._rotary = kernels, model, cache, rotary
+        self._ids = torch.zeros(max_rows, dtype=torch.int64)
+        self._positions = torch.zeros(max_rows, dtype=torch.int64)
+        self._tables = torch.zeros(max_rows, blocks_per_sequence, dtype=torch.int32)
+        self._tables_now: list[Sequence[int]] = [()] * max_rows
+        self._ids_array, self._positions_array, self._tables_array = (
+            t.numpy() for t in (self._ids, self._positions, self._tables)
+        )
+        self._scratch = _Scratch(model, max_rows)
+        self._steps: dict[int, Step] = {}
+        self._draft_steps: dict[int, Step] = {}
+
+    def forward(self, chunks: Sequence[Chunk]) -> Step:
+        """Compute `chunks`, of at most `max_rows` tokens together: their hidden states and logits, one row after another.
+
+        Both are overwritten by the next call.
+        """
+        rows = self._place(chunks)
+        if rows not in self._steps:
+            self._steps[rows] = self._prepare(rows)
+        step = self._steps[rows]
+        step.run()
+        return step
+
+    def _place(self, chunks: Sequence[Chunk]) -> int:
+        """Put tokens, positions and block tables where the prepared steps look for them; returns the number of rows."""
+        ids: list[int] = []
+        positions: list[int] = []
+        row = 0
+        for token_ids, start, table in chunks:
+            ids += token_ids
+            positions += range(start, start + len(token_ids))
+            for _ in token_ids:
+                if self._tables_now[row] != table:
+                    self._tables_array[row, : len(table)] = table
+                    self._tables_now[row] = list(table)
+                row += 1
+        self._ids_array[:row] = ids
+        self._positions_array[:row] = positions
+        return row
+
+    def draft(self, chunks: Sequence[Chunk], hidden: Tensor) -> Step:
+        """The MTP module over `chunks` that hold, at the positions of `hidden` [rows, D], the tokens that follow them."""
+        rows = self._place(chunks)
+        if rows not in self._draft_steps:
+            self._draft_steps[rows] = self._prepare_draft(rows)
+        self._scratch.previous[:rows] = hidden
+        step = self._draft_steps[rows]
+        step.run()
+        return step
+
+    def _prepare(self, rows: int) -> Step:
+        model, buffers = self._model, self._scratch.first(rows)
+        calls = [self._kernels.embedding(model.model.embed_tokens.weight.data, self._ids[:rows], buffers.x)]
+        for block, cache in zip(model.blocks, self._cache, strict=False):
+            calls += self._block(block, cache, buffers)
+        calls.append(self._kernels.rms_norm(buffers.x, _norm(model.model.norm), buffers.hidden))
+        calls.append(self._kernels.linear(buffers.hidden, [model.lm_head.weight.data], [buffers.logits]))
+        return Step(self._kernels.program(calls), buffers.hidden, buffers.logits)
+
+    def _prepare_draft(self, rows: int) -> Step:
+        model, buffers = self._model, self._scratch.first(rows)
+        module, size = model.mtp_modules[0], model.config.hidden_size
+        joined = buffers.joined
+        embedding = self._kernels.embedding(model.model.embed_tokens.weight.data, self._ids[:rows], buffers.hidden)
+        calls = [self._kernels.linear(joined, [module.eh_proj.weight.data], [buffers.x])]
+        calls += self._block(module, self._cache[-1], buffers)
+        calls.append(self._kernels.rms_norm(buffers.x, _norm(module.shared_head.norm), buffers.hidden))
+        calls.append(self._kernels.linear(buffers.hidden, [model.lm_head.weight.data], [buffers.logits]))
+        program = self._kernels.program(calls)
+
+        def run() -> None:
+            embedding()
+            joined[:, :size] = module.enorm(buffers.hidden)
+            joined[:, size:] = module.hnorm(buffers.previous)
+            program()
+
+        return Step(run, buffers.hidden, buffers.logits)
+
+    def _block(self, block: Block, cache: Tensor, buffers: "_Scratch") -> list[Call]:
+        """One layer: buffers.x becomes its output."""
+        attention, x = block.self_attn, buffers.x
+        if isinstance(attention, MLA):
+            calls = self._latent_attention(attention, cache, buffers, _norm(block.input_layernorm))
+        else:
+            calls = self._grouped_query_attention(attention, cache, buffers, _norm(block.input_layernorm))
+        calls.append(self._kernels.linear(buffers.heads, [attention.o_proj.weight.data], [x], residual=x))
+        return [*calls, self._feed_forward(block, buffers)]
+
+    def _latent_attention(self, attention: MLA, cache: Tensor, buffers: "_Scratch", norm: Norm) -> list[Call]:
+        """From the residual stream to buffers.heads, the new rows cached on the way."""
+        a, rows = attention, len(buffers.x)
+        compressed = a.kv_a_proj_with_mqa.weight.data
+        if a.q_proj is not None:
+            outputs = [buffers.query, buffers.compressed]
+            calls = [self._kernels.linear(buffers.x, [a.q_proj.weight.data, compressed], outputs, norm)]
+        else:
+            outputs = [buffers.compressed_query, buffers.compressed]
+            calls = [self._kernels.linear(buffers.x, [a.q_a_proj.weight.data, compressed], outputs, norm)]
+            query_norm = _norm(a.q_a_layernorm)
+            calls.append(
+                self._kernels.linear(buffers.compressed_query, [a.q_b_proj.weight.data], [buffers.query], query_norm)
+            )
+        projected = Projected(
+            buffers.compressed,
+            Norm(a.kv_a_layernorm.weight.data, LATENT_NORM_EPS),
+            self._rotary.cos,
+            self._rotary.sin,
+            a.kv_b_proj.weight.data,
+            a.nope_dim,
+        )
+        latents = LatentRows(cache, self._positions[:rows], self._tables[:rows])
+        query, heads = (t.view(rows, a.num_heads, -1) for t in (buffers.query, buffers.heads))
+        calls.append(self._kernels.latent_attention(query, latents, heads, a.kv_lora_rank, a.scale, projected))
+        return calls
+
+    def _feed_forward(self, block: Block, buffers: "_Scratch") -> Call:
+        x, norm, mlp = buffers.x, _norm(block.post_attention_layernorm), block.mlp
+        if isinstance(mlp, MLP):
+            return self._kernels.feed_forward(x, x, norm=norm, residual=x, shared=_weights(mlp))
+        c, gate, experts = self._model.config, mlp.gate, mlp.experts
+        routing = Routing(
+            gate.weight.data,
+            gate.e_score_correction_bias,
+            c.scoring_func,
+            c.topk_method,
+            c.n_group,
+            c.topk_group,
+            c.norm_topk_prob,
+            c.routed_scaling_factor,
+            buffers.scores,
+        )
+        return self._kernels.feed_forward(
+            x,
+            x,
+            norm=norm,
+            residual=x,
+            routing=routing,
+            choice=Choice(buffers.indices, buffers.values),
+            experts=Weights(experts.gate_proj.data, experts.up_proj.data, experts.down_proj.data),
+            shared=_weights(mlp.shared_experts),
+        )
+
+
+class _Scratch:
+    """What a step keeps between its calls, for the largest number of rows; `first` gives the same memory for fewer."""
+
+    def __init__(self, model: Transformer, rows: int) -> None:
+        c, dtype = model.config, model.lm_head.weight.dtype
+        heads = c.num_attention_heads
+
+        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=dtype)
+
+        self.x = new(c.hidden_size)
+        self.hidden = new(c.hidden_size)
+        self.logits = new(c.vocab_size)
+        if c.kv_lora_rank:
+            self.compressed = new(c.cache_row_width)
+            self.compressed_query = new(c.q_lora_rank or 0)
+            self.query = new(heads * c.qk_head_dim)
+            self.heads = new(heads * c.v_head_dim)
+        else:
+            self.query = new(heads * c.head_dim)
+            self.key = new(c.num_key_value_heads * c.head_dim)
+            self.value = new(c.num_key_value_heads * c.head_dim)
+            self.heads = new(heads * c.head_dim)
+        self.scores = new(c.n_routed_experts, dtype=torch.float32)
+        self.indices = new(c.num_experts_per_tok, dtype=torch.int64)
+        self.values = new(c.num_experts_per_tok, dtype=torch.float32)
+        self.previous = new(c.hidden_size)  # MTP
+        self.joined = new(2 * c.hidden_size)
+
+    def first(self, rows: int) -> "_Scratch":
+        part = object.__new__(_Scratch)
+        part.__dict__.update({name: tensor[:rows] for name, tensor in self.__dict__.items()})
+        return part
+
+
+def _norm(layer: RMSNorm) -> Norm:
+    return Norm(layer.weight.data, layer.eps)
+
+
+def _weights(mlp: MLP) -> Weights:
+    return Weights(mlp.gate_proj.weight.data, mlp.up_proj.weight.data, mlp.down_proj.weight.data)

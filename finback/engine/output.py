@@ -1,0 +1,55 @@
+"""What the engine gives back."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from finback.engine.request import FinishReason
+from finback.engine.sampler import TokenLogprobs
+
+
+class Increment(NamedTuple):
+    """What one step added to one answer."""
+
+    request_id: int
+    text: str  # whole characters only; may be empty while one is incomplete or a stop string might be coming
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None  # of these tokens, where they were asked for
+    finish_reason: FinishReason | None  # None until the last
+    num_cached_tokens: int  # of the prompt, found in the prefix cache
+
+
+@dataclass
+class RequestOutput:
+    """A whole answer."""
+
+    prompt_token_ids: list[int]
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+
+    def add(self, increment: Increment) -> None:
+        self.text += increment.text
+        self.token_ids += increment.token_ids
+        if increment.logprobs is not None:
+            self.logprobs = [*(self.logprobs or []), *increment.logprobs]
+        self.finish_reason = increment.finish_reason
+        self.num_cached_tokens = increment.num_cached_tokens
+
+
+@dataclass
+class EngineStats:
+    """Counters since the engine was made; drafts are MTP's guesses."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Share of drafted tokens that were what the model itself then chose; None before the first."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None

@@ -1,0 +1,364 @@
+"""The engine whole: the same tokens as transformers whatever happens on the way, and every block free at the end."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from finback.config import InputError
+from finback.engine.config import SamplingParams
+from finback.engine.llm import LLM
+from finback.engine.runner import Backend
+from finback.model.transformer import Transformer
+from tests.engine.models import CONFIGS, V3_MTP, assert_same_tokens, transformers_greedy
+from tests.model.oracle import build
+
+BACKENDS: list[Backend] = ["torch", "native"]
+LENGTHS = (3, 1, 17, 40, 9, 26)
+ANSWER = 12
+
+
+def engine(model: Transformer, **fields: Any) -> LLM:
+    """Small blocks and a small token budget, so that paging and chunks happen."""
+    settings = {"block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16, "num_blocks": 64} | fields
+    return LLM(model=model, **settings)
+
+
+def random_prompts(vocab: int, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[list[int]]:
+    generator = random.Random(seed)
+    return [[generator.randrange(vocab) for _ in range(length)] for length in lengths]
+
+
+def all_free(llm: LLM) -> bool:
+    return llm.num_free_blocks == llm.num_blocks and not llm.has_unfinished
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_equal_those_of_transformers(name: str, backend: Backend) -> None:
+    """Mixed lengths through paging, chunked prefill, and a second time through prefix hits."""
+    model = build(CONFIGS[name])
+    prompts = random_prompts(model.config.vocab_size)
+    expected = transformers_greedy(model, prompts, ANSWER)
+    llm = engine(model, backend=backend)
+    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+    for turn in range(2):
+        outputs = llm.generate(prompts, params)
+        for prompt, output, tokens in zip(prompts, outputs, expected, strict=True):
+            assert_same_tokens(model, prompt, output.token_ids, tokens)
+            assert output.finish_reason == "length"
+            assert output.num_cached_tokens == (0 if turn == 0 else (len(prompt) - 1) // 4 * 4)
+    assert all_free(llm)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_speculation_changes_no_greedy_token(backend: Backend, drafts: int) -> None:
+    model = build(V3_MTP)
+    prompts = random_prompts(model.config.vocab_size)
+    expected = transformers_greedy(model, prompts, ANSWER)
+    llm = engine(model, backend=backend, num_speculative_tokens=drafts)
+    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+    for _ in range(2):
+        for prompt, output, tokens in zip(prompts, llm.generate(prompts, params), expected, strict=True):
+            assert_same_tokens(model, prompt, output.token_ids, tokens)
+    assert llm.stats.drafted_tokens > 0
+    assert all_free(llm)
+
+
+def test_a_perfect_draft_is_accepted() -> None:
+    """A model that always repeats its input's successor: the MTP module, made to agree, is accepted nearly always."""
+    model = predictable(V3_MTP.vocab_size)
+    llm = engine(model, num_speculative_tokens=1)
+    output = llm.generate([5], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))[0]
+    assert output.token_ids == [(6 + i) % V3_MTP.vocab_size for i in range(40)]
+    assert llm.stats.acceptance_rate is not None
+    assert llm.stats.acceptance_rate > 0.9
+    assert llm.stats.steps < 25
+
+
+def predictable(vocab: int) -> Transformer:
+    """Token i is followed by i + 1, and the MTP module knows it too: blocks add nothing, embeddings are random directions."""
+    model = build(V3_MTP)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.nn.functional.normalize(torch.randn(vocab, model.config.hidden_size, generator=generator), dim=-1)
+    with torch.no_grad():
+        for block in [*model.blocks, *model.mtp_modules]:
+            block.self_attn.o_proj.weight.zero_()
+            mlp: Any = block.mlp
+            if hasattr(mlp, "experts"):
+                mlp.experts.down_proj.zero_()
+                mlp.shared_experts.down_proj.weight.zero_()
+            else:
+                mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(directions)
+        model.lm_head.weight.copy_(30 * directions.roll(1, 0))
+        module = model.mtp_modules[0]
+        identity = torch.eye(model.config.hidden_size)
+        module.eh_proj.weight.copy_(torch.cat((identity, torch.zeros_like(identity)), dim=1))  # the embedding comes first
+        for norm in (model.model.norm, module.enorm, module.hnorm, module.shared_head.norm):
+            norm.weight.fill_(1.0)
+    return model
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_seeded_tokens_do_not_depend_on_the_company(backend: Backend, drafts: int) -> None:
+    """Temperature, filters and penalties, alone and among others, with and without drafts."""
+    model = build(V3_MTP)
+    prompts = random_prompts(model.config.vocab_size)
+    params = [
+        SamplingParams(temperature=1.0, seed=3, max_tokens=ANSWER, ignore_eos=True),
+        SamplingParams(temperature=0.7, top_p=0.9, seed=4, max_tokens=ANSWER, ignore_eos=True),
+        SamplingParams(temperature=1.3, top_k=5, seed=5, max_tokens=ANSWER, ignore_eos=True, presence_penalty=1.0),
+        SamplingParams(temperature=0.9, min_p=0.1, seed=6, max_tokens=ANSWER, ignore_eos=True, repetition_penalty=1.2),
+        SamplingParams(temperature=1.0, seed=3, max_tokens=ANSWER, ignore_eos=True, logit_bias={7: 3.0}),
+        SamplingParams(temperature=0.0, seed=3, max_tokens=ANSWER, ignore_eos=True, frequency_penalty=0.5),
+    ]
+    alone = [
+        engine(model, backend="torch", max_num_batched_tokens=128).generate([prompt], [one])[0].token_ids
+        for prompt, one in zip(prompts, params, strict=True)
+    ]
+    together = engine(model, backend=backend, num_speculative_tokens=drafts).generate(prompts, params)
+    assert [output.token_ids for output in together] == alone
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_preemption_changes_no_token(backend: Backend, drafts: int) -> None:
+    model = build(V3_MTP)
+    prompts = random_prompts(model.config.vocab_size, (20, 22, 18, 24))
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    expected = transformers_greedy(model, prompts, 20)
+    llm = engine(model, backend=backend, num_blocks=16, num_speculative_tokens=drafts)
+    outputs = llm.generate(prompts, params)
+    assert llm.scheduler_stats.num_preemptions > 0
+    for prompt, output, tokens in zip(prompts, outputs, expected, strict=True):
+        assert_same_tokens(model, prompt, output.token_ids, tokens)
+    assert all_free(llm)
+
+
+def soak(steps: int, seed: int, backend: Backend, drafts: int) -> None:
+    """Random arrivals and aborts over a tiny cache; every answer that ends is the one of the request alone."""
+    generator = random.Random(seed)
+    model = build(V3_MTP)
+    vocab = model.config.vocab_size
+    shared = [generator.randrange(vocab) for _ in range(16)]
+    llm = engine(model, backend=backend, num_blocks=24, num_speculative_tokens=drafts)
+    reference = engine(model, backend="torch", max_num_batched_tokens=256, enable_prefix_caching=False)
+    waiting: dict[int, tuple[list[int], SamplingParams, list[int]]] = {}
+    finished = []
+    for step in range(steps):
+        if step < steps * 0.8 and generator.random() < 0.4:
+            own = [generator.randrange(vocab) for _ in range(generator.randint(1, 25))]
+            prompt = shared[: generator.choice([0, 4, 7, 16])] + own
+            params = SamplingParams(
+                temperature=generator.choice([0.0, 0.8]),
+                seed=generator.randrange(100),
+                max_tokens=generator.randint(1, 30),
+                cache_key=generator.choice(["", "other"]),
+            )
+            waiting[llm.add(prompt, params)] = (prompt, params, [])
+        if waiting and generator.random() < 0.05:
+            request_id = generator.choice(list(waiting))
+            llm.abort(request_id)
+            del waiting[request_id]
+        for increment in llm.step():
+            prompt, params, tokens = waiting[increment.request_id]
+            tokens += increment.token_ids
+            if increment.finish_reason:
+                finished.append(waiting.pop(increment.request_id))
+    while llm.has_unfinished:
+        for increment in llm.step():
+            waiting[increment.request_id][2].extend(increment.token_ids)
+            if increment.finish_reason:
+                finished.append(waiting.pop(increment.request_id))
+    assert not waiting
+    assert all_free(llm)
+    assert len(finished) > steps * 0.15
+    for prompt, params, tokens in finished:
+        expected = reference.generate([prompt], [params])[0].token_ids
+        if params.temperature == 0:
+            assert_same_tokens(model, prompt, tokens, expected)
+        else:
+            assert tokens == expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_arrivals_and_aborts(backend: Backend) -> None:
+    soak(steps=120, seed=0, backend=backend, drafts=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_a_long_soak(backend: Backend, drafts: int) -> None:
+    for seed in range(5):
+        soak(steps=2000, seed=100 + seed, backend=backend, drafts=drafts)
+
+
+def test_prefixes_are_shared_under_one_key_only() -> None:
+    model = build(CONFIGS["v3"])
+    llm = engine(model)
+    prompt = random_prompts(model.config.vocab_size, (23,))[0]
+
+    def cached(key: str, prompt: list[int] = prompt) -> int:
+        params = SamplingParams(temperature=0, max_tokens=1, cache_key=key)
+        return llm.generate([prompt], params)[0].num_cached_tokens
+
+    assert cached("a") == 0
+    assert cached("b") == 0
+    assert cached("a") == 20
+    assert cached("a", prompt[:21]) == 20  # one token is left to compute
+    assert cached("a", prompt[:20]) == 16
+    llm.reset_prefix_cache()
+    assert cached("a") == 0
+    off = engine(model, enable_prefix_caching=False)
+    params = SamplingParams(temperature=0, max_tokens=1)
+    assert [off.generate([prompt], params)[0].num_cached_tokens for _ in range(2)] == [0, 0]
+
+
+def test_answers_go_on_where_the_prompt_and_its_answer_were_cached() -> None:
+    """The blocks of an answer are cached too: the next turn of a conversation finds them."""
+    model = build(CONFIGS["v3"])
+    llm = engine(model)
+    prompt = random_prompts(model.config.vocab_size, (10,))[0]
+    params = SamplingParams(temperature=0, max_tokens=11, ignore_eos=True)
+    first = llm.generate([prompt], params)[0]
+    second = llm.generate([prompt + first.token_ids + [3]], params)[0]
+    assert second.num_cached_tokens == 20
+
+
+def test_an_abort_frees_blocks_at_once_and_others_go_on() -> None:
+    model = build(CONFIGS["v3"])
+    llm = engine(model)
+    prompts = random_prompts(model.config.vocab_size, (12, 13))
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    expected = llm.generate(prompts, params)[1].token_ids
+    first, second = (llm.add(prompt, params) for prompt in prompts)
+    tokens = [token for _ in range(3) for i in llm.step() if i.request_id == second for token in i.token_ids]
+    held = llm.num_free_blocks
+    assert llm.abort(first)
+    assert not llm.abort(first)
+    assert llm.num_free_blocks > held
+    while llm.has_unfinished:
+        tokens += [token for increment in llm.step() for token in increment.token_ids]
+    assert tokens == expected
+    assert all_free(llm)
+
+
+def test_closing_a_stream_aborts_it() -> None:
+    model = build(CONFIGS["v3"])
+    llm = engine(model)
+    stream: Iterator[Any] = llm.stream([1, 2, 3], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    assert len(next(stream).token_ids) == 1
+    stream.close()  # type: ignore[attr-defined]
+    assert all_free(llm)
+    parts = list(llm.stream([1, 2, 3], SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)))
+    assert [part.finish_reason for part in parts] == [None] * 4 + ["length"]
+
+
+def test_logprobs_are_those_of_the_model() -> None:
+    model = build(V3_MTP)
+    prompt = random_prompts(model.config.vocab_size, (9,))[0]
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=6, logprobs=3, ignore_eos=True)
+    for drafts in (0, 2):
+        output = engine(model, num_speculative_tokens=drafts).generate([prompt], params)[0]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + output.token_ids]))[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)
+        assert output.logprobs is not None
+        assert len(output.logprobs) == 6
+        for row, token, entry in zip(expected, output.token_ids, output.logprobs, strict=True):
+            assert entry.logprob == pytest.approx(float(row[token]), abs=1e-4)
+            assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
+
+
+def test_bfloat16_logprobs_stay_near_float32() -> None:
+    """The stated bound: on the same tokens, mean |difference| at most 0.05 of what bfloat16 gives and float32 does."""
+    exact, model = build(CONFIGS["v3"]), build(CONFIGS["v3"], dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter, rounded in zip(exact.parameters(), model.parameters(), strict=True):
+            parameter.copy_(rounded)
+    prompts = random_prompts(exact.config.vocab_size)
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=8, logprobs=0, ignore_eos=True)
+    differences = []
+    for backend in BACKENDS:
+        for prompt, output in zip(prompts, engine(model, backend=backend).generate(prompts, params), strict=True):
+            with torch.no_grad():
+                rows = exact(torch.tensor([prompt + output.token_ids]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+            expected = rows.gather(1, torch.tensor(output.token_ids).unsqueeze(1)).squeeze(1)
+            assert output.logprobs is not None
+            actual = torch.tensor([entry.logprob for entry in output.logprobs])
+            differences.append((actual - expected).abs())
+    assert float(torch.cat(differences).mean()) < 0.05
+
+
+def test_ends() -> None:
+    """The model's end token, other stop tokens, max_tokens and the end of the context."""
+    model = build(CONFIGS["v3"])
+    prompt = random_prompts(model.config.vocab_size, (6,))[0]
+    tokens = engine(model).generate([prompt], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0].token_ids
+    stop = tokens[3]
+    first = tokens.index(stop)
+    output = engine(model).generate([prompt], SamplingParams(temperature=0, max_tokens=8, stop_token_ids=[stop]))[0]
+    assert (output.token_ids, output.finish_reason) == (tokens[: first + 1], "stop")
+    short = engine(model, max_model_len=10).generate([prompt], SamplingParams(temperature=0, ignore_eos=True))[0]
+    assert (short.token_ids, short.finish_reason) == (tokens[:4], "length")
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"max_model_len": 0}, "max_model_len is 0"),
+        ({"max_model_len": 10_000}, "to the model's context"),
+        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"num_blocks": 0}, "num_blocks is 0"),
+        ({"num_speculative_tokens": 1}, "no MTP module"),
+        ({"num_speculative_tokens": -1}, "at least 0"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype is 'int8'"),
+    ],
+)
+def test_settings_that_cannot_be_used(fields: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        engine(build(CONFIGS["v3"]), **fields)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "sentence"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([96], {}, "token 96, outside"),
+        ([-1], {}, "no token id"),
+        ([1.5], {}, "no token id"),
+        ("text", {}, "no tokenizer"),
+        ([1], {"stop": "x"}, "stop strings need a tokenizer"),
+        ([1], {"logit_bias": {200: 1.0}}, "token 200, outside"),
+        ([1], {"stop_token_ids": [96]}, "token 96, outside"),
+        ([1] * 600, {}, "max_model_len"),
+        ([1] * 200, {"max_tokens": 100}, "num_blocks"),
+    ],
+)
+def test_requests_that_cannot_be_answered_leave_the_others_alone(prompt: Any, params: dict[str, Any], sentence: str) -> None:
+    llm = engine(build(CONFIGS["v3"]))
+    running = llm.add([1, 2, 3], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True))
+    llm.step()
+    with pytest.raises(InputError, match=sentence):
+        llm.add(prompt, SamplingParams(**params))
+    with pytest.raises(InputError, match=sentence):
+        llm.generate([[4, 5], prompt], SamplingParams(**params))
+    tokens = [i for _ in range(2) for i in llm.step()]
+    assert [i.request_id for i in tokens] == [running, running]
+    assert tokens[-1].finish_reason == "length"
+    assert all_free(llm)
+
+
+def test_either_a_directory_or_a_model() -> None:
+    with pytest.raises(InputError, match="a directory or model"):
+        LLM()
+    with pytest.raises(InputError, match="2 prompts and 1 params"):
+        engine(build(CONFIGS["v3"])).generate([[1], [2]], [SamplingParams()])
