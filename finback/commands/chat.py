@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
         max_num_seqs=1,
         num_speculative_tokens=fields.num_speculative_tokens,
     )
-    screen.remark(f"context {engine.max_model_len:,} tokens; /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves\n")
+    screen.remark(f"context {engine.max_model_len:,} tokens; /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
     Chat(Conversation(engine, tokenizer, params, system=fields.system), screen).run()
     return 0
 

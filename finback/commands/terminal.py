@@ -77,7 +77,7 @@ class Screen:
     def note(self, sentence: str) -> None:
         """A line beside the conversation: dim on a terminal, on standard error elsewhere."""
         if self.terminal:
-            lines = textwrap.wrap(sentence, max(20, shutil.get_terminal_size().columns - 1), break_long_words=False) or [""]
+            lines = textwrap.wrap(sentence, max(20, shutil.get_terminal_size().columns - 1), break_long_words=False)
             self._write(("" if self._at_line_start else "\n") + self._dim("\n".join(lines)) + "\n")
         else:
             print(f"finback chat: {sentence}", file=sys.stderr, flush=True)
@@ -120,9 +120,11 @@ class Screen:
         self._end_thought(answer)
         if not self._at_line_start:
             self._write("\n")
-        self.remark(summary(answer))
         if self.terminal:
+            self.note(summary(answer))
             self._write("\n")
+        elif answer.finish_reason == "length":
+            self.note(f"the answer is {_cut(answer)}")
 
     def end_thought(self) -> None:
         """Leave the thought, an empty line behind it."""
@@ -167,8 +169,12 @@ def summary(answer: Answer) -> str:
     if answer.finish_reason is None:
         parts.append("stopped")
     elif answer.finish_reason == "length":
-        parts.append("cut inside the thought" if answer.in_thought else "cut at the longest answer")
+        parts.append(_cut(answer))
     return " · ".join(parts)
+
+
+def _cut(answer: Answer) -> str:
+    return f"cut after {_tokens(answer.tokens)}{', inside the thought' if answer.in_thought else ''}"
 
 
 def _thought(answer: Answer) -> str:

@@ -409,11 +409,14 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(person: Callable[..., str]) -> N
     assert len(engine.asked) == 1
 
 
-@pytest.mark.parametrize(
-    ("script", "remark"), [("I greet", "cut inside the thought"), ("</think>a", "cut at the longest answer")]
-)
-def test_a_cut_answer_is_told(script: str, remark: str, person: Callable[..., str]) -> None:
-    assert plain(person("hi", engine=ScriptedEngine([script], finish_reason="length"))).endswith(f" · {remark}\n\n\n")
+CUT = [("I greet", "cut after 2 tokens, inside the thought"), ("</think>a", "cut after 1 token")]
+
+
+@pytest.mark.parametrize(("script", "remark"), CUT)
+def test_a_cut_answer_is_told(script: str, remark: str, person: Callable[..., str], pipe: Callable[..., tuple[str, str]]) -> None:
+    engine = ScriptedEngine([script], finish_reason="length")
+    assert plain(person("hi", engine=engine)).endswith(f" · {remark}\n\n\n")
+    assert pipe("hi", engine=engine)[1] == f"finback chat: the answer is {remark}\n"
 
 
 # The real program.
@@ -472,6 +475,7 @@ def terminal() -> Iterator[Terminal]:
 
 
 def test_a_real_terminal(terminal: Terminal) -> None:
+    terminal.wait_for("\x1b[?2004h")  # asks it to mark what is pasted
     terminal.wait_for(">>> ")
     terminal.send("hello 狐狸\r")
     terminal.wait_for("狐狸看见葡萄")
