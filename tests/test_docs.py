@@ -303,8 +303,8 @@ def test_every_verb_and_option_exists(document: str) -> None:
 
 
 def test_a_wrong_verb_or_option_is_found() -> None:
-    text = "`finback pretran tiny` `finback pretrain --lr 1` `--seeed`\n```bash\nfinback doctor --jsonn  # x\nx | finback chat y\n```\n"
-    assert unknown_words(text) == ["--jsonn", "chat", "pretran", "--seeed"]
+    text = "`finback pretran tiny` `finback pretrain --lr 1` `--seeed`\n```bash\nfinback doctor --jsonn  # x\nx | finback chatt y\n```\n"
+    assert unknown_words(text) == ["--jsonn", "chatt", "pretran", "--seeed"]
 
 
 # Examples
