@@ -12,7 +12,7 @@ from bench.contest import Turn, alternate, summarize
 from bench.peers import COMPARED, SETTINGS, our_model, their_model
 from bench.results import Row
 from finback.config import ModelConfig
-from finback.model.generate import LatentCache, cached_forward, generate
+from finback.model.generate import Cache, cached_forward, generate
 
 TARGET_RATIO = {1: 8.0, 16: 10.0}
 TIE = 1e-5  # between two logits; sums in another order move them by a tenth of that
@@ -165,10 +165,10 @@ def context_rows(size: Size, precision: str, ceilings: Ceilings) -> list[Row]:
     token = torch.zeros(size.context_batch, 1, dtype=torch.int64)
     rows = []
     for context in size.contexts:
-        cache = LatentCache(model, size.context_batch, context + 1)
+        cache = Cache(model, size.context_batch, context + 1)
         cache.rows.normal_()
 
-        def step(path: Any, cache: LatentCache = cache, context: int = context) -> torch.Tensor:
+        def step(path: Any, cache: Cache = cache, context: int = context) -> torch.Tensor:
             cache.length = context
             return model.lm_head(cached_forward(model, token, cache, path)[:, -1])  # type: ignore[no-any-return]
 

@@ -1,99 +1,48 @@
-"""The model's configuration, exactly as DeepSeek publishes it, and what follows from it by arithmetic alone.
+"""The model's configuration, exactly as it is published, and what follows from it by arithmetic alone.
 
-`ModelConfig` reads every published form of `config.json` (V2, V2-Lite, V3, R1, and what `transformers` writes back) and writes the
-published one. Parameter counts and the table of checkpoint tensors are formulas over it: nothing here allocates, and nothing
-here imports torch.
+`ModelConfig` reads every published form of `config.json` of DeepSeek V2, V2-Lite, V3 and R1, of the dense Llama, Qwen2 and Qwen3, and
+what `transformers` writes back (`config_json.py`), and writes the published one. Parameter counts and the table of checkpoint
+tensors are formulas over it: nothing here allocates, and nothing here imports torch.
 """
 
-import difflib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-FP8_BLOCK = 128  # rows and columns that share one scale in DeepSeek's FP8 layout
-
-
-class InputError(ValueError):
-    """A mistake in what the user gave: one sentence that names the field or file, the value and the remedy."""
-
-
-def nearest(name: str, valid: list[str]) -> str:
-    """The closest valid name as a hint to append to an error, or an empty string."""
-    close = difflib.get_close_matches(name, valid, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """YaRN (V3 section 4.3, V2 section 3.1.4), applied to the decoupled rotary dimensions only.
-
-    `mscale` and `mscale_all_dim` are None where the file does not give them: the softmax scale is then left alone, and cos and
-    sin are multiplied by 0.1 ln(factor) + 1 instead, which is what the published code does.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise InputError(f"config field rope_scaling.factor is {self.factor}, it must be at least 1")
-        if self.original_max_position_embeddings < 1:
-            value = self.original_max_position_embeddings
-            raise InputError(f"config field rope_scaling.original_max_position_embeddings is {value}, it must be positive")
-        if self.beta_fast <= self.beta_slow:
-            raise InputError(
-                f"config field rope_scaling.beta_fast is {self.beta_fast}, it must be larger than beta_slow ({self.beta_slow})"
-            )
-
-
-# Fields of config.json that are read into ModelConfig under their own name.
-# fmt: off
-_INTEGERS = (
-    "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "n_shared_experts", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group", "first_k_dense_replace",
-    "num_nextn_predict_layers", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-    "max_position_embeddings",
+from finback.config_fields import (
+    ARCHITECTURES,
+    COMMON_INTEGERS,
+    DEEPSEEK_INTEGERS,
+    DENSE_FAMILIES,
+    DENSE_INTEGERS,
+    DTYPES,
+    FP8_BLOCK,
+    NUMBERS,
+    TOKEN_IDS,
+    InputError,
+    Llama3RopeScaling,
+    RopeScaling,
+    nearest,
 )
-# fmt: on
+from finback.config_json import read_config
+
+__all__ = [
+    "DTYPE_BYTES",
+    "FP8_BLOCK",
+    "InputError",
+    "Llama3RopeScaling",
+    "ModelConfig",
+    "ParamCounts",
+    "RopeScaling",
+    "TensorSpec",
+    "checkpoint_tensors",
+    "count_params",
+    "nearest",
+]
+
 _MAY_BE_ZERO = ("first_k_dense_replace", "num_nextn_predict_layers")
-_NUMBERS = ("routed_scaling_factor", "rms_norm_eps", "initializer_range", "rope_theta")
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-# Fields that do not change what the model computes: ignored whatever they hold.
-# fmt: off
-_NEUTRAL = frozenset((
-    "architectures", "auto_map", "transformers_version", "use_cache", "ep_size", "aux_loss_alpha", "seq_aux", "torchscript",
-    "pretraining_tp", "output_router_logits", "router_aux_loss_coef", "return_dict", "chunk_size_feed_forward", "id2label",
-    "label2id", "problem_type", "output_attentions", "output_hidden_states", "_name_or_path", "name_or_path",
-))
-# fmt: on
-
-# Fields that do change it, and the only value the computation here supports.
-_ONLY_SUPPORTED: dict[str, Any] = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0,
-    "hidden_act": "silu",
-    "moe_layer_freq": 1,
-    "rope_interleave": True,
-    "tie_word_embeddings": False,
-    "is_encoder_decoder": False,
-}
-
-_ARCHITECTURES = {"DeepseekV3ForCausalLM": "deepseek_v3", "DeepseekV2ForCausalLM": "deepseek_v2"}
-
-# What a file leaves out: transformers drops these two, because its classes imply them.
-_IMPLIED = {
-    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True},
-    "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
-}
 _ROUTING = {
     "deepseek_v3": {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "norm_topk_prob": (True, False)},
     "deepseek_v2": {
@@ -103,13 +52,14 @@ _ROUTING = {
         "norm_topk_prob": (False,),
     },
 }
-_DTYPES = ("bfloat16", "float32", "float16")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A DeepSeek-V2/V3 model. Field names are those of the published `config.json`; defaults are V3's conventions.
+    """A DeepSeek-V2/V3 model, or a dense Llama, Qwen2 or Qwen3. Field names are those of the published `config.json`, defaults V3's.
 
+    A dense model has `kv_lora_rank` 0, which means grouped-query attention, and `n_routed_experts` 0: every layer is dense, and
+    `first_k_dense_replace` follows `num_hidden_layers`. `num_key_value_heads` and `head_dim` are derived where they are 0.
     `fp8` is true where the file's `quantization_config` says that weights are stored as E4M3 in 128x128 blocks.
     Raises InputError for values that contradict each other or that no supported computation matches.
     """
@@ -117,16 +67,16 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    moe_intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    n_routed_experts: int
-    num_experts_per_tok: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
     max_position_embeddings: int
+    moe_intermediate_size: int = 0
+    n_routed_experts: int = 0
+    num_experts_per_tok: int = 0
+    kv_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
     q_lora_rank: int | None = None
     n_shared_experts: int = 1
     first_k_dense_replace: int = 1
@@ -137,8 +87,12 @@ class ModelConfig:
     topk_method: str = "noaux_tc"
     norm_topk_prob: bool = True
     num_nextn_predict_layers: int = 0
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | Llama3RopeScaling | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
     bos_token_id: int | None = 0
@@ -149,11 +103,34 @@ class ModelConfig:
     fp8: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in _derived(self).items():
+            object.__setattr__(self, name, value)
         _check_config(self)
 
     @property
     def qk_head_dim(self) -> int:
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
+        """Values in one head's query."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim if self.kv_lora_rank else self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Values in one head that rotary embedding turns."""
+        return self.qk_rope_head_dim if self.kv_lora_rank else self.head_dim
+
+    @property
+    def cache_row_width(self) -> int:
+        """Values cached per token and layer: MLA's latent and shared key, or keys and values of all key-value heads."""
+        return self.kv_lora_rank + self.qk_rope_head_dim if self.kv_lora_rank else 2 * self.num_key_value_heads * self.head_dim
+
+    @property
+    def uses_output_bias(self) -> bool:
+        """`o_proj` has a bias too where `attention_bias` says so; Qwen2's biases are on query, key and value only."""
+        return self.attention_bias and self.model_type != "qwen2"
+
+    @property
+    def uses_qk_norm(self) -> bool:
+        """Qwen3 normalises each head's query and key before rotation."""
+        return self.model_type == "qwen3"
 
     @property
     def num_moe_layers(self) -> int:
@@ -163,7 +140,7 @@ class ModelConfig:
     @property
     def uses_expert_bias(self) -> bool:
         """Auxiliary-loss-free balancing (V3 section 2.1.2): the router carries `e_score_correction_bias`."""
-        return self.topk_method == "noaux_tc"
+        return self.topk_method == "noaux_tc" and self.n_routed_experts > 0
 
     @classmethod
     def from_hf(cls, directory: str | Path) -> "ModelConfig":
@@ -187,67 +164,40 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "ModelConfig":
         """Read any published form of `config.json` (see the module docstring)."""
-        architectures = data.get("architectures")
-        data = {key: value for key, value in data.items() if key not in _NEUTRAL}
-        model_type = _read_model_type(data, architectures)
-        implied = _IMPLIED[model_type]
-        _read_mtp(data)
-        values: dict[str, Any] = {"model_type": model_type}
-        rope_theta, values["rope_scaling"] = _read_rope(data)
-        data["rope_theta"] = 10000.0 if rope_theta is None else rope_theta
-        for name in ("n_group", "topk_group"):
-            if data.get(name) is None:  # greedy V2 as transformers writes it
-                data[name] = 1
-        values["torch_dtype"] = _read_dtype(data)
-        values["fp8"] = _read_fp8(data.pop("quantization_config", None))
-        for name in _INTEGERS:
-            if name in data:
-                values[name] = _integer(name, data.pop(name))
-        for name in _NUMBERS:
-            if name in data:
-                values[name] = _number(name, data.pop(name))
-        for name in _TOKEN_IDS:
-            if name in data:
-                values[name] = _token_id(name, data.pop(name))
-        rank = data.pop("q_lora_rank", None)
-        values["q_lora_rank"] = None if rank is None else _integer("q_lora_rank", rank)
-        for name in ("scoring_func", "topk_method", "norm_topk_prob"):
-            value = data.pop(name, None)
-            values[name] = implied[name] if value is None else value
-            if type(values[name]) is not type(implied[name]):
-                raise InputError(f"config field {name} is {value!r}, it must be like {implied[name]!r}")
-        _check_derived(data, values)
-        _check_unsupported(data)
-        missing = [f.name for f in fields(cls) if f.name not in values and f.name in _required(cls)]
-        if missing:
-            raise InputError(f"config field {missing[0]} is missing; add it (all missing: {', '.join(missing)})")
-        return cls(**values)
+        return cls(**read_config(data, [f.name for f in fields(cls)]))
 
     def to_dict(self) -> dict[str, Any]:
         """The published form of `config.json`, which transformers, vLLM and SGLang read."""
-        architecture = {v: k for k, v in _ARCHITECTURES.items()}[self.model_type]
+        dense = self.model_type in DENSE_FAMILIES
         published: dict[str, Any] = {
-            "architectures": [architecture],
-            "attention_bias": False,
+            "architectures": [ARCHITECTURES[self.model_type]],
             "attention_dropout": 0.0,
             "hidden_act": "silu",
-            "model_type": self.model_type,
-            "moe_layer_freq": 1,
-            "num_key_value_heads": self.num_attention_heads,
-            "tie_word_embeddings": False,
             "use_cache": True,
         }
-        own = ("model_type", "rope_scaling", "fp8", "eos_token_id", "pad_token_id", "num_nextn_predict_layers")
-        published |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
+        names = [f.name for f in fields(self) if f.name not in ("rope_scaling", "fp8", "pad_token_id")]
+        if dense:
+            names = [name for name in names if name not in _DEEPSEEK_ONLY]
+        else:
+            names.remove("head_dim")
+            published["moe_layer_freq"] = 1
+        if self.model_type == "deepseek_v2" and not self.num_nextn_predict_layers:
+            names.remove("num_nextn_predict_layers")
+        published |= {name: getattr(self, name) for name in names}
         published["eos_token_id"] = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
         if self.pad_token_id is not None:
             published["pad_token_id"] = self.pad_token_id
-        if self.model_type == "deepseek_v3" or self.num_nextn_predict_layers:
-            published["num_nextn_predict_layers"] = self.num_nextn_predict_layers
+        if self.model_type == "llama":
+            published["mlp_bias"] = False
+        if self.model_type == "qwen2":
+            del published["attention_bias"]
+        if self.model_type in ("qwen2", "qwen3"):
+            published["use_sliding_window"] = False
         published["rope_scaling"] = None
         if self.rope_scaling is not None:
-            scaling = {f.name: getattr(self.rope_scaling, f.name) for f in fields(RopeScaling)}
-            published["rope_scaling"] = {k: v for k, v in scaling.items() if v is not None} | {"type": "yarn"}
+            scaling = {f.name: getattr(self.rope_scaling, f.name) for f in fields(self.rope_scaling)}
+            kind = {"rope_type": "llama3"} if isinstance(self.rope_scaling, Llama3RopeScaling) else {"type": "yarn"}
+            published["rope_scaling"] = {k: v for k, v in scaling.items() if v is not None} | kind
         if self.fp8:
             published["quantization_config"] = {
                 "activation_scheme": "dynamic",
@@ -258,186 +208,89 @@ class ModelConfig:
         return dict(sorted(published.items()))
 
 
-def _required(cls: type[ModelConfig]) -> list[str]:
-    return [f.name for f in fields(cls) if f.name in _INTEGERS]
+# What a dense model's file does not hold, and neither does its computation.
+_DEEPSEEK_ONLY = (
+    *DEEPSEEK_INTEGERS,
+    "q_lora_rank",
+    "routed_scaling_factor",
+    "scoring_func",
+    "topk_method",
+    "norm_topk_prob",
+)
 
 
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"config field {name} is {value!r}, it must be a whole number")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"config field {name} is {value!r}, it must be a finite number")
-    return float(value)
-
-
-def _token_id(name: str, value: Any) -> int | tuple[int, ...] | None:
-    if value is None:
-        return None
-    if name == "eos_token_id" and isinstance(value, list):
-        return tuple(_integer(name, item) for item in value)
-    return _integer(name, value)
-
-
-def _read_model_type(data: dict[str, Any], architectures: Any) -> str:
-    model_type = data.pop("model_type", None)
-    if model_type is None:
-        raise InputError(f"config field model_type is missing; add one of {', '.join(_IMPLIED)}")
-    if not isinstance(model_type, str) or model_type not in _IMPLIED:
-        raise InputError(f"config field model_type is {model_type!r}, supported are {', '.join(_IMPLIED)}")
-    expected = {kind: architecture for architecture, kind in _ARCHITECTURES.items()}[model_type]
-    if architectures not in (None, [], [expected]):
-        raise InputError(
-            f"config field architectures is {architectures!r}, but model_type {model_type} is {expected}; correct one"
-        )
-    return model_type
-
-
-def _read_mtp(data: dict[str, Any]) -> None:
-    """transformers has another name for the same field; a missing or null one means no MTP."""
-    counts = [data.pop(name, None) for name in ("num_nextn_predict_layers", "num_mtp_layers")]
-    given = [count for count in counts if count is not None]
-    if len(given) == 2 and given[0] != given[1]:
-        disagree = f"num_nextn_predict_layers ({given[0]}) and num_mtp_layers ({given[1]}) disagree"
-        raise InputError(f"config fields {disagree}; keep one")
-    data["num_nextn_predict_layers"] = given[0] if given else 0
-
-
-def _read_rope(data: dict[str, Any]) -> tuple[Any, RopeScaling | None]:
-    """Both spellings: rope_theta beside rope_scaling (published), or one rope_parameters (transformers)."""
-    theta = data.pop("rope_theta", None)
-    scaling = data.pop("rope_scaling", None)
-    parameters = data.pop("rope_parameters", None)
-    if parameters is not None:
-        if not isinstance(parameters, Mapping):
-            raise InputError(f"config field rope_parameters is {parameters!r}, it must be an object")
-        other = dict(parameters)
-        other_theta = other.pop("rope_theta", None)
-        if theta is not None and other_theta is not None and theta != other_theta:
-            raise InputError(
-                f"config fields rope_theta ({theta}) and rope_parameters.rope_theta ({other_theta}) disagree; keep one"
-            )
-        theta = other_theta if theta is None else theta
-        if scaling is not None and _yarn(scaling) != _yarn(other):
-            raise InputError("config fields rope_scaling and rope_parameters disagree; keep one")
-        scaling = other
-    return theta, _yarn(scaling)
-
-
-def _yarn(scaling: Any) -> RopeScaling | None:
-    if scaling is None:
-        return None
-    if not isinstance(scaling, Mapping):
-        raise InputError(f"config field rope_scaling is {scaling!r}, it must be null or an object")
-    left = {key: value for key, value in scaling.items() if value is not None}
-    kinds = {str(left.pop(key)) for key in ("type", "rope_type") if key in left}
-    if len(kinds) > 1:
-        raise InputError(f"config fields rope_scaling.type and rope_type disagree ({', '.join(sorted(kinds))}); keep one")
-    kind = kinds.pop() if kinds else "default"
-    if left.pop("truncate", True) is not True:
-        raise InputError("config field rope_scaling.truncate is false, only true is supported; remove it")
-    if left.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError("config field rope_scaling.partial_rotary_factor must be 1.0 for MLA; remove it")
-    if kind == "default":
-        left.pop("factor", None)
-        if left:
-            raise InputError(f"config field rope_scaling has {sorted(left)[0]!r} but no type; add type 'yarn' or remove it")
-        return None
-    if kind != "yarn":
-        raise InputError(f"config field rope_scaling.type is {kind!r}, supported are 'yarn' and null")
-    names = [f.name for f in fields(RopeScaling)]
-    for key in left:
-        if key not in names:
-            raise InputError(f"config field rope_scaling.{key} is not supported{nearest(key, names)}; remove it")
-    for key in ("factor", "original_max_position_embeddings"):
-        if key not in left:
-            raise InputError(f"config field rope_scaling.{key} is missing; add it")
-    values: dict[str, Any] = {key: _number(f"rope_scaling.{key}", value) for key, value in left.items()}
-    original = left["original_max_position_embeddings"]
-    values["original_max_position_embeddings"] = _integer("rope_scaling.original_max_position_embeddings", original)
-    return RopeScaling(**values)
-
-
-def _read_dtype(data: dict[str, Any]) -> str:
-    found = {str(value) for value in (data.pop("torch_dtype", None), data.pop("dtype", None)) if value is not None}
-    if len(found) > 1:
-        raise InputError(f"config fields torch_dtype and dtype disagree ({', '.join(sorted(found))}); keep one")
-    dtype = found.pop() if found else "bfloat16"
-    if dtype not in _DTYPES:
-        raise InputError(f"config field torch_dtype is {dtype!r}, supported are {', '.join(_DTYPES)}")
-    return dtype
-
-
-def _read_fp8(quantization: Any) -> bool:
-    if quantization is None:
-        return False
-    if not isinstance(quantization, Mapping):
-        raise InputError(f"config field quantization_config is {quantization!r}, it must be null or an object")
-    expected: dict[str, tuple[Any, ...]] = {
-        "quant_method": ("fp8",),
-        "fmt": ("e4m3", None),
-        "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],),
-        "activation_scheme": ("dynamic", None),
-    }
-    for key, allowed in expected.items():
-        if quantization.get(key) not in allowed:
-            value = quantization.get(key)
-            raise InputError(f"config field quantization_config.{key} is {value!r}, supported is {allowed[0]!r}")
-    # How activations are rounded (scale_fmt) and which modules stay unquantised follow from the stored tensors.
-    harmless = {*expected, "scale_fmt", "modules_to_not_convert", "dequantize"}
-    for key in quantization:
-        if key not in harmless:
-            raise InputError(f"config field quantization_config.{key} is not supported; remove it")
-    return True
-
-
-def _check_derived(data: dict[str, Any], values: dict[str, Any]) -> None:
-    """Fields that repeat what others already say must say the same."""
-    size = {name: values.get(name, 0) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "num_attention_heads")}
-    derived = {
-        "qk_head_dim": size["qk_nope_head_dim"] + size["qk_rope_head_dim"],
-        "head_dim": size["qk_rope_head_dim"],
-        "num_key_value_heads": size["num_attention_heads"],
-    }
-    for name, expected in derived.items():
-        value = data.pop(name, None)
-        if value is not None and value != expected:
-            raise InputError(f"config field {name} is {value!r}, but the other fields give {expected}; correct or remove it")
-
-
-def _check_unsupported(data: dict[str, Any]) -> None:
-    for name, supported in _ONLY_SUPPORTED.items():
-        value = data.pop(name, supported)
-        if value is not None and value != supported:
-            raise InputError(f"config field {name} is {value!r}, only {supported!r} is supported")
-    known = [f.name for f in fields(ModelConfig)]
-    for name, value in data.items():
-        if value is not None:  # null means that the feature is off
-            raise InputError(f"config field {name} ({value!r}) is not supported{nearest(name, known)}")
+def _derived(c: ModelConfig) -> dict[str, int]:
+    """Fields that follow from others: all in a DeepSeek model, where `num_key_value_heads` is published but says nothing; in a
+    dense one what belongs to experts, and the two sizes that its file may leave out."""
+    if c.model_type not in DENSE_FAMILIES:
+        return {"num_key_value_heads": c.num_attention_heads}
+    derived = {"first_k_dense_replace": c.num_hidden_layers, "n_shared_experts": 0}
+    if c.num_key_value_heads == 0:
+        derived["num_key_value_heads"] = c.num_attention_heads
+    if c.head_dim == 0 and c.num_attention_heads > 0:
+        derived["head_dim"] = c.hidden_size // c.num_attention_heads
+    return derived
 
 
 def _check_config(c: ModelConfig) -> None:
-    for name in _INTEGERS:
+    if c.model_type not in ARCHITECTURES:
+        raise InputError(f"config field model_type is {c.model_type!r}, supported are {', '.join(ARCHITECTURES)}")
+    dense = c.model_type in DENSE_FAMILIES
+    for name in (*COMMON_INTEGERS, *(DENSE_INTEGERS if dense else DEEPSEEK_INTEGERS)):
         value, least = getattr(c, name), 0 if name in _MAY_BE_ZERO else 1
         if value < least:
             raise InputError(f"config field {name} is {value}, it must be at least {least}")
-    if c.q_lora_rank is not None and c.q_lora_rank < 1:
-        raise InputError(f"config field q_lora_rank is {c.q_lora_rank}, it must be positive, or null for no query compression")
-    for name in _NUMBERS:
+    for name in NUMBERS:
         if getattr(c, name) <= 0:
             raise InputError(f"config field {name} is {getattr(c, name)}, it must be positive")
-    if c.model_type not in _ROUTING:
-        raise InputError(f"config field model_type is {c.model_type!r}, supported are {', '.join(_ROUTING)}")
+    if c.torch_dtype not in DTYPES:
+        raise InputError(f"config field torch_dtype is {c.torch_dtype!r}, supported are {', '.join(DTYPES)}")
+    if dense:
+        _check_dense(c)
+    else:
+        _check_deepseek(c)
+    for name in TOKEN_IDS:
+        value = getattr(c, name)
+        for token in value if isinstance(value, tuple) else (value,):
+            if token is not None and not 0 <= token < c.vocab_size:
+                raise InputError(f"config field {name} is {token}, outside vocab_size ({c.vocab_size})")
+
+
+def _check_dense(c: ModelConfig) -> None:
+    for name in DEEPSEEK_INTEGERS:
+        value = getattr(c, name)
+        if value != 0 and name not in ("first_k_dense_replace", "n_group", "topk_group"):
+            raise InputError(f"config field {name} is {value}, but {c.model_type} is a dense model without it; use 0")
+    if c.q_lora_rank is not None:
+        raise InputError(f"config field q_lora_rank is {c.q_lora_rank}, but {c.model_type} is a dense model without it; use null")
+    if c.model_type == "llama" and c.hidden_size % c.num_attention_heads:  # transformers refuses it
+        heads = c.num_attention_heads
+        raise InputError(f"config field hidden_size is {c.hidden_size}, it must be a multiple of num_attention_heads ({heads})")
+    if c.head_dim % 2:
+        raise InputError(f"config field head_dim is {c.head_dim}, it must be even: rotary pairs")
+    if c.num_attention_heads % c.num_key_value_heads:
+        heads = c.num_key_value_heads
+        raise InputError(
+            f"config field num_key_value_heads is {heads}, it must divide num_attention_heads ({c.num_attention_heads})"
+        )
+    if c.model_type == "qwen2" and not c.attention_bias:
+        raise InputError("config field attention_bias is False, but qwen2 always has query, key and value biases; use True")
+
+
+def _check_deepseek(c: ModelConfig) -> None:
+    for name in ("attention_bias", "tie_word_embeddings", "head_dim"):
+        value = getattr(c, name)
+        if value:
+            raise InputError(f"config field {name} is {value}, which {c.model_type} does not have; use {type(value)()}")
+    if isinstance(c.rope_scaling, Llama3RopeScaling):
+        raise InputError(f"config field rope_scaling is Llama's, {c.model_type} supports YaRN; use RopeScaling")
+    if c.q_lora_rank is not None and c.q_lora_rank < 1:
+        raise InputError(f"config field q_lora_rank is {c.q_lora_rank}, it must be positive, or null for no query compression")
     for name, allowed in _ROUTING[c.model_type].items():
         if getattr(c, name) not in allowed:
             raise InputError(
                 f"config field {name} is {getattr(c, name)!r}, {c.model_type} supports {' or '.join(map(repr, allowed))}"
             )
-    if c.torch_dtype not in _DTYPES:
-        raise InputError(f"config field torch_dtype is {c.torch_dtype!r}, supported are {', '.join(_DTYPES)}")
     if c.qk_rope_head_dim % 2:
         raise InputError(f"config field qk_rope_head_dim is {c.qk_rope_head_dim}, it must be even: rotary pairs")
     if c.first_k_dense_replace > c.num_hidden_layers:
@@ -452,11 +305,6 @@ def _check_config(c: ModelConfig) -> None:
             f"config field num_nextn_predict_layers is {c.num_nextn_predict_layers}, not below max_position_embeddings"
         )
     _check_groups(c)
-    for name in _TOKEN_IDS:
-        value = getattr(c, name)
-        for token in value if isinstance(value, tuple) else (value,):
-            if token is not None and not 0 <= token < c.vocab_size:
-                raise InputError(f"config field {name} is {token}, outside vocab_size ({c.vocab_size})")
 
 
 def _check_groups(c: ModelConfig) -> None:
@@ -500,7 +348,8 @@ def count_params(config: ModelConfig) -> ParamCounts:
     router = c.n_routed_experts * c.hidden_size + (c.n_routed_experts if c.uses_expert_bias else 0)
     moe_total = router + (c.n_routed_experts + c.n_shared_experts) * expert
     moe_active = router + (c.num_experts_per_tok + c.n_shared_experts) * expert
-    rest = 2 * embedding + c.hidden_size + c.num_hidden_layers * (attention + norms) + c.first_k_dense_replace * dense
+    ends = (1 if c.tie_word_embeddings else 2) * embedding
+    rest = ends + c.hidden_size + c.num_hidden_layers * (attention + norms) + c.first_k_dense_replace * dense
     mtp_layer = attention + norms + moe_total + 3 * c.hidden_size + 2 * c.hidden_size**2 + 2 * embedding
     return ParamCounts(
         total=rest + c.num_moe_layers * moe_total,
@@ -510,6 +359,10 @@ def count_params(config: ModelConfig) -> ParamCounts:
 
 
 def _attention_params(c: ModelConfig) -> int:
+    if not c.kv_lora_rank:
+        query_width, key_width = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        biases = (query_width + 2 * key_width) * c.attention_bias + c.hidden_size * c.uses_output_bias
+        return 2 * c.hidden_size * (query_width + key_width) + biases + 2 * c.head_dim * c.uses_qk_norm
     query_width = c.num_attention_heads * c.qk_head_dim
     query = c.hidden_size * query_width
     if c.q_lora_rank is not None:
@@ -533,8 +386,8 @@ DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
 
 def checkpoint_tensors(config: ModelConfig, fp8: bool | None = None) -> Iterator[TensorSpec]:
     """Every tensor of the HF checkpoint, in layer order. With `fp8` (default: the config's own), each projection is E4M3 and is
-    followed by its `weight_scale_inv`, float32, of shape (ceil(out / 128), ceil(in / 128)); embeddings, head, norms, router and
-    `eh_proj` keep the model's dtype, and router biases are float32 always."""
+    followed by its `weight_scale_inv`, float32, of shape (ceil(out / 128), ceil(in / 128)); embeddings, head, norms, biases, router
+    and `eh_proj` keep the model's dtype, and router biases are float32 always. A head tied to the embedding is not stored again."""
     c = config
     fp8 = c.fp8 if fp8 is None else fp8
     dtype = _STORED_DTYPE[c.torch_dtype]
@@ -561,13 +414,27 @@ def checkpoint_tensors(config: ModelConfig, fp8: bool | None = None) -> Iterator
             yield TensorSpec(prefix + "shared_head.norm.weight", (c.hidden_size,), dtype)
             yield TensorSpec(prefix + "shared_head.head.weight", (c.vocab_size, c.hidden_size), dtype)
     yield TensorSpec("model.norm.weight", (c.hidden_size,), dtype)
-    yield TensorSpec("lm_head.weight", (c.vocab_size, c.hidden_size), dtype)
+    if not c.tie_word_embeddings:
+        yield TensorSpec("lm_head.weight", (c.vocab_size, c.hidden_size), dtype)
 
 
 def _attention_tensors(c: ModelConfig, prefix: str) -> Iterator[TensorSpec]:
     """Projections carry an empty dtype: the caller decides between FP8 and the model's own."""
     prefix, dtype = prefix + "self_attn.", _STORED_DTYPE[c.torch_dtype]
     query_width = c.num_attention_heads * c.qk_head_dim
+    if not c.kv_lora_rank:
+        key_width = c.num_key_value_heads * c.head_dim
+        for name, width in (("q_proj", query_width), ("k_proj", key_width), ("v_proj", key_width)):
+            yield TensorSpec(f"{prefix}{name}.weight", (width, c.hidden_size), "")
+            if c.attention_bias:
+                yield TensorSpec(f"{prefix}{name}.bias", (width,), dtype)
+        yield TensorSpec(prefix + "o_proj.weight", (c.hidden_size, query_width), "")
+        if c.uses_output_bias:
+            yield TensorSpec(prefix + "o_proj.bias", (c.hidden_size,), dtype)
+        if c.uses_qk_norm:
+            yield TensorSpec(prefix + "q_norm.weight", (c.head_dim,), dtype)
+            yield TensorSpec(prefix + "k_norm.weight", (c.head_dim,), dtype)
+        return
     if c.q_lora_rank is None:
         yield TensorSpec(prefix + "q_proj.weight", (query_width, c.hidden_size), "")
     else:

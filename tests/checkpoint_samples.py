@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finback.config import ModelConfig, RopeScaling
+from finback.config import Llama3RopeScaling, ModelConfig, RopeScaling
 from finback.model.transformer import Transformer, init_weights
 
 BASE = ModelConfig(
@@ -40,6 +40,20 @@ def _changed(**changes: Any) -> ModelConfig:
     return replace(BASE, **changes)
 
 
+LLAMA = ModelConfig(
+    model_type="llama",
+    vocab_size=96,
+    hidden_size=40,
+    intermediate_size=72,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    initializer_range=0.2,
+    rope_scaling=Llama3RopeScaling(4.0, 1.0, 4.0, 32),
+)
+QWEN2 = replace(LLAMA, model_type="qwen2", attention_bias=True, rope_scaling=None, bos_token_id=None, eos_token_id=(1, 2))
+QWEN3 = replace(LLAMA, model_type="qwen3", head_dim=12, rope_scaling=None, eos_token_id=None)
 V2: dict[str, Any] = {"model_type": "deepseek_v2", "scoring_func": "softmax", "norm_topk_prob": False}
 CONFIGS = {
     "v3": BASE,
@@ -49,6 +63,13 @@ CONFIGS = {
     "v3-moe-only": _changed(first_k_dense_replace=0, n_shared_experts=2, num_nextn_predict_layers=1),
     "v2-lite": _changed(**V2, topk_method="greedy", q_lora_rank=None, n_group=1, topk_group=1, n_shared_experts=2),
     "v2": _changed(**V2, topk_method="group_limited_greedy", routed_scaling_factor=16.0),
+    "llama": LLAMA,
+    "llama-tied": replace(LLAMA, tie_word_embeddings=True),
+    "llama-biases": replace(LLAMA, attention_bias=True, head_dim=6),
+    "qwen2": QWEN2,
+    "qwen2-tied": replace(QWEN2, tie_word_embeddings=True),
+    "qwen3": QWEN3,
+    "qwen3-tied": replace(QWEN3, tie_word_embeddings=True),
 }
 RAGGED = _changed(  # rows and columns beyond one FP8 block, none of them a multiple
     hidden_size=200, intermediate_size=300, moe_intermediate_size=130, num_hidden_layers=2, num_nextn_predict_layers=1
@@ -65,7 +86,7 @@ def build(config: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0
             if name.endswith("norm.weight"):
                 tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.1)
             elif name.endswith("bias"):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.01)
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * (0.01 if "e_score" in name else 0.2))
     return model
 
 

@@ -2,9 +2,10 @@
 
 Names and shapes come from `config.checkpoint_tensors`. Two differences lie between a file and the model in memory:
 experts are stacked here and separate there, and there each MTP layer has its own copies of the embedding and the head
-that it shares here. FP8 weights (E4M3 with `weight_scale_inv`, see `ops.fp8`) are dequantised on the way in and
-quantised on the way out. Loaded in float32 and saved again, they keep their payload, and their scales to the last bit
-but one; loaded in bfloat16 they keep the payload, and scales move by up to one part in 256.
+that it shares here. A head that is tied to the embedding is not stored by us; some publishers do store it. FP8 weights
+(E4M3 with `weight_scale_inv`, see `ops.fp8`) are dequantised on the way in and quantised on the way out. Loaded in
+float32 and saved again, they keep their payload, and their scales to the last bit but one; loaded in bfloat16 they keep
+the payload, and scales move by up to one part in 256.
 """
 
 import json
@@ -52,11 +53,12 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 _PLAIN = ("F32", "BF16", "F16")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_ROTARY_TABLE = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+)  # old Llama files hold what follows from the config
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(\w+)\.weight")
-_MTP_COPIES = {
-    "embed_tokens.weight": "model.embed_tokens.weight",
-    "shared_head.head.weight": "lm_head.weight",
-}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_MTP_COPIES = {"embed_tokens.weight": _EMBEDDING, "shared_head.head.weight": _HEAD}
 
 logger = logging.getLogger("finback")
 
@@ -91,6 +93,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, device: torc
                 _read_weight(reader, checkpoint.stored, name, tensor)
             elif name in checkpoint.stored:
                 _check_copy(reader, checkpoint.stored, name, original)
+        _check_tied(reader, checkpoint)
     model.source_directory = checkpoint.directory.resolve()
     return model
 
@@ -167,6 +170,7 @@ def converted(source: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, Te
     FP8 keep payload and scales as they are.
     """
     with TensorReader() as reader:
+        _check_tied(reader, source)
         stored_as = {spec.name: spec.dtype for spec in checkpoint_tensors(config)}
         for spec in checkpoint_tensors(config, fp8=False):
             name = spec.name if spec.name in source.stored else _original(spec.name, config)
@@ -284,6 +288,18 @@ def _read_scale(reader: TensorReader, stored: dict[str, StoredTensor], name: str
     return scale_inv
 
 
+def _check_tied(reader: TensorReader, checkpoint: Checkpoint) -> None:
+    """A stored head that config.json ties to the embedding must equal it."""
+    if not checkpoint.config.tie_word_embeddings or _HEAD not in checkpoint.stored:
+        return
+    stored = checkpoint.stored
+    if not reader.same_bytes(stored[_HEAD], stored[_EMBEDDING]):
+        raise InputError(
+            f"{stored[_HEAD].file} holds a {_HEAD} that differs from {_EMBEDDING}, but tie_word_embeddings in config.json says "
+            "that they are one: remove the head, or set it to false"
+        )
+
+
 def _check_copy(reader: TensorReader, stored: dict[str, StoredTensor], name: str, original: str) -> None:
     if not reader.same_bytes(stored[name], stored[original]):
         raise InputError(
@@ -296,7 +312,9 @@ def _check_stored(stored: dict[str, StoredTensor], config: ModelConfig, director
     """Check names, shapes and dtypes; missing before unknown, so that a renamed tensor is told by its right name."""
     expected = {spec.name: spec for spec in checkpoint_tensors(config, fp8=False)}
     scales = {spec.name: spec for spec in checkpoint_tensors(config, fp8=True) if spec.name not in expected}
-    unknown = [name for name in stored if name not in expected and name not in scales]
+    if config.tie_word_embeddings and _HEAD in stored:
+        expected[_HEAD] = expected[_EMBEDDING]._replace(name=_HEAD)
+    unknown = [name for name in stored if name not in expected and name not in scales and not _ROTARY_TABLE.fullmatch(name)]
     for name, spec in expected.items():
         if name in stored:
             _check_entry(stored, spec, scales.get(name + "_scale_inv"), config)

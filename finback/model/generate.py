@@ -1,4 +1,4 @@
-"""Plain cached generation: one latent cache of [layers, B, S, C + R], no paging, no scheduler. The twin that the engine is tested
+"""Plain cached generation: one cache of [layers, B, S, row width], no paging, no scheduler. The twin that the engine is tested
 against, and what `finback generate` runs."""
 
 import math
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from finback.config import InputError
+from finback.model.gqa import GQA
 from finback.model.mla import Rotary
 from finback.model.transformer import Transformer
 from finback.ops.rotary import rotary_table
@@ -17,28 +18,32 @@ from finback.ops.rotary import rotary_table
 Path = Literal["absorbed", "expanded"]
 
 
-class LatentCache:
-    """`kv_lora_rank + qk_rope_head_dim` values per token per layer, for `batch` sequences of equal length up to `capacity`."""
+class Cache:
+    """`cache_row_width` values per token per layer, for `batch` sequences of equal length up to `capacity`: in MLA the latent and the
+    shared key, in grouped-query attention keys and values of all heads."""
 
     def __init__(self, model: Transformer, batch: int, capacity: int) -> None:
         c, weight = model.config, model.lm_head.weight
-        self.rows = weight.new_empty(c.num_hidden_layers, batch, capacity, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.rows = weight.new_empty(c.num_hidden_layers, batch, capacity, c.cache_row_width)
         self.rotary = Rotary(*rotary_table(c, torch.arange(capacity, device=weight.device)))
         self.length = 0
 
 
 @torch.no_grad()
 def cached_forward(
-    model: Transformer, input_ids: Int[Tensor, "B T"], cache: LatentCache, path: Path | None = None
+    model: Transformer, input_ids: Int[Tensor, "B T"], cache: Cache, path: Path | None = None
 ) -> Float[Tensor, "B T D"]:
     """Append `input_ids` to the cache and return their hidden states (after the final norm).
 
-    Prefill expands the cached latents, single tokens use them absorbed; `path` forces one of the two, which compute the same.
+    In MLA prefill expands the cached latents, single tokens use them absorbed; `path` forces one of the two, which compute the same.
+    Grouped-query attention has one path.
     """
     tokens, start = input_ids.shape[1], cache.length
     end = start + tokens
     if end > cache.rows.shape[2]:
-        raise InputError(f"the latent cache holds {cache.rows.shape[2]} tokens, {end} were asked for; make it larger")
+        raise InputError(f"the cache holds {cache.rows.shape[2]} tokens, {end} were asked for; make it larger")
+    if not model.config.kv_lora_rank:
+        path = "expanded"
     path = path or ("absorbed" if tokens == 1 else "expanded")
     rotary = Rotary(cache.rotary.cos[start:end], cache.rotary.sin[start:end])
     mask = None
@@ -47,9 +52,12 @@ def cached_forward(
         mask = mask[:, None] if path == "absorbed" else mask
     x = model.embed(input_ids)
     for block, rows in zip(model.blocks, cache.rows, strict=True):
-        normalised = block.input_layernorm(x)
-        rows[:, start:end] = block.self_attn.latent_rows(normalised, rotary)
-        attend = block.self_attn.attend_absorbed if path == "absorbed" else block.self_attn.attend_expanded
+        normalised, attention = block.input_layernorm(x), block.self_attn
+        rows[:, start:end] = attention.cache_rows(normalised, rotary)
+        if isinstance(attention, GQA):
+            attend = attention.attend
+        else:
+            attend = attention.attend_absorbed if path == "absorbed" else attention.attend_expanded
         x = x + attend(normalised, rows[:, :end], rotary, mask)
         x, _ = block.feed_forward(x)
     cache.length = end
@@ -88,7 +96,7 @@ def generate(
     if unknown.numel():
         raise InputError(f"the prompt holds token {int(unknown[0])}, outside the model's vocabulary ({model.config.vocab_size})")
     generator = torch.Generator(device=input_ids.device).manual_seed(seed)
-    cache = LatentCache(model, batch, prompt + max_new_tokens)
+    cache = Cache(model, batch, prompt + max_new_tokens)
     hidden = cached_forward(model, input_ids, cache)
     columns = [input_ids]
     finished = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)

@@ -1,4 +1,4 @@
-"""The small layers: bias-free linear, RMSNorm, SwiGLU feed-forward. Parameters are allocated, not initialised."""
+"""The small layers: linear, RMSNorm, SwiGLU feed-forward. Parameters are allocated, not initialised."""
 
 import torch
 from jaxtyping import Float
@@ -11,14 +11,23 @@ from finback.ops.swiglu import swiglu
 
 
 class Linear(nn.Module):
-    """y = W x, no bias: W [out, in], as DeepSeek stores it."""
+    """y = W x, or W x + b: W [out, in] and b [out], as the published files store them. Only dense models have biases."""
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        product = linear(x, self.weight)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 class RMSNorm(nn.Module):

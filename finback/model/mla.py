@@ -73,7 +73,7 @@ class MLA(nn.Module):
             heads = causal_attention(query, key, value, self.scale, mask)
         return self._output(heads.transpose(1, 2))
 
-    def latent_rows(self, x: Float[Tensor, "B T D"], rotary: Rotary) -> Float[Tensor, "B T C_R"]:
+    def cache_rows(self, x: Float[Tensor, "B T D"], rotary: Rotary) -> Float[Tensor, "B T C_R"]:
         """What is cached for each token: the normalised latent, then the rotated shared key."""
         latent, rope_key = self._latent(self.kv_a_proj_with_mqa(x), rotary)
         return torch.cat((latent, rope_key), dim=-1)

@@ -1,9 +1,11 @@
-"""The DeepSeek-V3 transformer (V3 section 2): pre-norm blocks of MLA and feed-forward, and the MTP modules behind them.
+"""The DeepSeek-V3 transformer (V3 section 2): pre-norm blocks of MLA and feed-forward, and the MTP modules behind them. Dense
+students (Llama, Qwen2, Qwen3) are the same with grouped-query attention in every block, no experts and no MTP.
 
 The module tree carries the published parameter names, so a checkpoint needs almost no map: experts are stacked here and separate on
 disk, and MTP modules share the embedding and the head that the files repeat.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from finback.config import ModelConfig
+from finback.model.gqa import GQA
 from finback.model.layers import MLP, Linear, RMSNorm
 from finback.model.mla import MLA, Rotary
 from finback.model.moe import MoE, Router, Routing
@@ -33,7 +36,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
-        self.self_attn = MLA(config, device, dtype)
+        self.self_attn: MLA | GQA = MLA(config, device, dtype) if config.kv_lora_rank else GQA(config, device, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, device, dtype)
         self.mlp: MLP | MoE
         if layer < config.first_k_dense_replace:
@@ -115,7 +118,8 @@ class TrainOutput(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """A DeepSeek-V2/V3 language model. Parameters are allocated, not initialised: see `init_weights` and `finback.load`."""
+    """A language model of one of the families of ModelConfig. Parameters are allocated, not initialised: see `init_weights` and
+    `finback.load`. With `tie_word_embeddings`, head and embedding are one parameter, and it goes by the embedding's name."""
 
     def __init__(
         self, config: ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -125,7 +129,19 @@ class Transformer(nn.Module):
         self.source_directory: Path | None = None  # where it was loaded from: `save` carries the tokenizer over
         device = None if device is None else torch.device(device)
         self.model = Decoder(config, device, dtype)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, device, dtype)
+        head_device = torch.device("meta") if config.tie_word_embeddings else device
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, head_device, dtype)
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
+        """Moving to a device or from the meta device may make new parameters: the two names are tied again."""
+        super()._apply(fn, recurse)
+        self._tie()
+        return self
 
     @property
     def blocks(self) -> list[Block]:
@@ -213,11 +229,11 @@ def _run(block: Block, x: Tensor, rotary: Rotary, mask: Tensor | None, recompute
 
 @torch.no_grad()
 def init_weights(model: Transformer, seed: int) -> None:
-    """normal(0, initializer_range) for every matrix, ones for norms, zero router bias (V3 section 4.2); the same on any device."""
+    """normal(0, initializer_range) for every matrix, ones for norms, zero biases (V3 section 4.2); the same on any device."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
             values = torch.empty(parameter.shape).normal_(0.0, model.config.initializer_range, generator=generator)
             parameter.copy_(values)

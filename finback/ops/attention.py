@@ -1,4 +1,5 @@
-"""Attention over expanded keys and values, and over the latent cache (V3 section 2.1.1)."""
+"""Attention over expanded keys and values, with a head each or one for a group of queries, and over the latent cache (V3 section
+2.1.1)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ _SCORES_ALIVE = 1 << 19  # scores alive at a time on a CPU, so that they stay in
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """softmax(scale q k^T) v: query, key [B, H, T, N + R], value [B, H, T, V] -> [B, H, T, V].
 
+    Keys and values may have fewer heads [B, H / G, ...]: each then serves G consecutive query heads (grouped-query attention).
     Causal over equally many queries and keys; or, with `mask` (bool, True where a query may look, broadcastable to [B, H, T, S]),
     exactly that. On a CPU in bfloat16 scores are rounded to bfloat16 before the softmax, as in the plain formula.
     """
@@ -31,23 +33,26 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
 
 def attention_reference(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """The same by torch's own kernel. Heads of unequal size are padded with zeros, or the CPU would build B x H x T x T."""
+    grouped = query.shape[1] != key.shape[1]
     width = value.shape[-1]
     pad = key.shape[-1] - width
     if pad > 0:
         value = F.pad(value, (0, pad))
     elif pad < 0:  # zeros add nothing to q.k
         query, key = F.pad(query, (0, -pad)), F.pad(key, (0, -pad))
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
     return output[..., :width]
 
 
-def _blocks(heads: int, tokens: int) -> Iterator[tuple[slice, int, int]]:
-    """(heads, first query, end) of each block; a block looks at keys [0, end)."""
+def _blocks(heads: int, per_key: int, tokens: int) -> Iterator[tuple[slice, int, int]]:
+    """(key heads, first query, end) of each block; a block looks at keys [0, end). `per_key` query heads share a key head."""
     for start in range(0, tokens, _QUERY_BLOCK):
         end = min(tokens, start + _QUERY_BLOCK)
-        group = max(1, _SCORES_ALIVE // ((end - start) * end))
-        for first in range(0, heads, group):
-            yield slice(first, min(heads, first + group)), start, end
+        together = max(1, _SCORES_ALIVE // ((end - start) * end * per_key))
+        for first in range(0, heads, together):
+            yield slice(first, min(heads, first + together)), start, end
 
 
 def _causal_bias(tokens: int, like: Tensor) -> Tensor:
@@ -59,19 +64,28 @@ def _causal_bias(tokens: int, like: Tensor) -> Tensor:
 
 
 def _block_weights(query: Tensor, key: Tensor, bias: Tensor, start: int, end: int, scale: float) -> Tensor:
-    """softmax(scale q k^T + bias) of one block: query [h, end - start, d], key [h, end, d] -> [h, end - start, end]."""
+    """softmax(scale q k^T + bias) of one block: query [h, G (end - start), d], key [h, end, d] -> [h, G (end - start), end]."""
     first = bias.shape[1] - bias.shape[0] - start
     block_bias = bias[: end - start, first : first + end]
+    if query.shape[1] != end - start:  # the rows of a group of heads, one head after the other
+        block_bias = block_bias.repeat(query.shape[1] // (end - start), 1)
     return torch.baddbmm(block_bias.expand(query.shape[0], -1, -1), query, key.transpose(1, 2), alpha=scale).softmax(-1)
 
 
+def _grouped(heads: Tensor, key: Tensor) -> Tensor:
+    """[B, H, T, d] -> [B H / G, G, T, d], G being the query heads of one head of `key`."""
+    return heads.reshape(key.shape[0] * key.shape[1], -1, *heads.shape[2:])
+
+
 def _blocked_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    q, k, v = (t.flatten(0, 1) for t in (query, key, value))
-    output = q.new_empty(*q.shape[:2], v.shape[-1])
-    bias = _causal_bias(q.shape[1], q)
-    for heads, start, end in _blocks(q.shape[0], q.shape[1]):
-        weights = _block_weights(q[heads, start:end], k[heads, :end], bias, start, end, scale)
-        output[heads, start:end] = torch.bmm(weights, v[heads, :end])
+    k, v = key.flatten(0, 1), value.flatten(0, 1)
+    q = _grouped(query, key)
+    output = q.new_empty(*q.shape[:3], v.shape[-1])
+    bias = _causal_bias(q.shape[2], q)
+    for heads, start, end in _blocks(*q.shape[:3]):
+        block = output[heads, :, start:end]
+        weights = _block_weights(q[heads, :, start:end].flatten(1, 2), k[heads, :end], bias, start, end, scale)
+        block.copy_(torch.bmm(weights, v[heads, :end]).view_as(block))
     return output.view(*query.shape[:3], -1)
 
 
@@ -88,16 +102,19 @@ class _BlockedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value = ctx.saved_tensors
         scale: float = ctx.scale
-        q, k, v, g = (t.flatten(0, 1) for t in (query, key, value, grad))
+        k, v = key.flatten(0, 1), value.flatten(0, 1)
+        q, g = _grouped(query, key), _grouped(grad, key)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        bias = _causal_bias(q.shape[1], q)
-        for heads, start, end in _blocks(q.shape[0], q.shape[1]):
-            queries, keys, grads = q[heads, start:end], k[heads, :end], g[heads, start:end]
+        bias = _causal_bias(q.shape[2], q)
+        for heads, start, end in _blocks(*q.shape[:3]):
+            queries, grads = (t[heads, :, start:end].flatten(1, 2) for t in (q, g))
+            keys = k[heads, :end]
             weights = _block_weights(queries, keys, bias, start, end, scale)
             grad_v[heads, :end] += torch.bmm(weights.transpose(1, 2), grads)
             grad_weights = torch.bmm(grads, v[heads, :end].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scale)
-            grad_q[heads, start:end] = torch.bmm(grad_scores, keys)
+            block = grad_q[heads, :, start:end]
+            block.copy_(torch.bmm(grad_scores, keys).view_as(block))
             grad_k[heads, :end] += torch.bmm(grad_scores.transpose(1, 2), queries)
         return grad_q.view_as(query), grad_k.view_as(key), grad_v.view_as(value), None
 
@@ -115,6 +132,23 @@ def latent_attention(query: Tensor, latents: Tensor, rank: int, scale: float, ma
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(-1).to(latents.dtype)
     return torch.bmm(weights.view(batch, tokens * heads, -1), latents[..., :rank]).view(batch, tokens, heads, rank)
+
+
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Grouped-query attention of a few tokens over cached rows, keys and values read once for all heads that share them.
+
+    query [B, T, H, d], key, value [B, S, H / G, d] (views of the cache do) -> [B, T, H, d]; mask bool broadcastable to [B, H, T, S],
+    True where a query may look. The softmax is float32.
+    """
+    batch, tokens, heads, width = query.shape
+    shared = key.shape[2]
+    queries = query.view(batch, tokens, shared, -1, width).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, H / G, G T, d]
+    scores = torch.matmul(queries, key.permute(0, 2, 3, 1)).view(batch, heads, tokens, -1).to(wide(key.dtype)) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1).to(value.dtype).view(batch, shared, -1, key.shape[1])
+    output = torch.matmul(weights, value.transpose(1, 2)).view(batch, heads, tokens, width)
+    return output.transpose(1, 2)
 
 
 def document_mask(document_ids: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""Rotary position embedding in DeepSeek's interleaved layout, with YaRN (V3 section 4.3, V2 section 3.1.4)."""
+"""Rotary position embedding in DeepSeek's interleaved layout and the dense families' half-split one, with YaRN (V3 section 4.3, V2
+section 3.1.4) and Llama 3.1's scaling."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from finback.config import ModelConfig, RopeScaling
+from finback.config import Llama3RopeScaling, ModelConfig, RopeScaling
 from finback.ops.precision import wide
 
 
@@ -18,24 +19,28 @@ def rotary_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """theta^(-2i/R) for i < R/2, and with YaRN the low frequencies divided by the factor: float32 [R / 2]."""
-    dim = config.qk_rope_head_dim
+    """theta^(-2i/R) for i < R/2, with YaRN or Llama 3.1's scaling the low frequencies divided by the factor: float32 [R / 2]."""
+    dim = config.rotary_dim
     frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    low, high = (_correction_dim(turns, dim, config) for turns in (scaling.beta_fast, scaling.beta_slow))
+    if isinstance(scaling, Llama3RopeScaling):
+        turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
+        low_turns, high_turns = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((turns - low_turns) / (high_turns - low_turns)).clamp(0, 1)
+        return frequencies / scaling.factor * (1 - kept) + frequencies * kept
+    original = scaling.original_max_position_embeddings
+    low, high = (_correction_dim(turns, dim, original, config.rope_theta) for turns in (scaling.beta_fast, scaling.beta_slow))
     first, last = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
     width = last - first if last != first else 0.001  # the published guard against a zero-width ramp
     ramp = ((torch.arange(dim // 2, dtype=torch.float32) - first) / width).clamp(0, 1)
     return frequencies / scaling.factor * ramp + frequencies * (1 - ramp)
 
 
-def _correction_dim(turns: float, dim: int, config: ModelConfig) -> float:
+def _correction_dim(turns: float, dim: int, original: int, theta: float) -> float:
     """The (fractional) rotary pair that makes `turns` full turns over the original context."""
-    assert config.rope_scaling is not None
-    original = config.rope_scaling.original_max_position_embeddings
-    return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+    return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -43,9 +48,9 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0
 
 
-def yarn_table_scale(scaling: RopeScaling | None) -> float:
-    """The factor on cos and sin: 1 in every released config, because mscale equals mscale_all_dim there."""
-    if scaling is None:
+def yarn_table_scale(scaling: RopeScaling | Llama3RopeScaling | None) -> float:
+    """The factor on cos and sin: 1 in every released DeepSeek config, because mscale equals mscale_all_dim there."""
+    if scaling is None or isinstance(scaling, Llama3RopeScaling):
         return 1.0
     if scaling.mscale and scaling.mscale_all_dim:
         return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(scaling.factor, scaling.mscale_all_dim)
@@ -53,10 +58,11 @@ def yarn_table_scale(scaling: RopeScaling | None) -> float:
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """(N + R)^-0.5, times the square of YaRN's mscale where the config asks for it (`mscale_all_dim`)."""
+    """(N + R)^-0.5, in MLA times the square of YaRN's mscale where the config asks for it (`mscale_all_dim`)."""
     scale: float = config.qk_head_dim**-0.5
-    if config.rope_scaling is not None and config.rope_scaling.mscale_all_dim:
-        scale *= yarn_mscale(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
+    scaling = config.rope_scaling
+    if config.kv_lora_rank and isinstance(scaling, RopeScaling) and scaling.mscale_all_dim:
+        scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
     return scale
 
 
@@ -67,3 +73,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     pairs = torch.view_as_complex(x.to(wide(x.dtype)).unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.complex(cos, sin).to(pairs.dtype)).flatten(-2).to(x.dtype)
+
+
+def apply_rotary_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same for the pairs (x0, xR/2), (x1, xR/2+1), ...: the layout of Llama and Qwen as Hugging Face stores them.
+
+    Computed in float32, returned in x's dtype.
+    """
+    first, second = x.to(wide(x.dtype)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Tiny random DeepSeek models and their twins in transformers, for tests that compare the two.
+"""Tiny random models, DeepSeek's and dense ones, and their twins in transformers, for tests that compare the two.
 
 Weights are drawn at the scale of a trained model (matrices keep the norm of what they multiply), norms and router biases away from
 their neutral values, so that a forgotten factor or term shows. Continuous draws leave no routing ties but by accident: `untied`
@@ -12,10 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.modeling_layers import MtpModel
 
-from finback.config import ModelConfig, RopeScaling
+from finback.config import Llama3RopeScaling, ModelConfig, RopeScaling
 from finback.model.moe import Router
 from finback.model.transformer import Transformer
 from finback.ops.router import router_scores
@@ -51,6 +62,20 @@ V2 = replace(
 V2_LITE = replace(
     V2, topk_method="greedy", q_lora_rank=None, n_group=1, topk_group=1, routed_scaling_factor=1.0, num_experts_per_tok=4
 )
+LLAMA = ModelConfig(
+    model_type="llama",
+    vocab_size=96,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    rms_norm_eps=1e-5,
+)
+QWEN2 = replace(LLAMA, model_type="qwen2", attention_bias=True, rms_norm_eps=1e-6)
+QWEN3 = replace(LLAMA, model_type="qwen3", head_dim=20, rms_norm_eps=1e-6)  # heads wider than hidden_size / num_attention_heads
+LLAMA3 = replace(LLAMA, rope_theta=500.0, rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 64))
 MARGIN = 1e-5  # between the last expert chosen and the first one not: far above what float32 sums differ by
 
 
@@ -68,7 +93,7 @@ def build(config: ModelConfig, seed: int = 0, bias: float = 0.3, dtype: torch.dt
         for name, parameter in model.named_parameters():
             draw = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter.copy_(1 + 0.2 * draw)
+                parameter.copy_(0.3 * draw if name.endswith(".bias") else 1 + 0.2 * draw)
             elif "embed_tokens" in name:
                 parameter.copy_(draw)
             else:
@@ -124,9 +149,14 @@ def _margin(router: Router, x: Tensor) -> float:
 
 def twin(model: Transformer, attention: str = "eager") -> nn.Module:
     """transformers' own model with the same weights, without MTP layers."""
+    config_class: Any
+    model_class: Any
     config_class, model_class = {
         "deepseek_v3": (DeepseekV3Config, DeepseekV3ForCausalLM),
         "deepseek_v2": (DeepseekV2Config, DeepseekV2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[model.config.model_type]
     config = config_class.from_dict(model.config.to_dict(), attn_implementation=attention, experts_implementation="eager")
     other = model_class(config).eval().to(model.lm_head.weight.dtype)
@@ -163,6 +193,23 @@ def gradients(other: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name.replace("gate_up_proj", "up_proj"), up
         else:
             yield name, gradient
+
+
+def check_gradients(model: Transformer, other: nn.Module) -> None:
+    """Each gradient of `model` against that of its `twin` (1e-4), and all together (1e-5), after both went backward."""
+    parameters = dict(model.named_parameters())
+    actual, expected = [], []
+    for name, gradient in gradients(other):
+        ours = parameters.pop(name).grad
+        assert ours is not None, name
+        if gradient.any():
+            assert relative_error(ours, gradient) < 1e-4, name
+        else:  # one token attends to itself with weight 1: nothing for queries and keys
+            assert not ours.any(), name
+        actual.append(ours.flatten())
+        expected.append(gradient.flatten())
+    assert not parameters  # each was compared
+    assert relative_error(torch.cat(actual), torch.cat(expected)) < 1e-5
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

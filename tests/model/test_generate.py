@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finback.config import InputError, ModelConfig
-from finback.model.generate import LatentCache, cached_forward, generate, sample
+from finback.model.generate import Cache, cached_forward, generate, sample
 from finback.model.transformer import Transformer
 from tests.model.oracle import BASE, V2, V2_LITE, build, twin, yarn
 
@@ -154,7 +154,7 @@ def test_bad_input_is_named(model: Transformer, arguments: dict[str, object], wo
 
 
 def test_a_full_cache_is_an_error_and_stays_as_it_was(model: Transformer) -> None:
-    cache = LatentCache(model, 1, 5)
+    cache = Cache(model, 1, 5)
     cached_forward(model, prompt(1, 4), cache)
     rows = cache.rows.clone()
     with pytest.raises(InputError, match="5 tokens"):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finback.config import ModelConfig
-from finback.model.generate import LatentCache, Path, cached_forward
+from finback.model.generate import Cache, Path, cached_forward
 from finback.model.mla import MLA, Rotary
 from finback.model.transformer import Transformer
 from finback.ops.cross_entropy import linear_cross_entropy
@@ -27,9 +27,9 @@ CONFIGS: dict[str, ModelConfig] = {
 }
 
 
-def in_chunks(model: Transformer, input_ids: Tensor, sizes: list[int], path: Path | None) -> tuple[Tensor, LatentCache]:
+def in_chunks(model: Transformer, input_ids: Tensor, sizes: list[int], path: Path | None) -> tuple[Tensor, Cache]:
     """Hidden states of cached forward passes over pieces of the sequence."""
-    cache = LatentCache(model, input_ids.shape[0], input_ids.shape[1])
+    cache = Cache(model, input_ids.shape[0], input_ids.shape[1])
     return torch.cat([cached_forward(model, part, cache, path) for part in input_ids.split(sizes, dim=1)], dim=1), cache
 
 
@@ -69,7 +69,7 @@ def test_paths_agree_beyond_a_block_of_queries() -> None:
 def test_the_cache_holds_576_values_a_token_and_layer_in_v3_and_as_many_as_that_here(config: ModelConfig) -> None:
     """kv_lora_rank + qk_rope_head_dim and nothing else, MTP layers not counted (V3 section 2.1.1; facts 8: 70,272 bytes a token)."""
     model = build(config)
-    cache = LatentCache(model, 3, 50)
+    cache = Cache(model, 3, 50)
     per_token = config.kv_lora_rank + config.qk_rope_head_dim
     assert cache.rows.shape == (config.num_hidden_layers, 3, 50, per_token)
     assert cache.rows.untyped_storage().nbytes() == config.num_hidden_layers * 3 * 50 * per_token * 4
@@ -86,7 +86,7 @@ def test_a_cached_row_is_the_normalised_latent_then_the_rotated_key_without_norm
     attention = build(config).blocks[0].self_attn
     x, rank = torch.randn(2, 5, config.hidden_size), config.kv_lora_rank
     table = rotary_table(config, torch.arange(5))
-    rows = attention.latent_rows(x, Rotary(*table))
+    rows = attention.cache_rows(x, Rotary(*table))
     compressed = F.linear(x, attention.kv_a_proj_with_mqa.weight)
     latent, key = compressed[..., :rank], compressed[..., rank:]
     normalised = latent * torch.rsqrt(latent.square().mean(-1, keepdim=True) + 1e-6) * attention.kv_a_layernorm.weight
