@@ -83,7 +83,8 @@ def _to_gguf(fields: ConvertFields) -> int:
     from finback.data.modelfile import modelfile
     from finback.data.tokenizer import load_tokenizer
     from finback.model.checkpoint import converted, open_checkpoint
-    from finback.model.gguf import check_exportable, hyperparameters, without_mtp, write_gguf
+    from finback.model.gguf import write_gguf
+    from finback.model.gguf_layout import check_exportable, hyperparameters, without_mtp
     from finback.model.safetensors_io import tensor_bytes
 
     source = open_checkpoint(fields.source)

@@ -13,14 +13,12 @@ import torch
 from gguf import GGUFReader
 
 from finback import cli
-from finback.config import ModelConfig, RopeScaling
+from finback.config import Llama3RopeScaling, ModelConfig, RopeScaling
 from finback.data.tokenizer import Tokenizer, save_tokenizer, train_tokenizer
 from finback.model.checkpoint import hf_tensors, load, save
-from tests.checkpoint_samples import BASE, CONFIGS, V2, build, raw_bytes
+from tests.checkpoint_samples import BASE, CONFIGS, LLAMA, QWEN2, QWEN3, V2, build, raw_bytes
 from tests.llama_cpp import check_same_tokens, llama_server, needs_llama_cpp
 from tests.tokenizer_samples import BATTERY, FAMILIES, family_tokenizer
-
-YARN = RopeScaling(8.0, 32, beta_fast=8.0, mscale=1.0, mscale_all_dim=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +53,17 @@ def convert(*words: str | Path) -> int:
     return cli.main(["convert", *map(str, words)])
 
 
+# Rotary tables whose middle pairs lie inside of YaRN's ramp and turn often within a prompt.
+ROTARY: dict[str, Any] = {"rope_theta": 100.0, "max_position_embeddings": 1024}
+YARN = RopeScaling(8.0, 512, mscale=1.0, mscale_all_dim=1.0)
+
+
 def changed(**changes: Any) -> ModelConfig:
-    return replace(BASE, max_position_embeddings=256, **changes)
+    return replace(BASE, **({"qk_rope_head_dim": 16, "rope_scaling": YARN} | ROTARY | changes))
+
+
+def dense(base: ModelConfig, **changes: Any) -> ModelConfig:
+    return replace(base, **(ROTARY | {"hidden_size": 64, "head_dim": 16, "rope_scaling": None} | changes))
 
 
 PARITY = {
@@ -66,15 +73,23 @@ PARITY = {
     ),
     "no groups dropped": changed(topk_group=4),
     "no query rank": changed(q_lora_rank=None, rope_scaling=None),
-    "dense": changed(first_k_dense_replace=3),
+    "only dense layers": changed(first_k_dense_replace=3),
     "no dense layer, two shared experts, MTP": changed(first_k_dense_replace=0, n_shared_experts=2, num_nextn_predict_layers=1),
-    "yarn as released": changed(rope_scaling=YARN),
+    "yarn of v2": changed(rope_scaling=replace(YARN, mscale=0.707, mscale_all_dim=0.707)),
     "yarn without mscale": changed(rope_scaling=replace(YARN, mscale=None, mscale_all_dim=None)),
     "yarn with one mscale": changed(rope_scaling=replace(YARN, mscale=None)),
     "yarn with two": changed(rope_scaling=replace(YARN, mscale=0.5, mscale_all_dim=1.5)),
     "v2, greedy": changed(**V2, topk_method="greedy", n_shared_experts=2),
     "v2, no group dropped": changed(**V2, topk_method="group_limited_greedy", topk_group=4, routed_scaling_factor=16.0),
     "v2-lite": changed(**V2, topk_method="greedy", q_lora_rank=None, n_group=1, topk_group=1, num_hidden_layers=27),
+    "llama": dense(LLAMA, rms_norm_eps=1e-5),
+    "llama, tied, 3.1's scaling": dense(LLAMA, tie_word_embeddings=True, rope_scaling=Llama3RopeScaling(8.0, 1.0, 4.0, 128)),
+    "llama, biases, other head width": dense(LLAMA, attention_bias=True, head_dim=24, num_key_value_heads=1),
+    "llama, yarn": dense(LLAMA, rope_scaling=replace(YARN, mscale=None, mscale_all_dim=None)),
+    "qwen2": dense(QWEN2, bos_token_id=0),
+    "qwen2, tied, yarn": dense(QWEN2, bos_token_id=0, tie_word_embeddings=True, rope_scaling=replace(YARN, mscale=None)),
+    "qwen3": dense(QWEN3),
+    "qwen3, tied": dense(QWEN3, tie_word_embeddings=True, head_dim=32, num_key_value_heads=4),
 }
 
 
@@ -85,7 +100,7 @@ def test_llama_cpp_generates_the_same_tokens(
 ) -> None:
     source = directory(PARITY[name])
     assert convert(source, tmp_path / "model.gguf") == 0
-    texts = ["", "The fox", "狐狸看见", "<think>Prices rose 12.5% in 2024", "<｜User｜>naïve?<｜Assistant｜><think>\n"]
+    texts = ["", "The fox", "狐狸看见", "<｜User｜>naïve?<｜Assistant｜><think>\n", "".join(BATTERY)]
     prompts = [tokenizer.encode(text, add_bos=True) for text in texts]
     with llama_server(tmp_path / "model.gguf", short) as server:
         assert check_same_tokens(load(source), server, prompts, 64) <= 1

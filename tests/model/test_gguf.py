@@ -12,12 +12,13 @@ import torch
 from gguf import GGUFReader
 from torch import Tensor
 
-from finback.config import InputError, ModelConfig, RopeScaling
+from finback.config import InputError, Llama3RopeScaling, ModelConfig, RopeScaling
 from finback.model.checkpoint import hf_tensors
-from finback.model.gguf import check_exportable, gguf_tensors, hyperparameters, without_mtp, write_gguf
+from finback.model.gguf import write_gguf
+from finback.model.gguf_layout import check_exportable, gguf_tensors, hyperparameters, without_mtp
 from finback.model.transformer import Transformer
-from finback.ops.rotary import softmax_scale, yarn_table_scale
-from tests.checkpoint_samples import BASE, CONFIGS, V2, build, raw_bytes
+from finback.ops.rotary import inverse_frequencies, softmax_scale, yarn_table_scale
+from tests.checkpoint_samples import BASE, CONFIGS, LLAMA, QWEN2, QWEN3, V2, build, raw_bytes
 
 EXPORTED = {name: config for name, config in CONFIGS.items() if name != "v2"}
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -44,13 +45,23 @@ def read_back(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def undone(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The published tensors, computed back from those of the file."""
     c = config
-    ours = {
-        "model.embed_tokens.weight": tensors.pop("token_embd.weight"),
-        "model.norm.weight": tensors.pop("output_norm.weight"),
-        "lm_head.weight": tensors.pop("output.weight"),
-    }
+    ours = {"model.embed_tokens.weight": tensors.pop("token_embd.weight"), "model.norm.weight": tensors.pop("output_norm.weight")}
+    if not c.tie_word_embeddings:
+        ours["lm_head.weight"] = tensors.pop("output.weight")
+    if isinstance(c.rope_scaling, Llama3RopeScaling):
+        divisors = tensors.pop("rope_freqs.weight")
+        plain_frequencies = inverse_frequencies(replace(c, rope_scaling=None))
+        torch.testing.assert_close(plain_frequencies / divisors, inverse_frequencies(c))
     plain = {
         "attn_norm.weight": "input_layernorm.weight",
+        "attn_q_norm.weight": "self_attn.q_norm.weight",
+        "attn_k_norm.weight": "self_attn.k_norm.weight",
+        "attn_k.weight": "self_attn.k_proj.weight",
+        "attn_v.weight": "self_attn.v_proj.weight",
+        "attn_q.bias": "self_attn.q_proj.bias",
+        "attn_k.bias": "self_attn.k_proj.bias",
+        "attn_v.bias": "self_attn.v_proj.bias",
+        "attn_output.bias": "self_attn.o_proj.bias",
         "ffn_norm.weight": "post_attention_layernorm.weight",
         "attn_q.weight": "self_attn.q_proj.weight",
         "attn_q_a.weight": "self_attn.q_a_proj.weight",
@@ -66,7 +77,11 @@ def undone(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]
         block, prefix = f"blk.{layer}.", f"model.layers.{layer}."
         for theirs, name in plain.items():
             if block + theirs in tensors:
-                ours[prefix + name] = tensors.pop(block + theirs)
+                value = tensors.pop(block + theirs)
+                if c.model_type == "llama" and theirs.startswith(("attn_q.", "attn_k.")):
+                    rows = value.view(-1, c.head_dim, *value.shape[1:])  # pairs are neighbours: first all evens, then all odds
+                    value = torch.cat((rows[:, 0::2], rows[:, 1::2]), dim=1).view(value.shape)
+                ours[prefix + name] = value
         for kind in ("gate", "up", "down"):
             if layer < c.first_k_dense_replace:
                 ours[f"{prefix}mlp.{kind}_proj.weight"] = tensors.pop(f"{block}ffn_{kind}.weight")
@@ -75,6 +90,8 @@ def undone(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]
             stack = tensors.pop(f"{block}ffn_{kind}_exps.weight")
             for expert, weight in enumerate(stack):
                 ours[f"{prefix}mlp.experts.{expert}.{kind}_proj.weight"] = weight
+        if not c.kv_lora_rank:
+            continue
         keys, values = tensors.pop(block + "attn_k_b.weight"), tensors.pop(block + "attn_v_b.weight")
         heads = torch.cat((keys.transpose(1, 2), values), dim=1)
         ours[prefix + "self_attn.kv_b_proj.weight"] = heads.reshape(-1, c.kv_lora_rank)
@@ -146,11 +163,30 @@ def test_hyperparameters_are_what_llama_cpp_reads() -> None:
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": 4.0,
         "rope.scaling.original_context_length": 32,
-        "rope.scaling.yarn_beta_fast": 32.0,
-        "rope.scaling.yarn_beta_slow": 1.0,
         "rope.scaling.yarn_log_multiplier": pytest.approx(0.07, abs=1e-12),
     }
     assert hyperparameters(BASE) == {f"deepseek2.{key}": value for key, value in expected.items()}
+
+
+def test_dense_hyperparameters_are_what_llama_cpp_reads() -> None:
+    expected = {
+        "block_count": 3,
+        "context_length": 128,
+        "embedding_length": 40,
+        "feed_forward_length": 72,
+        "vocab_size": 96,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.key_length": 12,
+        "attention.value_length": 12,
+        "rope.dimension_count": 12,
+        "rope.freq_base": 10000.0,
+    }
+    assert hyperparameters(QWEN3) == {f"qwen3.{key}": value for key, value in expected.items()}
+    expected |= {"attention.key_length": 10, "attention.value_length": 10, "rope.dimension_count": 10}
+    assert hyperparameters(QWEN2) == {f"qwen2.{key}": value for key, value in expected.items()}
+    assert hyperparameters(LLAMA) == {f"llama.{key}": value for key, value in expected.items()}  # its scaling is a tensor
 
 
 def test_metadata_keeps_its_types(tmp_path: Path) -> None:
@@ -184,6 +220,16 @@ def test_yarn_scales_are_those_that_llama_cpp_arrives_at(mscale: float | None, a
     assert softmax == pytest.approx(softmax_scale(config), rel=1e-6)
 
 
+@pytest.mark.parametrize(("mscale", "all_dim"), [(None, None), (1.0, 1.0), (1.0, 0.5)])
+def test_yarn_of_dense_models_leaves_the_softmax_alone(mscale: float | None, all_dim: float | None) -> None:
+    config = replace(QWEN2, rope_scaling=RopeScaling(4.0, 32, mscale=mscale, mscale_all_dim=all_dim))
+    keys = hyperparameters(config)
+    assert "qwen2.rope.scaling.yarn_log_multiplier" not in keys
+    table = float(str(keys.get("qwen2.rope.scaling.attn_factor", 1.0))) * (1 + 0.1 * math.log(4))
+    assert table == pytest.approx(yarn_table_scale(config.rope_scaling), rel=1e-6)
+    assert ("qwen2.rope.scaling.attn_factor" in keys) == (mscale is not None)
+
+
 def test_yarn_of_factor_one_is_none() -> None:
     assert hyperparameters(replace(BASE, rope_scaling=RopeScaling(1.0, 32))) == hyperparameters(replace(BASE, rope_scaling=None))
 
@@ -191,6 +237,10 @@ def test_yarn_of_factor_one_is_none() -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        (
+            {"rope_scaling": RopeScaling(4.0, 32, 16.0)},
+            "beta_fast and beta_slow are 16.0 and 1.0: llama.cpp computes with 32.0",
+        ),
         ({**V2, "topk_method": "group_limited_greedy"}, "topk_method is 'group_limited_greedy' with topk_group 2 of n_group 4"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-05: llama.cpp would use it for the latent norms too"),
         ({"num_hidden_layers": 27}, "q_lora_rank is 20, but llama.cpp takes a model of 27 layers for V2-Lite"),
@@ -206,7 +256,26 @@ def test_what_llama_cpp_computes_otherwise_is_refused(changes: dict[str, Any], s
     assert "become GGUF" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (replace(QWEN3, attention_bias=True), "attention_bias is True, and llama.cpp's qwen3 has no bias after attention"),
+        (replace(QWEN2, head_dim=12), "head_dim is 12, but llama.cpp's qwen2 wants hidden_size / num_attention_heads (40 / 4)"),
+        (
+            replace(QWEN3, rope_scaling=LLAMA.rope_scaling),
+            "rope_scaling is Llama 3's, which llama.cpp does not compute for qwen3",
+        ),
+    ],
+)
+def test_dense_model_that_llama_cpp_has_not_is_refused(config: ModelConfig, sentence: str) -> None:
+    with pytest.raises(InputError) as error:
+        check_exportable(config)
+    assert sentence in str(error.value)
+
+
 def test_what_only_looks_like_it_is_exported() -> None:
+    for config in (LLAMA, QWEN2, QWEN3, replace(LLAMA, attention_bias=True, head_dim=6), replace(LLAMA, rms_norm_eps=1e-5)):
+        check_exportable(config)
     for changes in (
         {},
         {**V2, "topk_method": "greedy"},
@@ -224,7 +293,7 @@ def test_value_beyond_float16_is_named(tmp_path: Path) -> None:
     model = build(BASE)
     with torch.no_grad():
         model.lm_head.weight[3, 5] = -70000.0
-    with pytest.raises(InputError, match=r"lm_head\.weight holds 70000, beyond float16's 65504; use --dtype bfloat16 or float32"):
+    with pytest.raises(InputError, match=r"output\.weight holds 70000, beyond float16's 65504; use --dtype bfloat16 or float32"):
         write_gguf(tmp_path / "model.gguf", BASE, "float16", {}, stream(model))
     assert list(tmp_path.iterdir()) == []
 
