@@ -118,7 +118,7 @@ def test_mtp_that_is_not_stored_is_not_announced_any_more(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["SOURCE", "TMP/model.gguf"], "GGUF files are not written yet; give a directory"),
+        (["SOURCE", "TMP/model.gguf"], "holds no tokenizer.json"),
         (["SOURCE", "SOURCE"], "exists and is not empty; give a new directory"),
         (["SOURCE", "SOURCE/config.json"], "exists and is not empty; give a new directory"),
         (["TMP/nowhere", "TMP/out"], "nowhere is not a directory"),
