@@ -46,5 +46,5 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "$(PYTHON) has no venv module; install it (on Debian and Ubuntu: apt-get install python3-venv) and run make again" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
-	$(PIP_INSTALL) --editable '.[report,data,hub,rl,test]'
+	$(PIP_INSTALL) --editable '.[report,data,hub,serve,rl,test]'
 	@touch $(STAMP)

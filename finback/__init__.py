@@ -8,14 +8,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from finback.config import InputError, ModelConfig, ParamCounts, count_params
+    from finback.engine.config import SamplingParams
+    from finback.engine.grammar_config import Grammar
+    from finback.engine.llm import LLM
     from finback.model.checkpoint import hf_tensors, load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LLM",
+    "Grammar",
     "InputError",
     "ModelConfig",
     "ParamCounts",
+    "SamplingParams",
     "__version__",
     "count_params",
     "hf_tensors",
@@ -24,9 +30,12 @@ __all__ = [
 ]
 
 _HOME_OF = {
+    "LLM": "finback.engine.llm",
+    "Grammar": "finback.engine.grammar_config",
     "InputError": "finback.config",
     "ModelConfig": "finback.config",
     "ParamCounts": "finback.config",
+    "SamplingParams": "finback.engine.config",
     "count_params": "finback.config",
     "hf_tensors": "finback.model.checkpoint",
     "load": "finback.model.checkpoint",

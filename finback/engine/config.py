@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, no_type_check
 
 from finback.config import InputError
+from finback.engine.grammar_config import Grammar
 
 DEFAULT_MAX_TOKENS = 4096
 """The longest answer where `max_tokens` is not given, room in the context and the cache permitting."""
@@ -51,7 +52,7 @@ class SamplingParams:
     """Positive logits of tokens in prompt and answer are divided by it, negative ones multiplied; 1: no penalty."""
     logit_bias: dict[int, float] | None = None
     """Token id -> what is added to its logit, -100 to 100."""
-    grammar: Any = None
+    grammar: Grammar | None = None
     """A grammar that the answer must follow; None: any text."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
@@ -66,6 +67,8 @@ class SamplingParams:
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"field {name} is {getattr(self, name)!r}, it must be True or False")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InputError(f"field grammar is {self.grammar!r}, it must be a Grammar, such as Grammar.json_object()")
         if not isinstance(self.cache_key, str):
             raise InputError(f"field cache_key is {self.cache_key!r}, it must be a text")
         object.__setattr__(self, "stop", _stop_strings(self.stop))

@@ -223,7 +223,7 @@ def _backend_tokenizer(tokenizer: Tokenizer) -> "LLTokenizer":
     try:
         from llguidance import LLTokenizer, TokenizerWrapper
     except ModuleNotFoundError:
-        raise InputError("structured output needs the package llguidance; install finback[grammar]") from None
+        raise InputError("structured output needs the package llguidance; install finback[serve]") from None
     return LLTokenizer(TokenizerWrapper(_BackendTokens(tokenizer)))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from finback.config import InputError, ModelConfig
 from finback.data.detokenizer import IncrementalDetokenizer
@@ -19,6 +20,8 @@ from finback.data.tokenizer import Tokenizer, load_tokenizer
 from finback.engine.batch import Chunk
 from finback.engine.blocks import BlockManager
 from finback.engine.config import SamplingParams
+from finback.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
+from finback.engine.grammar_config import Grammar
 from finback.engine.output import EngineStats, Increment, RequestOutput
 from finback.engine.request import FinishReason, Request
 from finback.engine.runner import Backend, Forward, Runner
@@ -39,18 +42,20 @@ Prompt = str | Sequence[int]
 class _Answer:
     """One request's way from tokens to text."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None, end_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer | None, end_token_ids: frozenset[int], matcher: GrammarMatcher | None
+    ) -> None:
         params = request.params
         self.request = request
         self.end_token_ids = end_token_ids.union(params.stop_token_ids)
         if params.ignore_eos:
             self.end_token_ids = frozenset(params.stop_token_ids)
-        self.detokenizer = tokenizer and IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
-        self.stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
-        self.stopped_by_text = False
+        self.detokenizer = None
+        if tokenizer is not None:
+            self.detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self.stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self.sampling = SamplingState(params, request.seed, request.prompt_token_ids)
-        penalised = params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1
-        self.speculates = not penalised and params.grammar is None
+        self.matcher = matcher
 
     def take(self, token_id: int) -> tuple[str, FinishReason | None]:
         """The text that has become certain with one more token, and why the answer ends with it, if it does."""
@@ -58,22 +63,15 @@ class _Answer:
         ends = token_id in self.end_token_ids
         text = ""
         if self.detokenizer is not None and not (ends and not request.params.include_stop_str_in_output):
-            text = self.detokenizer.feed(token_id)
-            if self.stops is not None:
-                text, self.stopped_by_text = self.stops.feed(text)
-                if self.stopped_by_text:
-                    return text, "stop"
-        return text, "stop" if ends else None
+            text = self.stops.feed(self.detokenizer.feed(token_id))
+        return text, "stop" if ends or self.stops.found is not None else None
 
     def rest(self) -> str:
-        """What was held back, at the end of an answer that no stop string ended."""
-        if self.detokenizer is None:
+        """What was held back, at the end of the answer."""
+        if self.detokenizer is None or self.stops.found is not None:
             return ""
-        text = self.detokenizer.flush()
-        if self.stops is None:
-            return text
-        certain, stopped = self.stops.feed(text)
-        return certain if stopped else certain + self.stops.flush()
+        text = self.stops.feed(self.detokenizer.flush())
+        return text if self.stops.found is not None else text + self.stops.flush()
 
 
 class LLM:
@@ -113,7 +111,7 @@ class LLM:
             model = load(directory, dtype=_dtype(directory, dtype, torch.device(device)), device=device)
             if tokenizer is None and (Path(directory) / "tokenizer.json").is_file():
                 tokenizer = load_tokenizer(directory)
-            end_token_ids |= _generation_end(Path(directory))
+            end_token_ids.update(_generation_end(Path(directory)))
         assert model is not None
         config = model.config
         self.model, self.tokenizer = model, tokenizer
@@ -142,6 +140,7 @@ class LLM:
         rows = max_num_seqs * (1 + num_speculative_tokens)
         self._runner = Runner(model, num_blocks, block_size, self.max_model_len, rows, num_speculative_tokens > 0, backend)
         self._answers: dict[int, _Answer] = {}
+        self._compiler: GrammarCompiler | None = None  # made when the first grammar comes
         self._rows: SamplingRows | None = None  # kept while the same requests run
         self._draft_rows: SamplingRows | None = None
         self._next_id = 0
@@ -156,7 +155,7 @@ class LLM:
         A prompt is a text or a list of token ids; `params` is one for all, or one for each. If one of them cannot be used, an
         InputError says so and none is started.
         """
-        listed = [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else list(prompts)  # type: ignore[arg-type, list-item]
+        listed = _listed(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(listed)
         if len(each) != len(listed):
             raise InputError(f"there are {len(listed)} prompts and {len(each)} params; give one for all, or one for each")
@@ -192,10 +191,11 @@ class LLM:
                 raise InputError(f"stop_token_ids or logit_bias names token {token}, outside the model's vocabulary ({vocab})")
         if params.stop and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer; give LLM(tokenizer=...) or use stop_token_ids")
+        matcher = None if params.grammar is None else self._compile(params.grammar).matcher()
         request = Request(self._next_id, token_ids, params)
         self._scheduler.add(request)
         self._next_id += 1
-        self._answers[request.request_id] = _Answer(request, self.tokenizer, self._end_token_ids)
+        self._answers[request.request_id] = _Answer(request, self.tokenizer, self._end_token_ids, matcher)
         return request.request_id
 
     def abort(self, request_id: int) -> bool:
@@ -231,7 +231,8 @@ class LLM:
             counts = [sequence.num_drafts for sequence, _ in sampling]
             if self._rows is None or not self._rows.describes(states, counts):
                 self._rows = SamplingRows(states, counts, str(forward.logits.device))
-            sampled = sample(forward.logits, self._rows, drafts=drafts)
+            mask, mask_rows = self._grammar_masks(sampling)
+            sampled = sample(forward.logits, self._rows, drafts=drafts, mask=mask, mask_rows=mask_rows)
             tokens, logprobs = sampled.token_ids.tolist(), sampled.logprobs
         increments, row = [], 0
         for sequence, rows in zip(scheduled, wanted, strict=True):
@@ -247,9 +248,20 @@ class LLM:
             self._draft(scheduled, wanted, forward)
         return increments
 
-    def _extend(
-        self, sequence: ScheduledSequence, new: list[int], logprobs: list[TokenLogprobs | None] | None
-    ) -> Increment:
+    def _grammar_masks(self, sampling: list[tuple[ScheduledSequence, int]]) -> tuple[Tensor | None, list[int]]:
+        """The tokens allowed at each row whose request follows a grammar, as bits, and which rows those are."""
+        masks: list[Tensor] = []
+        rows: list[int] = []
+        first = 0
+        for sequence, count in sampling:
+            matcher = self._answers[sequence.request.request_id].matcher
+            if matcher is not None:
+                masks.append(matcher.masks(sequence.request.draft_token_ids[: sequence.num_drafts]))
+                rows += range(first, first + count)
+            first += count
+        return (torch.cat(masks) if masks else None), rows
+
+    def _extend(self, sequence: ScheduledSequence, new: list[int], logprobs: list[TokenLogprobs | None] | None) -> Increment:
         """Add sampled tokens to an answer, up to the one that ends it."""
         request = sequence.request
         answer = self._answers[request.request_id]
@@ -267,10 +279,11 @@ class LLM:
         self._scheduler.advance(sequence, new)
         for token in new:
             answer.sampling.append(token)
+            if answer.matcher is not None:
+                answer.matcher.advance(token)
         self.stats.generated_tokens += taken
         if reason is not None:
-            if not answer.stopped_by_text:
-                text += answer.rest()
+            text += answer.rest()
             self._scheduler.finish(request, reason)
             del self._answers[request.request_id]
         asked = None if logprobs is None or request.params.logprobs is None else [one for one in logprobs[:taken] if one]
@@ -291,11 +304,9 @@ class LLM:
             known = request.num_computed_tokens - start  # without the rejected drafts
             chunks.append(Chunk(request.token_ids[start + 1 : start + known + 1], start, request.block_table))
             rows += range(first, first + known)
-            drafts = bool(samples) and self._answers[request.request_id].speculates
-            counts.append(int(drafts))
-            if drafts:
+            counts.append(1 if samples else 0)
+            if samples:
                 live.append(request)
-                request.draft_token_ids = []
         if not chunks:
             return
         hidden = forward.hidden
@@ -326,9 +337,7 @@ class LLM:
             if not live:
                 return
             hidden = result.hidden[torch.tensor([last[i] for i in going], device=result.hidden.device)]
-            chunks = [
-                Chunk(request.draft_token_ids[-1:], request.num_tokens + position, request.block_table) for request in live
-            ]
+            chunks = [Chunk(request.draft_token_ids[-1:], request.num_tokens + position, request.block_table) for request in live]
             result = self._runner.draft(chunks, [1] * len(live), hidden)
             last = list(range(len(live)))
 
@@ -344,6 +353,13 @@ class LLM:
             if type(token) is int and token >= vocab:
                 raise InputError(f"the prompt holds token {token}, outside the model's vocabulary ({vocab})")
         return token_ids  # the scheduler checks the rest
+
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        if self._compiler is None:
+            if self.tokenizer is None:
+                raise InputError("a grammar needs a tokenizer; give LLM(tokenizer=...)")
+            self._compiler = GrammarCompiler(self.tokenizer, sorted(self._end_token_ids))
+        return self._compiler.compile(grammar)
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes: after the weights have changed, their rows are those of another model."""
@@ -380,6 +396,13 @@ class LLM:
                 "memory; free some, or lower block_size"
             )
         return min(per_request * max_num_seqs, fitting)
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, text or token ids, or several."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
 
 
 def _dtype(directory: str | Path, dtype: torch.dtype | Literal["auto"], device: torch.device) -> torch.dtype:

@@ -5,19 +5,19 @@ A row is one token of some sequence. Rows of one sequence (a verified draft, a s
 layer all of them are cached before any attends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from finback.engine.batch import Chunk
-from finback.model.layers import MLP, RMSNorm
+from finback.model.gqa import GQA
+from finback.model.layers import MLP, Linear, RMSNorm
 from finback.model.mla import LATENT_NORM_EPS, MLA, Rotary
-from finback.model.moe import MoE
-from finback.model.transformer import Block, MTPModule, Transformer
-from finback.ops.native.calls import Call, Choice, Kernels, LatentRows, Norm, Projected, Routing, Weights
+from finback.model.transformer import Block, Transformer
+from finback.ops.native.arguments import CachedRows, Choice, Norm, Projected, RotaryTable, Routing, Weights
+from finback.ops.native.calls import Call, Kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 class Step(NamedTuple):
     """The prepared step for some number of rows, and the tensors that it ends with."""
 
-    run: Call
+    run: Callable[[], object]
     hidden: Tensor  # [rows, D], after the final norm
     logits: Tensor  # [rows, vocab]
 
@@ -38,7 +38,8 @@ class NativeDecoder:
         self, kernels: Kernels, model: Transformer, cache: Tensor, rotary: Rotary, max_rows: int, blocks_per_sequence: int
     ) -> None:
         self.max_rows = max_rows
-        self._kernels, self._model, self._cache, self._rotary = kernels, model, cache, rotary
+        self._kernels, self._model, self._cache = kernels, model, cache
+        self._rotary = RotaryTable(*rotary)
         self._ids = torch.zeros(max_rows, dtype=torch.int64)
         self._positions = torch.zeros(max_rows, dtype=torch.int64)
         self._tables = torch.zeros(max_rows, blocks_per_sequence, dtype=torch.int32)
@@ -91,7 +92,7 @@ class NativeDecoder:
 
     def _prepare(self, rows: int) -> Step:
         model, buffers = self._model, self._scratch.first(rows)
-        calls = [self._kernels.embedding(model.model.embed_tokens.weight.data, self._ids[:rows], buffers.x)]
+        calls = [self._kernels.embedding(self._ids[:rows], model.model.embed_tokens.weight.data, buffers.x)]
         for block, cache in zip(model.blocks, self._cache, strict=False):
             calls += self._block(block, cache, buffers)
         calls.append(self._kernels.rms_norm(buffers.x, _norm(model.model.norm), buffers.hidden))
@@ -102,7 +103,7 @@ class NativeDecoder:
         model, buffers = self._model, self._scratch.first(rows)
         module, size = model.mtp_modules[0], model.config.hidden_size
         joined = buffers.joined
-        embedding = self._kernels.embedding(model.model.embed_tokens.weight.data, self._ids[:rows], buffers.hidden)
+        embedding = self._kernels.embedding(self._ids[:rows], model.model.embed_tokens.weight.data, buffers.hidden)
         calls = [self._kernels.linear(joined, [module.eh_proj.weight.data], [buffers.x])]
         calls += self._block(module, self._cache[-1], buffers)
         calls.append(self._kernels.rms_norm(buffers.x, _norm(module.shared_head.norm), buffers.hidden))
@@ -124,7 +125,8 @@ class NativeDecoder:
             calls = self._latent_attention(attention, cache, buffers, _norm(block.input_layernorm))
         else:
             calls = self._grouped_query_attention(attention, cache, buffers, _norm(block.input_layernorm))
-        calls.append(self._kernels.linear(buffers.heads, [attention.o_proj.weight.data], [x], residual=x))
+        output = attention.o_proj
+        calls.append(self._kernels.linear(buffers.heads, [output.weight.data], [x], residual=x, biases=[_bias(output)]))
         return [*calls, self._feed_forward(block, buffers)]
 
     def _latent_attention(self, attention: MLA, cache: Tensor, buffers: "_Scratch", norm: Norm) -> list[Call]:
@@ -138,21 +140,31 @@ class NativeDecoder:
             outputs = [buffers.compressed_query, buffers.compressed]
             calls = [self._kernels.linear(buffers.x, [a.q_a_proj.weight.data, compressed], outputs, norm)]
             query_norm = _norm(a.q_a_layernorm)
-            calls.append(
-                self._kernels.linear(buffers.compressed_query, [a.q_b_proj.weight.data], [buffers.query], query_norm)
-            )
+            calls.append(self._kernels.linear(buffers.compressed_query, [a.q_b_proj.weight.data], [buffers.query], query_norm))
         projected = Projected(
             buffers.compressed,
             Norm(a.kv_a_layernorm.weight.data, LATENT_NORM_EPS),
-            self._rotary.cos,
-            self._rotary.sin,
+            self._rotary,
             a.kv_b_proj.weight.data,
             a.nope_dim,
         )
-        latents = LatentRows(cache, self._positions[:rows], self._tables[:rows])
+        latents = CachedRows(cache, self._positions[:rows], self._tables[:rows])
         query, heads = (t.view(rows, a.num_heads, -1) for t in (buffers.query, buffers.heads))
         calls.append(self._kernels.latent_attention(query, latents, heads, a.kv_lora_rank, a.scale, projected))
         return calls
+
+    def _grouped_query_attention(self, attention: GQA, cache: Tensor, buffers: "_Scratch", norm: Norm) -> list[Call]:
+        """The same for the dense students."""
+        a, rows = attention, len(buffers.x)
+        projections = (a.q_proj, a.k_proj, a.v_proj)
+        outputs = [buffers.query, buffers.key, buffers.value]
+        weights, biases = [layer.weight.data for layer in projections], [_bias(layer) for layer in projections]
+        cached = CachedRows(cache, self._positions[:rows], self._tables[:rows])
+        query_norm, key_norm = (None if layer is None else _norm(layer) for layer in (a.q_norm, a.k_norm))
+        attend = self._kernels.grouped_query_attention(
+            buffers.query, buffers.key, buffers.value, cached, self._rotary, buffers.heads, a.scale, query_norm, key_norm
+        )
+        return [self._kernels.linear(buffers.x, weights, outputs, norm, biases=biases), attend]
 
     def _feed_forward(self, block: Block, buffers: "_Scratch") -> Call:
         x, norm, mlp = buffers.x, _norm(block.post_attention_layernorm), block.mlp
@@ -219,6 +231,10 @@ class _Scratch:
 
 def _norm(layer: RMSNorm) -> Norm:
     return Norm(layer.weight.data, layer.eps)
+
+
+def _bias(layer: Linear) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.data
 
 
 def _weights(mlp: MLP) -> Weights:

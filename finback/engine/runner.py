@@ -40,9 +40,7 @@ class Runner:
         c, weight = model.config, model.lm_head.weight
         self.model, self.block_size = model, block_size
         layers = c.num_hidden_layers + int(mtp)
-        self.cache = torch.zeros(
-            layers, num_blocks, block_size, c.cache_row_width, dtype=weight.dtype, device=weight.device
-        )
+        self.cache = torch.zeros(layers, num_blocks, block_size, c.cache_row_width, dtype=weight.dtype, device=weight.device)
         self._rotary = Rotary(*rotary_table(c, torch.arange(max_model_len, device=weight.device)))
         self._native: NativeDecoder | None = None
         library = _choose(backend, model)
@@ -156,9 +154,7 @@ def _ends(chunks: Sequence[Chunk]) -> list[int]:
     return ends
 
 
-def _in_order(
-    chunks: Sequence[Chunk], wanted: Sequence[int], numbers: list[int], hidden: Tensor, logits: Tensor
-) -> Forward:
+def _in_order(chunks: Sequence[Chunk], wanted: Sequence[int], numbers: list[int], hidden: Tensor, logits: Tensor) -> Forward:
     """`hidden` and `logits` come chunk by chunk in the order of `numbers`; the result is for the order of `chunks`."""
     first_rows, first_logits = [0] * len(chunks), [0] * len(chunks)
     row = sample = 0

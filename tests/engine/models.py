@@ -8,13 +8,27 @@ import torch
 
 from finback.config import ModelConfig
 from finback.model.transformer import Transformer
-from tests.model.oracle import BASE, twin
+from tests.model.oracle import BASE, LLAMA, LLAMA3, QWEN2, QWEN3, V2, V2_LITE, twin, yarn
 
 TIE = 1e-4  # logits that are closer may be ordered differently by sums in another order
 
 V3_MTP = replace(BASE, num_nextn_predict_layers=1)
 
-CONFIGS: dict[str, ModelConfig] = {"v3": BASE, "v3-mtp": V3_MTP}
+DENSE: dict[str, ModelConfig] = {
+    "llama": LLAMA,
+    "llama3-tied": replace(LLAMA3, tie_word_embeddings=True),
+    "llama-biases": replace(LLAMA, attention_bias=True),
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+}
+CONFIGS: dict[str, ModelConfig] = {
+    "v3": BASE,
+    "v3-mtp": V3_MTP,
+    "v3-yarn": replace(BASE, **yarn(mscale=1.0, mscale_all_dim=1.0)),
+    "v2": V2,
+    "v2-lite": V2_LITE,
+    **DENSE,
+}
 
 
 def assert_same_tokens(model: Transformer, prompt: Sequence[int], actual: Sequence[int], expected: Sequence[int]) -> None:
