@@ -26,7 +26,7 @@ class Group(NamedTuple):
     blocks: Tensor  # int64 [B, n]: the blocks that hold positions 0 to `length`; 0 where a sequence has no more
     length: int  # positions that the longest sequence sees
     positions: Tensor  # int64 [B, T]
-    mask: Tensor | None  # bool [B, T, length], True where a query may look; None: one long chunk with nothing before it, causal
+    mask: Tensor | None  # bool [B, T, length], True where a query may look; None: long chunks with nothing before them, causal
 
 
 class Packed(NamedTuple):
@@ -41,8 +41,8 @@ class Packed(NamedTuple):
 
 
 def pack(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> Packed:
-    """Short chunks are grouped by their number of tokens, longer ones stand alone."""
-    order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].token_ids), i))
+    """Chunks of equally many tokens are grouped, if they are short, or begin their sequences; others stand alone."""
+    order = sorted(range(len(chunks)), key=lambda i: (len(chunks[i].token_ids), chunks[i].start > 0, i))
     input_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -55,8 +55,9 @@ def pack(chunks: Sequence[Chunk], block_size: int, device: torch.device) -> Pack
         for position in range(start, start + len(token_ids)):
             positions.append(position)
             slots.append(table[position // block_size] * block_size + position % block_size)
-        same = members and len(token_ids) <= SHORT and len(chunks[members[-1][0]].token_ids) == len(token_ids)
-        if same:
+        before = chunks[members[-1][0]] if members else None
+        same = before is not None and len(before.token_ids) == len(token_ids)
+        if before is not None and same and (len(token_ids) <= SHORT or before.start == start == 0):
             members[-1].append(number)
         else:
             members.append([number])

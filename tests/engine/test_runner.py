@@ -148,6 +148,22 @@ def test_a_backend_that_cannot_run_is_named() -> None:
     assert runner(model, "auto").backend == "torch"
 
 
+@pytest.mark.parametrize("name", ["v3", "llama"])
+def test_long_prompts_of_one_length_go_together(name: str) -> None:
+    model = build(CONFIGS[name])
+    ids = untied(model, 3, 20)
+    engine = runner(model, "torch")
+    tables = [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(3)]
+    engine.forward([Chunk(ids[0, :9].tolist(), 0, tables[0])], [0])
+    # The first prompt goes on, as many tokens as the other two have.
+    chunks = [Chunk(ids[0, 9:].tolist(), 9, tables[0])] + [Chunk(ids[i, :11].tolist(), 0, tables[i]) for i in (1, 2)]
+    packed = pack(chunks, BLOCK, torch.device("cpu"))
+    assert [(group.chunks, group.mask is None) for group in packed.groups] == [(2, True), (1, False)]
+    result = engine.forward(chunks, [1, 1, 1])
+    expected = [model(ids[:1])[0, -1], *model(ids[1:, :11])[:, -1]]
+    assert worst_row(result.logits, torch.stack(expected)) < 1e-4
+
+
 def test_packing_groups_short_chunks_by_length() -> None:
     chunks = [Chunk([1], 4, [0]), Chunk([2] * 20, 0, [1, 2, 3]), Chunk([3, 4], 0, [4]), Chunk([5], 17, [5, 6, 7])]
     packed = pack(chunks, BLOCK, torch.device("cpu"))
