@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,17 +73,21 @@ def llama_server(model: Path, socket_directory: Path, log: list[str] | None = No
     options += ["--cache-type-k", "f32", "--cache-type-v", "f32", "--host", str(path)]
     command = [executable, "--model", str(model), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process:
+        assert process.stdout is not None
+        drain = threading.Thread(target=process.stdout.read)  # a full pipe would stop it
         try:
-            assert process.stdout is not None
             for line in process.stdout:
                 log.append(line)
                 if "listening on" in line:
                     break
             else:
                 raise AssertionError("llama-server ended: " + "".join(log[-20:]))
+            drain.start()
             yield LlamaServer(path)
         finally:
             process.kill()
+            if drain.ident is not None:
+                drain.join()
 
 
 def check_same_tokens(model: Transformer, server: LlamaServer, prompts: Sequence[Sequence[int]], count: int) -> int:
