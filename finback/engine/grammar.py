@@ -16,7 +16,7 @@ Tool calls have DeepSeek's form (bars and low lines as in `finback.data.tokenize
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,13 @@ class GrammarCompiler:
         self.tokenizer = tokenizer
         stops = [tokenizer.eos_token_id] if stop_token_ids is None else stop_token_ids
         self.stop_token_ids = frozenset(token for token in stops if token < tokenizer.vocab_size)
-        self._backend = _backend_tokenizer(tokenizer)
+        tokens = _BackendTokens(tokenizer)
+        self._backend = _backend_tokenizer(tokens)
+        self.free = np.zeros((tokenizer.vocab_size + 31) // 32, dtype=np.int32)
+        """The mask of all tokens, a bit each."""
+        _set_bits(self.free, [token for token, spelling in enumerate(tokens.tokens) if spelling], True)
+        self.newlines = {token: len(s) for token, s in enumerate(tokens.tokens) if s in (b"\n", b"\n\n")}
+        """Tokens that are nothing but newlines, at most `_MAX_GAP` of them."""
         self._compiled: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
 
     def compile(self, grammar: Grammar) -> "CompiledGrammar":
@@ -75,7 +81,7 @@ class CompiledGrammar:
         tokenizer = compiler.tokenizer
         self.grammar = grammar
         self.stop_token_ids = compiler.stop_token_ids
-        self.vocab_size = tokenizer.vocab_size
+        self.free, self.newlines = compiler.free, compiler.newlines
         text = _source(grammar, tokenizer)
         limits = LLParserLimits(initial_lexer_fuel=_LEXER_FUEL, verbose_errors=False)
         self._start = LLMatcher(backend, text, log_level=0, limits=limits)
@@ -88,15 +94,10 @@ class CompiledGrammar:
             for name, schema in json.loads(grammar.source):
                 _check_finite(f"the schema of the function {name!r}", schema)
         self.end_think_id: int | None = None
-        self.free = np.zeros(_words(self.vocab_size), dtype=np.int32)
-        self.newlines: dict[int, int] = {}  # tokens that are nothing but one or two newlines
         if grammar.after_think:
             if tokenizer.backend.token_to_id(END_THINK_TOKEN) is None:
                 raise InputError(f"after_think needs a tokenizer with the token {END_THINK_TOKEN}; leave it out")
             self.end_think_id = tokenizer.token_to_id(END_THINK_TOKEN)
-            spelled = [token for token in range(self.vocab_size) if tokenizer.token_bytes(token)]
-            _set_bits(self.free, spelled, True)
-            self.newlines = {t: n for t in spelled for n in range(1, _MAX_GAP + 1) if tokenizer.token_bytes(t) == b"\n" * n}
 
     def matcher(self) -> "GrammarMatcher":
         """A matcher at the beginning of an answer."""
@@ -219,7 +220,7 @@ class _BackendTokens:
         return self.tokenizer.encode(text.decode())
 
 
-def _backend_tokenizer(tokenizer: Tokenizer) -> "LLTokenizer":
+def _backend_tokenizer(tokens: _BackendTokens) -> "LLTokenizer":
     try:
         from llguidance import LLTokenizer, TokenizerWrapper
     except ModuleNotFoundError:
@@ -361,15 +362,11 @@ def _first_line(message: str) -> str:
     return line.strip().rstrip(".")[:300]
 
 
-def _words(vocab_size: int) -> int:
-    return (vocab_size + 31) // 32
-
-
-def _set_bits(words: np.ndarray, tokens: Any, value: bool) -> None:
+def _set_bits(words: np.ndarray, tokens: Iterable[int], value: bool) -> None:
     bits = words.view(np.uint32)
     for token in tokens:
-        bit = np.uint32(1) << np.uint32(token % 32)
-        bits[token // 32] = bits[token // 32] | bit if value else bits[token // 32] & ~bit
+        word, bit = token // 32, np.uint32(1 << token % 32)
+        bits[word] = bits[word] | bit if value else bits[word] & ~bit
 
 
 def _has_bit(words: Int32[Tensor, " words"], token: int) -> bool:

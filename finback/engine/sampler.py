@@ -30,6 +30,9 @@ GREEDY_BELOW = 1e-5
 _LARGEST_TEMPERATURE = 1e30  # above, float32 makes it infinite, and the quotient of a forbidden token is no number
 _CANDIDATES = 256  # likeliest tokens that top_k and top_p look at first
 _EVERYTHING = 1 << 62
+_BLOCK = (
+    1 << 19
+)  # probabilities that are worked on at a time on a CPU: larger buffers leave the cache and are mapped anew each time
 _SMALL, _FEW = 1 << 16, 16  # probabilities that are not worth packing, and the share of the vocabulary below which packing pays
 
 _WORD = (1 << 64) - 1
@@ -257,9 +260,9 @@ def sample(
         uniforms = torch.from_numpy(rows.uniforms(ahead)).to(logits.device)
     for group in rows.groups:
         if len(group.rows) == rows.num_rows:
-            tokens = _draw(adjusted.float(), group, uniforms)
+            tokens = _draw(adjusted, group, uniforms)
         else:
-            tokens[group.index] = _draw(adjusted[group.index].float(), group, uniforms[group.index])
+            tokens[group.index] = _draw(adjusted[group.index], group, uniforms[group.index])
     return Sampled(tokens, _logprobs(logits, tokens, rows) if rows.with_logprobs else None)
 
 
@@ -295,15 +298,25 @@ def _argmax(logits: Float[Tensor, "N vocab"]) -> Int64[Tensor, " N"]:
 
 
 def _draw(logits: Float[Tensor, "N vocab"], group: _Group, uniforms: Float64[Tensor, "N 1"]) -> Int64[Tensor, " N"]:
+    rows, vocab = logits.shape
+    block = max(1, _BLOCK // vocab) if logits.device.type == "cpu" else rows
+    parts = [slice(start, start + block) for start in range(0, rows, block)]
+    return torch.cat([_draw_block(logits[part].float(), group, part, uniforms[part]) for part in parts])
+
+
+def _draw_block(
+    logits: Float[Tensor, "N vocab"], group: _Group, part: slice, uniforms: Float64[Tensor, "N 1"]
+) -> Int64[Tensor, " N"]:
+    """Draw for the rows `part` of a group."""
     largest = logits.amax(-1, keepdim=True)
     if not bool(largest.isfinite().all()):
         raise FloatingPointError("logits hold NaN or infinity, or a mask allows no token")
     # Largest logit 0 first: otherwise a small temperature leaves few digits of the difference between two large quotients.
-    probabilities = (logits - largest).div_(group.temperature).softmax(-1)
+    probabilities = (logits - largest).div_(group.temperature[part]).softmax(-1)
     if not group.filtered:
         return _inverse_cdf(probabilities, uniforms).squeeze(1)
-    least = probabilities.amax(-1, keepdim=True) * group.min_p
-    border, at_border = _border(probabilities, least, group.top_k, group.top_p, group.shrunk, _CANDIDATES)
+    least = probabilities.amax(-1, keepdim=True) * group.min_p[part]
+    border, at_border = _border(probabilities, least, group.top_k[part], group.top_p[part], group.shrunk[part], _CANDIDATES)
     tokens, weights = _at_least(probabilities, border)
     tied = weights == border
     if bool((tied.sum(-1, keepdim=True) > at_border).any()):  # equally likely tokens at the border: the first ones stay

@@ -87,7 +87,7 @@ def test_equally_likely_tokens_at_the_border_are_kept_from_the_first_on(params: 
 
 
 @pytest.mark.parametrize("candidates", [1, 3, 40])
-def test_the_number_of_candidates_changes_nothing(monkeypatch: pytest.MonkeyPatch, candidates: int) -> None:
+def test_how_rows_are_worked_on_changes_nothing(monkeypatch: pytest.MonkeyPatch, candidates: int) -> None:
     logits = torch.cat([torch.randn(30, 5000) * 3, torch.randn(30, 5000).round()])
     states = [make_state(seed, **params) for seed, params in zip(range(60), itertools.cycle(PARAMS), strict=False)]
     expected = sample(logits, SamplingRows(states)).token_ids
@@ -98,6 +98,8 @@ def test_the_number_of_candidates_changes_nothing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sampler, "_FEW", 0)
     assert sample(logits, SamplingRows(states)).token_ids.equal(expected)
     monkeypatch.setattr(sampler, "_FEW", 5000)
+    assert sample(logits, SamplingRows(states)).token_ids.equal(expected)
+    monkeypatch.setattr(sampler, "_BLOCK", 35_000)
     assert sample(logits, SamplingRows(states)).token_ids.equal(expected)
 
 
