@@ -17,15 +17,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from finback import cli
 from finback.commands.chat import COMMANDS, Chat
 from finback.commands.conversation import Answer, Conversation
 from finback.commands.terminal import CLEAR_LINE, DIM, PLAIN, Screen
 from finback.config import InputError
-from finback.data.tokenizer import Tokenizer, save_tokenizer, train_tokenizer
+from finback.data.reasoning import parse_answer
+from finback.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from finback.engine.config import SamplingParams
-from finback.model.checkpoint import save
+from finback.model.checkpoint import load, save
+from finback.model.generate import generate
 from tests.checkpoint_samples import BASE, build
 from tests.commands.scripted import SAMPLING, TEXT, ScriptedEngine, tokenizer
 
@@ -532,3 +535,37 @@ def test_bad_words_are_one_sentence(words: list[str], sentence: str, verb: Calla
     assert (code, out) == (2, "")
     assert sentence.lower() in err.lower()
     assert err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a tokenizer of its own, whose answers are noise."""
+    root = tmp_path_factory.mktemp("models")
+    save_tokenizer(tokenizer(), root / "tokenizer")
+    model = build(replace(BASE, vocab_size=300, initializer_range=0.5, max_position_embeddings=400))
+    save(model, root / "model", tokenizer_from=root / "tokenizer")
+    return root / "model"
+
+
+def test_the_engine_answers(directory: Path, verb: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = ["The fox " * 14, "狐狸?"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/think\n" + "\n".join(questions) + "\n/stats\n"))
+    code, out, err = verb(directory, "--temperature", "0", "--max-tokens", "40", "--dtype", "float32")
+    assert code == 0
+
+    tokens, model = load_tokenizer(directory), load(directory)
+    messages: list[dict[str, str]] = []
+    expected, prompts = "", []
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        prompts.append(tokens.encode(tokens.apply_chat_template(messages, add_generation_prompt=True)))
+        output = generate(model, torch.tensor(prompts[-1:]), 40, eos_token_id=tokens.eos_token_id)
+        text = tokens.decode(output[0, len(prompts[-1]) :].tolist(), skip_special_tokens=True)
+        answer = parse_answer(text, starts_in_thought=True, tools=False)
+        messages.append({"role": "assistant", "content": answer.content})
+        shown = answer.reasoning and f"<think>\n{answer.reasoning.removesuffix(chr(10))}\n</think>\n\n"
+        expected += shown + answer.content + ("\n" if answer.content else "")
+    assert out == expected
+    common = next(i for i, (a, b) in enumerate(zip(*prompts, strict=False)) if a != b)
+    assert common >= 64
+    assert f"{sum(map(len, prompts))} tokens, {common // 64 * 64} of them" in err

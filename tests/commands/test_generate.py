@@ -1,4 +1,4 @@
-"""`finback generate`: the text it streams is that of `generate`, and mistakes are one sentence."""
+"""`finback generate`: the text it streams is that of the plain `generate` and of the engine, and mistakes are one sentence."""
 
 import io
 import json
@@ -12,6 +12,8 @@ import torch
 
 from finback import cli
 from finback.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
+from finback.engine.config import SamplingParams
+from finback.engine.llm import LLM
 from finback.model.checkpoint import load, save
 from finback.model.generate import generate
 from tests.checkpoint_samples import BASE, build
@@ -32,45 +34,73 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*words: str | Path) -> tuple[int, str, str]:
+    def call(*words: str | int | Path) -> tuple[int, str, str]:
         code = cli.main(["generate", *map(str, words)])
         return code, *capsys.readouterr()
 
     return call
 
 
-def expected(directory: Path, ids: list[int], count: int, temperature: float, top_p: float, seed: int) -> str:
+def expected(directory: Path, ids: list[int], count: int) -> str:
+    """What the plain generation gives at temperature 0."""
     tokenizer: Tokenizer = load_tokenizer(directory)
-    output = generate(
-        load(directory),
-        torch.tensor([ids]),
-        count,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    output = generate(load(directory), torch.tensor([ids]), count, eos_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True) + "\n"
 
 
-@pytest.mark.parametrize(
-    ("options", "settings"),
-    [
-        (["--temperature", "0"], (0.0, 0.95, 0)),
-        (["--temperature", "1.5", "--top-p", "1", "--seed", "7"], (1.5, 1.0, 7)),
-        ([], (0.6, 0.95, 0)),
-    ],
-)
-def test_text_is_that_of_the_library(
-    options: list[str], settings: tuple[float, float, int], directory: Path, run: Callable[..., tuple[int, str, str]]
-) -> None:
-    code, out, err = run(directory, "--prompt", "The fox 狐狸", "--max-tokens", "40", *options)
+def test_greedy_text_is_that_of_the_plain_generation(directory: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run(directory, "--prompt", "The fox 狐狸", "--max-tokens", "40", "--temperature", "0")
     tokenizer = load_tokenizer(directory)
     assert tokenizer.add_bos_token
-    ids = tokenizer.encode("The fox 狐狸", add_bos=True)
-    assert out == expected(directory, ids, 40, *settings)
+    assert out == expected(directory, tokenizer.encode("The fox 狐狸", add_bos=True), 40)
     assert (code, err) == (0, "")
     assert len(out) > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "params"),
+    [
+        (["--temperature", "1.5", "--top-p", "1", "--seed", "7"], SamplingParams(temperature=1.5, seed=7)),
+        (["--temperature", "1", "--top-k", "3"], SamplingParams(temperature=1, top_p=0.95, top_k=3, seed=0)),
+        ([], SamplingParams(temperature=0.6, top_p=0.95, seed=0)),
+    ],
+)
+def test_sampled_text_is_that_of_the_engine(
+    options: list[str], params: SamplingParams, directory: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, err = run(directory, "--prompt", "The fox 狐狸", "--max-tokens", "40", *options)
+    assert out == LLM(directory).generate("The fox 狐狸", replace(params, max_tokens=40))[0].text + "\n"
+    assert (code, err) == (0, "")
+    assert out != run(directory, "--prompt", "The fox 狐狸", "--max-tokens", "40", *options, "--seed", "8")[1]
+
+
+def test_stop_text_ends_the_answer(directory: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    options = ("--prompt", "The fox", "--max-tokens", "40", "--temperature", "0")
+    _, whole, _ = run(directory, *options)
+    stop = whole[10:12]
+    code, out, err = run(directory, *options, "--stop", "no such text", stop)
+    assert (code, out, err) == (0, whole.partition(stop)[0] + "\n", "")
+
+
+def test_json_is_one_object(directory: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    """Of a random model, whose objects need not end in time: what there is of one is checked."""
+    for seed in range(3):
+        code, out, err = run(
+            directory, "--prompt", "The fox", "--max-tokens", "60", "--temperature", "2", "--seed", seed, "--json"
+        )
+        assert (code, err) == (0, "")
+        assert out.startswith("{")
+        if out.rstrip().endswith("}"):
+            assert isinstance(json.loads(out), dict)
+
+
+def test_drafts_do_not_change_the_text(directory: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    config = replace(BASE, vocab_size=300, initializer_range=0.5, num_nextn_predict_layers=1)
+    save(build(config), tmp_path, tokenizer_from=directory)
+    options = ("--prompt", "The fox", "--max-tokens", "30", "--temperature", "0")
+    code, out, err = run(tmp_path, *options, "--num-speculative-tokens", "1")
+    assert (code, err) == (0, "")
+    assert out == run(tmp_path, *options)[1]
 
 
 def test_prompt_comes_from_standard_input(
@@ -90,14 +120,14 @@ def test_chat_template_is_applied_only_when_asked_for(directory: Path, run: Call
     text = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], add_generation_prompt=True)
     assert text.startswith(tokenizer.bos_token)
     assert code == 0
-    assert chat == expected(directory, tokenizer.encode(text), 30, 0.0, 1.0, 0)
+    assert chat == expected(directory, tokenizer.encode(text), 30)
     assert chat != plain
 
 
 def test_empty_prompt_starts_from_nothing(directory: Path, run: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = run(directory, "--prompt", "", "--max-tokens", "5", "--temperature", "0")
     assert code == 0
-    assert out == expected(directory, [load_tokenizer(directory).bos_token_id], 5, 0.0, 1.0, 0)
+    assert out == expected(directory, [load_tokenizer(directory).bos_token_id], 5)
 
 
 def test_end_of_sentence_ends_the_text(tmp_path: Path, directory: Path, run: Callable[..., tuple[int, str, str]]) -> None:
@@ -111,7 +141,7 @@ def test_end_of_sentence_ends_the_text(tmp_path: Path, directory: Path, run: Cal
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     code, out, _ = run(tmp_path, "--prompt", "fox", "--max-tokens", "30", "--temperature", "0")
     assert code == 0
-    assert out == tokenizer.decode(output[: place + 1], skip_special_tokens=True) + "\n"
+    assert out == tokenizer.decode(output[:place], skip_special_tokens=True) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +155,10 @@ def test_end_of_sentence_ends_the_text(tmp_path: Path, directory: Path, run: Cal
         (["--top-p", "0"], "--top-p is 0.0, it must be above 0 and at most 1"),
         (["--top-p", "1.5"], "--top-p is 1.5, it must be above 0 and at most 1"),
         (["--seed", "-3"], "--seed is -3, it must be at least 0"),
+        (["--top-k", "-1"], "top_k is -1, it must be a whole number of at least 0"),
+        (["--stop", ""], "must not hold an empty text"),
+        (["--max-tokens", "9", "--num-speculative-tokens", "1"], "this model has no MTP module to draft with; use 0"),
+        (["--max-tokens", "9", "--num-speculative-tokens", "-1"], "num_speculative_tokens is -1, it must be at least 0"),
         (["--temprature", "1"], "the nearest is --temperature"),
         (["--prompt", "\udcff"], "the prompt is not UTF-8 text"),
     ],
