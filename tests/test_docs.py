@@ -303,7 +303,8 @@ def test_every_verb_and_option_exists(document: str) -> None:
 
 
 def test_a_wrong_verb_or_option_is_found() -> None:
-    text = "`finback pretran tiny` `finback pretrain --lr 1` `--seeed`\n```bash\nfinback doctor --jsonn  # x\nx | finback chatt y\n```\n"
+    block = "```bash\nfinback doctor --jsonn  # x\nx | finback chatt y\n```\n"
+    text = f"`finback pretran tiny` `finback pretrain --lr 1` `--seeed`\n{block}"
     assert unknown_words(text) == ["--jsonn", "chatt", "pretran", "--seeed"]
 
 

@@ -225,7 +225,7 @@ def _backend_tokenizer(tokens: _BackendTokens) -> "LLTokenizer":
         from llguidance import LLTokenizer, TokenizerWrapper
     except ModuleNotFoundError:
         raise InputError("structured output needs the package llguidance; install finback[serve]") from None
-    return LLTokenizer(TokenizerWrapper(_BackendTokens(tokenizer)))
+    return LLTokenizer(TokenizerWrapper(tokens))
 
 
 def _source(grammar: Grammar, tokenizer: Tokenizer) -> str:

@@ -10,6 +10,7 @@ import pytest
 import finback.engine.config
 from finback.config import InputError
 from finback.engine.config import SamplingParams
+from finback.engine.grammar_config import Grammar
 
 NAN, INF = float("nan"), float("inf")
 
@@ -94,6 +95,7 @@ NAN, INF = float("nan"), float("inf")
         ({"logit_bias": {5: NAN}}, "field logit_bias[5] is nan"),
         ({"logit_bias": {5: None}}, "field logit_bias[5] is None, it must be a number"),
         ({"logit_bias": {5: True}}, "field logit_bias[5] is True, it must be a number"),
+        ({"grammar": "json"}, "field grammar is 'json', it must be a Grammar"),
         ({"cache_key": None}, "field cache_key is None, it must be a text"),
         ({"cache_key": b"key"}, "field cache_key is b'key', it must be a text"),
     ],
@@ -126,7 +128,7 @@ def test_a_wrong_field_is_named_with_its_value(values: dict[str, Any], words: st
         {"logit_bias": {}},
         {"stop": ("x",) * 16},
         {"cache_key": "\ud800"},
-        {"grammar": object()},
+        {"grammar": Grammar.json_object()},
     ],
 )
 def test_the_ends_of_each_range_are_accepted(values: dict[str, Any]) -> None:
@@ -155,11 +157,10 @@ def test_a_later_change_of_what_was_given_changes_nothing() -> None:
 
 
 def test_the_words_of_validation_hold_for_every_field() -> None:
-    """No field is left unchecked: an object of no sensible type is refused everywhere but in `grammar`."""
+    """No field is left unchecked: an object of no sensible type is refused everywhere."""
     for field in fields(SamplingParams):
-        if field.name != "grammar":
-            with pytest.raises(InputError, match=f"field {field.name} is "):
-                SamplingParams(**{field.name: object()})
+        with pytest.raises(InputError, match=f"field {field.name} is "):
+            SamplingParams(**{field.name: object()})
 
 
 def test_every_field_has_a_meaning_in_its_help() -> None:
