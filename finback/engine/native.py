@@ -102,19 +102,23 @@ class NativeDecoder:
     def _prepare_draft(self, rows: int) -> Step:
         model, buffers = self._model, self._scratch.first(rows)
         module, size = model.mtp_modules[0], model.config.hidden_size
-        joined = buffers.joined
-        embedding = self._kernels.embedding(self._ids[:rows], model.model.embed_tokens.weight.data, buffers.hidden)
+        joined, embedded = buffers.joined, buffers.hidden
+        norms = [
+            self._kernels.embedding(self._ids[:rows], model.model.embed_tokens.weight.data, embedded),
+            self._kernels.rms_norm(embedded, _norm(module.enorm), embedded),
+            self._kernels.rms_norm(buffers.previous, _norm(module.hnorm), buffers.previous),
+        ]
         calls = [self._kernels.linear(joined, [module.eh_proj.weight.data], [buffers.x])]
         calls += self._block(module, self._cache[-1], buffers)
         calls.append(self._kernels.rms_norm(buffers.x, _norm(module.shared_head.norm), buffers.hidden))
         calls.append(self._kernels.linear(buffers.hidden, [model.lm_head.weight.data], [buffers.logits]))
-        program = self._kernels.program(calls)
+        normalise, rest = self._kernels.program(norms), self._kernels.program(calls)
 
         def run() -> None:
-            embedding()
-            joined[:, :size] = module.enorm(buffers.hidden)
-            joined[:, size:] = module.hnorm(buffers.previous)
-            program()
+            normalise()
+            joined[:, :size] = embedded
+            joined[:, size:] = buffers.previous
+            rest()
 
         return Step(run, buffers.hidden, buffers.logits)
 
