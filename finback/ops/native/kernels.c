@@ -20,10 +20,9 @@
 #include "vectors.h"
 
 enum {
-  PANEL = 16,     // tokens that are multiplied together when they are many
-  PANELS = 2,     // panels that are multiplied together when there are many
-  MOST_DOTS = 8,  // tokens up to which they are few
-  BLOCK = 16,     // rows of a matrix whose products are finished before the next ones are begun
+  PANEL = 16,  // tokens that are multiplied together when they are many
+  PANELS = 2,  // panels that are multiplied together when there are many
+  BLOCK = 16,  // rows of a matrix whose products are finished before the next ones are begun
 };
 
 // ---- threads

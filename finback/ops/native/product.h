@@ -50,6 +50,7 @@ typedef vector NAME(operand);
 #define MULTIPLY_ADD(sum, a, b) ((sum) + (a) * (b))
 #endif
 #define STEP (LANES * PAIR)
+#define MOST_DOTS (PAIR == 2 ? 12 : 8)  // tokens up to which dots are faster than a panel
 
 // PAIR neighbouring weights in each lane.
 INLINE NAME(operand) NAME(broadcast)(const NAME(stored) * from) {
@@ -137,24 +138,20 @@ static void NAME(pack)(NAME(activations) * to, const NAME(stored) * x, const NAM
 
 // ---- dots
 
-enum { NAME(AHEAD) = 8192 / sizeof(NAME(stored)) };  // elements that prefetching is ahead by, at least
-
-// How far ahead of a group of `rows` rows to prefetch: whole groups, or further along in long rows.
-INLINE int64_t NAME(distance)(int64_t stride, int64_t rows) {
-  int64_t group = stride * rows;
-  return stride >= NAME(AHEAD) / 2 ? NAME(AHEAD) / 4 : rounded_up(NAME(AHEAD), group);
-}
+enum { NAME(AHEAD) = 12288 / sizeof(NAME(stored)) };  // elements that prefetching is ahead by
 
 // out[token * out_stride + row] = W[row] . x[token] for `rows` (1 or 4) rows and `tokens` (at most 6) tokens.
-INLINE void NAME(dots)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * const *x, int64_t inputs,
-                       int64_t ahead, int rows, int tokens, float *out, int64_t out_stride) {
+INLINE void NAME(dots)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * const *x, int64_t inputs, int rows,
+                       int tokens, float *out, int64_t out_stride) {
   vector sum[6][4] = {0};
-  int64_t k = 0;
+  // Prefetched in the order in which it lies in memory, if rows follow each other without a gap.
+  int64_t along_inputs = stride == inputs ? rows : 1, along_rows = stride == inputs ? STEP : stride, k = 0;
   for (; k + STEP <= inputs; k += STEP) {
     NAME(operand) w[4];
     UNROLL(4) for (int r = 0; r < rows; r++) {
-      __builtin_prefetch(weight + r * stride + k + ahead);
+      __builtin_prefetch(weight + k * along_inputs + r * along_rows + NAME(AHEAD));
       w[r] = LOAD_WEIGHT(weight + r * stride + k);
+      KEEP_IN_REGISTER(w[r]);
     }
     UNROLL(6) for (int m = 0; m < tokens; m++) {
       NAME(operand) values = LOAD_PACKED(x[m] + k);
@@ -179,19 +176,18 @@ INLINE void NAME(dots)(const NAME(stored) * weight, int64_t stride, const NAME(p
 // The same for any number of rows and tokens.
 static void NAME(all_dots)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * const *x, int64_t inputs,
                            int64_t rows, int64_t tokens, float *out, int64_t out_stride) {
-  int64_t ahead = NAME(distance)(stride, 4);
   for (int64_t row = 0; row < rows;) {
     int four_rows = row + 4 <= rows;
     const NAME(stored) *w = weight + row * stride;
     for (int64_t m = 0; m < tokens;) {
       int64_t left = tokens - m, now = left <= 6 ? left : left < 12 ? (left + 1) / 2 : 6;
       float *to = out + m * out_stride + row;
-#define CASE(count)                                                            \
-  case count:                                                                  \
-    if (four_rows)                                                             \
-      NAME(dots)(w, stride, x + m, inputs, ahead, 4, count, to, out_stride);   \
-    else                                                                       \
-      NAME(dots)(w, stride, x + m, inputs, ahead, 1, count, to, out_stride);   \
+#define CASE(count)                                                      \
+  case count:                                                            \
+    if (!four_rows)                                                      \
+      NAME(dots)(w, stride, x + m, inputs, 1, count, to, out_stride);    \
+    else                                                                 \
+      NAME(dots)(w, stride, x + m, inputs, 4, count, to, out_stride);    \
     break;
       switch (now) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
 #undef CASE
@@ -207,12 +203,12 @@ static void NAME(all_dots)(const NAME(stored) * weight, int64_t stride, const NA
 // which lie `along` apart. One panel is multiplied in two sums per row, of even and of odd steps, which keeps as many
 // additions in flight as two panels do.
 INLINE void NAME(panel)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * x, int64_t along, int64_t inputs,
-                        int64_t ahead, int rows, int panels, float *out) {
+                        int rows, int panels, float *out) {
   enum { PARTS = PANEL / LANES, LINE = 64 / sizeof(NAME(stored)) };
   vector sum[8][2][PARTS] = {0};
   int64_t k = 0;
   for (; k + LINE <= inputs; k += LINE) {
-    for (int r = 0; r < rows; r++) __builtin_prefetch(weight + r * stride + k + ahead);
+    for (int r = 0; r < rows; r++) __builtin_prefetch(weight + k * rows + r * LINE + NAME(AHEAD));
     for (int i = 0; i < LINE; i += 2 * PAIR)
       UNROLL(2) for (int odd = 0; odd < 2; odd++) {
         int64_t at = k + i + odd * PAIR;
@@ -253,18 +249,17 @@ INLINE void NAME(panel)(const NAME(stored) * weight, int64_t stride, const NAME(
 // The same for up to BLOCK rows: out[panel][BLOCK][PANEL].
 static void NAME(all_panel)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * x, int64_t along, int64_t inputs,
                             int64_t rows, int64_t panels, float *out) {
-  int64_t ahead = NAME(distance)(stride, 8);
   for (int64_t row = 0; row < rows; row += row + 8 <= rows ? 8 : 1) {
     const NAME(stored) *w = weight + row * stride;
     float *to = out + row * PANEL;
     if (row + 8 <= rows && panels == 2)
-      NAME(panel)(w, stride, x, along, inputs, ahead, 8, 2, to);
+      NAME(panel)(w, stride, x, along, inputs, 8, 2, to);
     else if (row + 8 <= rows)
-      NAME(panel)(w, stride, x, along, inputs, ahead, 8, 1, to);
+      NAME(panel)(w, stride, x, along, inputs, 8, 1, to);
     else if (panels == 2)
-      NAME(panel)(w, stride, x, along, inputs, ahead, 1, 2, to);
+      NAME(panel)(w, stride, x, along, inputs, 1, 2, to);
     else
-      NAME(panel)(w, stride, x, along, inputs, ahead, 1, 1, to);
+      NAME(panel)(w, stride, x, along, inputs, 1, 1, to);
   }
 }
 

@@ -14,5 +14,6 @@
 #undef STORE_PACKED_PART
 #undef MULTIPLY_ADD
 #undef STEP
+#undef MOST_DOTS
 #undef PERFORM
 #undef TAKE

@@ -37,6 +37,15 @@ INLINE vector where(integers condition, vector yes, vector no) {
   return (vector)((condition & (integers)yes) | (~condition & (integers)no));
 }
 
+// Loaded once and kept: the compiler would sooner load it again for every use, and loads are what is scarce.
+#if defined(__x86_64__)
+#define KEEP_IN_REGISTER(value) __asm__("" : "+v"(value))
+#elif defined(__aarch64__)
+#define KEEP_IN_REGISTER(value) __asm__("" : "+w"(value))
+#else
+#define KEEP_IN_REGISTER(value)
+#endif
+
 // ---- in and out of memory: whole vectors, and the first `count` lanes where there are no more
 
 INLINE vector load_float32(const float *from) {
