@@ -24,6 +24,7 @@ from bench.results import Row, print_table, write_result
 from finback.config import InputError
 
 OURS = "finback"
+TRIES = 5  # its log has a thread of its own, and now and then the program ends before the thread has written the result
 PROMPT_ALIGNMENT = 256  # llama.cpp rounds the context of a sequence up to this
 
 
@@ -81,9 +82,12 @@ def build_llama(tool: Path, model: Path, size: Size) -> Callable[[int], Speed]:
         options = {"-npp": size.prompt, "-ntg": size.new_tokens, "-npl": batch, "-c": batch * context}
         options |= {"-t": size.threads, "-tb": size.threads}
         words = [str(word) for pair in options.items() for word in pair]
-        told = _called([tool, "-m", model, *words, "--output-format", "jsonl"])
-        lines = [line for line in told.splitlines() if line.startswith("{")]
-        if not lines:
+        for _ in range(TRIES):
+            told = _called([tool, "-m", model, *words, "--output-format", "jsonl"])
+            lines = [line for line in told.splitlines() if line.startswith("{")]
+            if lines:
+                break
+        else:
             raise InputError(f"{tool.name} measured nothing on {model}; it said: {told.strip()[-300:] or 'nothing'}")
         measured = json.loads(lines[-1])
         asked, done = (size.prompt, size.new_tokens, batch), (measured["pp"], measured["tg"], measured["pl"])
