@@ -137,8 +137,16 @@ class LLM:
             num_blocks = self._fitting_blocks(max_num_seqs, block_size)
         self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self._scheduler = Scheduler(self._blocks, max_num_seqs, max_num_batched_tokens, self.max_model_len)
-        rows = max_num_seqs * (1 + num_speculative_tokens)
-        self._runner = Runner(model, num_blocks, block_size, self.max_model_len, rows, num_speculative_tokens > 0, backend)
+        self._runner = Runner(
+            model,
+            num_blocks,
+            block_size,
+            max_model_len=self.max_model_len,
+            max_rows=max_num_batched_tokens,
+            max_head_rows=min(max_num_seqs * (1 + num_speculative_tokens), max_num_batched_tokens),
+            mtp=num_speculative_tokens > 0,
+            backend=backend,
+        )
         self._answers: dict[int, _Answer] = {}
         self._compiler: GrammarCompiler | None = None  # made when the first grammar comes
         self._rows: SamplingRows | None = None  # kept while the same requests run

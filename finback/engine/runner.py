@@ -1,5 +1,4 @@
-"""Chunks of tokens to hidden states and logits, over the paged cache: short chunks by the native kernels where there are any, all
-others by torch."""
+"""Chunks of tokens to hidden states and logits, over the paged cache: by the native kernels where there are any, else by torch."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor
 
 from finback.config import InputError
-from finback.engine.batch import SHORT, Chunk, Packed, pack
-from finback.engine.native import DTYPES, NativeDecoder, Step
+from finback.engine.batch import Chunk, Packed, pack
+from finback.engine.native import DTYPES, NativeDecoder
 from finback.engine.paged import paged_forward, paged_mtp_forward
 from finback.model.mla import Rotary
 from finback.model.transformer import Transformer
@@ -32,10 +31,22 @@ class Forward(NamedTuple):
 
 
 class Runner:
-    """One model over one cache [layers, num_blocks, block_size, W]; with `mtp`, the last layer is that of the MTP module."""
+    """One model over one cache [layers, num_blocks, block_size, W]; with `mtp`, the last layer is that of the MTP module.
+
+    Steps have about `max_rows` tokens at most, and logits of about `max_head_rows`: what the native back-end makes room for.
+    """
 
     def __init__(
-        self, model: Transformer, num_blocks: int, block_size: int, max_model_len: int, max_rows: int, mtp: bool, backend: Backend
+        self,
+        model: Transformer,
+        num_blocks: int,
+        block_size: int,
+        *,
+        max_model_len: int,
+        max_rows: int,
+        max_head_rows: int,
+        mtp: bool = False,
+        backend: Backend = "auto",
     ) -> None:
         c, weight = model.config, model.lm_head.weight
         self.model, self.block_size = model, block_size
@@ -46,8 +57,7 @@ class Runner:
         library = _choose(backend, model)
         if library is not None:
             table_width = -(-max_model_len // block_size)
-            rows = max(max_rows, SHORT)  # a chunk is never split
-            self._native = NativeDecoder(library, model, self.cache, self._rotary, rows, table_width)
+            self._native = NativeDecoder(library, model, self.cache, self._rotary, max_rows, max_head_rows, table_width)
         self.backend = "native" if self._native else "torch"
 
     def forward(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> Forward:
@@ -56,7 +66,7 @@ class Runner:
         def by_torch(packed: Packed, numbers: list[int]) -> Tensor:
             return paged_forward(self.model, self.cache, self._rotary, packed)
 
-        def by_kernels(part: Sequence[Chunk], numbers: list[int]) -> Step:
+        def by_kernels(part: Sequence[Chunk], numbers: list[int]) -> Tensor:
             assert self._native is not None
             return self._native.forward(part)
 
@@ -76,7 +86,7 @@ class Runner:
             module = self.model.mtp_modules[0]
             return paged_mtp_forward(self.model, module, self.cache[-1], self._rotary, packed, rows_of(numbers))
 
-        def by_kernels(part: Sequence[Chunk], numbers: list[int]) -> Step:
+        def by_kernels(part: Sequence[Chunk], numbers: list[int]) -> Tensor:
             assert self._native is not None
             return self._native.draft(part, rows_of(numbers))
 
@@ -87,60 +97,51 @@ class Runner:
         chunks: Sequence[Chunk],
         wanted: Sequence[int],
         by_torch: Callable[[Packed, list[int]], Tensor],
-        by_kernels: Callable[[Sequence[Chunk], list[int]], Step],
+        by_kernels: Callable[[Sequence[Chunk], list[int]], Tensor],
     ) -> Forward:
-        native, rest = self._split(chunks)
         ends = _ends(chunks)
-        if len(native) == 1 and not rest:  # the decode step: nothing is copied
-            step = by_kernels(chunks, native[0])
-            logits = step.logits
-            if sum(wanted) < len(logits):
-                logits = logits[self._wanted_rows(ends, wanted)]
-            return Forward(step.hidden, [end - len(c.token_ids) for end, c in zip(ends, chunks, strict=True)], logits)
+        if self._native is not None and (not ends or ends[-1] <= self._native.max_rows):  # nothing is copied
+            hidden = by_kernels(chunks, list(range(len(chunks))))
+            first_rows = [end - len(chunk.token_ids) for end, chunk in zip(ends, chunks, strict=True)]
+            return Forward(hidden, first_rows, self._logits(hidden, ends, wanted))
         numbers: list[int] = []  # of the chunks, in the order in which their rows come
         hidden_parts, logits_parts = [], []
-        for part in native:
-            step = by_kernels([chunks[i] for i in part], part)
+        for part in self._parts(chunks):
+            if self._native is not None:
+                hidden = by_kernels([chunks[i] for i in part], part).clone()
+            else:
+                packed = pack([chunks[i] for i in part], self.block_size, self.cache.device)
+                part = [part[i] for i in packed.order]
+                hidden = by_torch(packed, part)
             part_ends = _ends([chunks[i] for i in part])
-            rows = self._wanted_rows(part_ends, [wanted[i] for i in part])
-            hidden_parts.append(step.hidden.clone())
-            logits_parts.append(step.logits[rows])
-            numbers += part
-        if rest:
-            packed = pack([chunks[i] for i in rest], self.block_size, self.cache.device)
-            part = [rest[i] for i in packed.order]
-            hidden = by_torch(packed, part)
-            part_ends = _ends([chunks[i] for i in part])
-            rows = self._wanted_rows(part_ends, [wanted[i] for i in part])
             hidden_parts.append(hidden)
-            logits_parts.append(self._logits(hidden[rows]))
+            logits_parts.append(self._logits(hidden, part_ends, [wanted[i] for i in part]).clone())
             numbers += part
         return _in_order(chunks, wanted, numbers, torch.cat(hidden_parts), torch.cat(logits_parts))
 
-    def _split(self, chunks: Sequence[Chunk]) -> tuple[list[list[int]], list[int]]:
-        """Numbers of the chunks for the native kernels, in batches of at most `max_rows` tokens, and of those for torch."""
+    def _parts(self, chunks: Sequence[Chunk]) -> list[list[int]]:
+        """The chunks' numbers, for torch all together, for the native kernels at most `max_rows` tokens at a time."""
         if self._native is None:
-            return [], list(range(len(chunks)))
-        native: list[list[int]] = []
-        rest, room = [], 0
+            return [list(range(len(chunks)))]
+        parts: list[list[int]] = []
+        room = 0
         for number, chunk in enumerate(chunks):
             tokens = len(chunk.token_ids)
-            if tokens > SHORT:
-                rest.append(number)
-                continue
             if tokens > room:
-                native.append([])
+                parts.append([])
                 room = self._native.max_rows
-            native[-1].append(number)
+            parts[-1].append(number)
             room -= tokens
-        return native, rest
-
-    def _wanted_rows(self, ends: Sequence[int], wanted: Sequence[int]) -> Tensor:
-        rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
-        return torch.tensor(rows, dtype=torch.int64, device=self.cache.device)
+        return parts
 
     @torch.no_grad()
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, ends: Sequence[int], wanted: Sequence[int]) -> Tensor:
+        """Of the last `wanted[i]` of the rows that end at ends[i]."""
+        rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
+        if len(rows) < len(hidden):
+            hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=hidden.device)]
+        if self._native is not None and 0 < len(rows) <= self._native.max_head_rows:
+            return self._native.logits(hidden)
         logits: Tensor = self.model.lm_head(hidden)
         return logits
 

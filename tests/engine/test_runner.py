@@ -27,8 +27,8 @@ CONFIGS = {
 BACKENDS: list[Backend] = ["torch", "native"]
 
 
-def runner(model: Transformer, backend: Backend, num_blocks: int = 40, max_rows: int = 16, mtp: bool = False) -> Runner:
-    return Runner(model, num_blocks, BLOCK, max_model_len=128, max_rows=max_rows, mtp=mtp, backend=backend)
+def runner(model: Transformer, backend: Backend, max_rows: int = 16, mtp: bool = False) -> Runner:
+    return Runner(model, 40, BLOCK, max_model_len=128, max_rows=max_rows, max_head_rows=8, mtp=mtp, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
