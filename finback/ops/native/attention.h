@@ -22,18 +22,27 @@ INLINE NAME(stored) * NAME(cached_row)(const NAME(cache) * c, int64_t token, int
   return c->rows + (block * c->block_rows + within) * c->width;
 }
 
-// ---- chunks
+// ---- the softmax over cached rows, for both kinds of attention
 
-enum { NAME(CHUNK) = 256, NAME(MOST_CHUNKS) = 16, NAME(PIECE) = 64 };
+// Queries of some heads to keys and values of fewer: `heads / key_heads` neighbours share a key head. Key head i lies at
+// i * key_size of a row, its values at first_value + i * value_size.
+typedef struct {
+  NAME(cache) cache;
+  int64_t heads, key_heads, key_size, value_size, first_value;
+  float scale;
+  const NAME(packed) * queries;  // [heads, tokens, key_size filled up]
+  NAME(stored) * output;         // [tokens, heads, value_size]
+  NAME(packed) * packed_output;  // or, unless that is null, here: [heads, tokens, value_size filled up]
+  float *values;                 // of each member, [heads, value_size]
+  int64_t most_chunks;
+  float *highest, *sum, *parts;  // what is kept of chunks: [tokens, heads, most_chunks], twice, and values of each
+} NAME(attention);
+
+// Positions that are looked at together, so that their rows are in the nearest cache when all heads have looked.
+enum { NAME(CHUNK) = 256, NAME(MOST_CHUNKS) = 16, NAME(PIECE) = 32 };
 
 INLINE int64_t NAME(chunks)(const NAME(cache) * c, int64_t token) {
   return least(NAME(MOST_CHUNKS), (c->positions[token] + NAME(CHUNK)) / NAME(CHUNK));
-}
-
-static int64_t NAME(most_chunks)(const NAME(cache) * c) {
-  int64_t chunks = 1;
-  for (int64_t t = 0; t < c->tokens; t++) chunks = most(chunks, NAME(chunks)(c, t));
-  return chunks;
 }
 
 // What it costs to look at one chunk, as a number of positions.
@@ -41,91 +50,182 @@ INLINE int64_t NAME(chunk_cost)(const NAME(cache) * c, int64_t token) {
   return c->positions[token] / NAME(chunks)(c, token) + 1;
 }
 
-// Some heads of one token that share keys and values, and where these lie in a row.
-typedef struct {
-  int64_t token, key, key_size, value, value_size, heads;
-  const NAME(packed) * queries[PANEL];  // of each head, filled up with zeros to a multiple of STEP
-  float scale;
-} NAME(looking);
+// A piece lies in one block.
+INLINE int64_t NAME(end_of_piece)(const NAME(cache) * c, int64_t start, int64_t end) {
+  end = least(end, start + NAME(PIECE));
+  return c->blocks ? least(end, (start / c->block_rows + 1) * c->block_rows) : end;
+}
 
-// What a part of the context gives to each head: value h is sum over positions of e^(score - highest[h]) value.
-typedef struct {
-  float highest[PANEL], sum[PANEL];
-  float *values;  // [heads, value_size]
-} NAME(seen);
+// Memory for all but queries and packed output.
+static void NAME(take_attention)(NAME(attention) * a, int64_t threads, arena *memory) {
+  const NAME(cache) *c = &a->cache;
+  a->values = take(memory, threads * a->heads * a->value_size * sizeof(float));
+  a->most_chunks = 1;
+  for (int64_t t = 0; t < c->tokens; t++) a->most_chunks = most(a->most_chunks, NAME(chunks)(c, t));
+  if (a->most_chunks == 1) return;
+  int64_t count = c->tokens * a->heads * a->most_chunks;
+  a->highest = take(memory, count * sizeof(float));
+  a->sum = take(memory, count * sizeof(float));
+  a->parts = take(memory, count * a->value_size * sizeof(float));
+}
 
-// Rows are read once, in pieces that stay in the nearest cache; sums so far are rescaled whenever the maximum grows. Each
-// piece is summed apart: one long sum would lose bits.
-static void NAME(attend)(const NAME(cache) * c, const NAME(looking) * l, range positions, NAME(seen) * seen) {
-  float scores[PANEL * NAME(PIECE)], factor[PANEL];
-  for (int64_t h = 0; h < l->heads; h++) seen->highest[h] = -INFINITY, seen->sum[h] = 0;
-  memset(seen->values, 0, l->heads * l->value_size * sizeof(float));
-  for (int64_t start = positions.first, count; start < positions.end; start += count) {
-    count = least(NAME(PIECE), positions.end - start);
-    if (c->blocks) count = least(count, c->block_rows - start % c->block_rows);
-    const NAME(stored) *rows = NAME(cached_row)(c, l->token, start);
-    NAME(all_dots)(rows + l->key, c->width, l->queries, l->key_size, count, l->heads, scores, NAME(PIECE));
-    for (int64_t h = 0; h < l->heads; h++) {
-      float *score = scores + h * NAME(PIECE);
-      for (int64_t s = count; s < rounded_up(count, LANES); s++) score[s] = -INFINITY;
-      vector largest = load_float32(score), sum = {0};
-      for (int64_t s = LANES; s < count; s += LANES) {
-        vector other = load_float32(score + s);
-        largest = where(other > largest, other, largest);
-      }
-      float before = seen->highest[h], now = largest_lane(largest);
-      factor[h] = 1.0f;
-      if (now > before) {
-        seen->highest[h] = now;
-        factor[h] = exponential(splat((before - now) * l->scale))[0];
-      }
-      for (int64_t s = 0; s < count; s += LANES) {
-        vector weight = exponential((load_float32(score + s) - seen->highest[h]) * l->scale);
-        store_float32(score + s, weight);
-        sum += weight;
-      }
-      seen->sum[h] = seen->sum[h] * factor[h] + sum_of_lanes(sum);
+// Up to PANEL heads that share keys and values, and what they have seen so far: the values of head h are the sum over
+// positions of e^(score - highest[h]) value, and sum[h] that of the factors.
+typedef struct {
+  int64_t head, heads, key, value;
+  float *values, highest[PANEL], sum[PANEL];
+} NAME(unit);
+
+// `at` and following values of the rows of a piece.
+INLINE void NAME(prefetch_rows)(const NAME(cache) * c, const NAME(stored) * rows, int64_t count, int64_t at, int64_t size) {
+  for (int64_t r = 0; r < count; r++)
+    for (int64_t i = 0; i < size; i += 64 / sizeof *rows) __builtin_prefetch(rows + r * c->width + at + i);
+}
+
+// Scores [heads, PIECE] of a piece become e^(score - highest), after `factor` has said by what earlier ones are to shrink.
+INLINE void NAME(weigh)(NAME(unit) * u, float *scores, int64_t count, float scale, float *factor) {
+  for (int64_t h = 0; h < u->heads; h++) {
+    float *score = scores + h * NAME(PIECE);
+    for (int64_t s = count; s < rounded_up(count, LANES); s++) score[s] = -INFINITY;
+    vector largest = load_float32(score), sum = {0};
+    for (int64_t s = LANES; s < count; s += LANES) {
+      vector other = load_float32(score + s);
+      largest = where(other > largest, other, largest);
     }
-    NAME(mix)(rows + l->value, c->width, count, l->value_size, scores, NAME(PIECE), factor, l->heads, seen->values,
-              l->value_size);
+    float before = u->highest[h], now = largest_lane(largest);
+    factor[h] = 1.0f;
+    if (now > before) {
+      u->highest[h] = now;
+      factor[h] = exponential(splat((before - now) * scale))[0];
+    }
+    for (int64_t s = 0; s < count; s += LANES) {
+      vector weight = exponential((load_float32(score + s) - u->highest[h]) * scale);
+      store_float32(score + s, weight);
+      sum += weight;
+    }
+    u->sum[h] = u->sum[h] * factor[h] + sum_of_lanes(sum);
   }
 }
 
-// What is kept of the chunks of each head until all are there: [tokens, heads, most chunks].
-typedef struct {
-  int64_t chunks;
-  float *highest, *sum, *values;
-} NAME(parts);
-
-static NAME(parts) NAME(take_parts)(const NAME(cache) * c, int64_t heads, int64_t value_size, arena *memory) {
-  NAME(parts) parts = {NAME(most_chunks)(c), 0, 0, 0};
-  if (parts.chunks == 1) return parts;
-  int64_t count = c->tokens * heads * parts.chunks;
-  parts.highest = take(memory, count * sizeof(float));
-  parts.sum = take(memory, count * sizeof(float));
-  parts.values = take(memory, count * value_size * sizeof(float));
-  return parts;
-}
-
-static void NAME(keep_part)(const NAME(parts) * parts, const NAME(seen) * seen, int64_t h, int64_t at, int64_t value_size) {
-  parts->highest[at] = seen->highest[h];
-  parts->sum[at] = seen->sum[h];
-  memcpy(parts->values + at * value_size, seen->values + h * value_size, value_size * sizeof(float));
-}
-
-// values [value_size] = the mixture of `count` parts from `first` on.
-static void NAME(merge_parts)(const NAME(parts) * parts, int64_t first, int64_t count, int64_t value_size, float scale,
-                              float *values) {
-  float highest = parts->highest[first], sum = 0;
-  for (int64_t i = first + 1; i < first + count; i++)
-    highest = parts->highest[i] > highest ? parts->highest[i] : highest;
-  memset(values, 0, value_size * sizeof(float));
-  for (int64_t i = first; i < first + count; i++) {
-    float factor = exponential(splat((parts->highest[i] - highest) * scale))[0];
-    sum += parts->sum[i] * factor;
-    for (int64_t v = 0; v < value_size; v++) values[v] += parts->values[i * value_size + v] * factor;
+// Some units look at some positions of one token's sequence, piece by piece; while one piece is worked on, the next is fetched.
+// Each piece is summed apart: one long sum would lose bits.
+static void NAME(attend)(const NAME(attention) * a, int64_t token, range positions, NAME(unit) * units, int64_t count) {
+  const NAME(cache) *c = &a->cache;
+  int64_t padded = rounded_up(a->key_size, STEP);
+  float scores[count][PANEL * NAME(PIECE)], factor[PANEL];
+  for (int64_t start = positions.first, end; start < positions.end; start = end) {
+    end = NAME(end_of_piece)(c, start, positions.end);
+    const NAME(stored) *rows = NAME(cached_row)(c, token, start);
+    const NAME(stored) *next = end < positions.end ? NAME(cached_row)(c, token, end) : 0;
+    int64_t next_count = next ? NAME(end_of_piece)(c, end, positions.end) - end : 0;
+    for (int64_t i = 0; i < count; i++) {
+      NAME(unit) *u = units + i;
+      const NAME(packed) * queries[PANEL];
+      for (int64_t h = 0; h < u->heads; h++) queries[h] = a->queries + ((u->head + h) * c->tokens + token) * padded;
+      if (i == 0 || u->key != u[-1].key) NAME(prefetch_rows)(c, next, next_count, u->key, a->key_size);
+      NAME(all_dots)(rows + u->key, c->width, queries, a->key_size, end - start, u->heads, scores[i], NAME(PIECE));
+    }
+    for (int64_t i = 0; i < count; i++) {
+      NAME(unit) *u = units + i;
+      if (u->value >= u->key + a->key_size && (i == 0 || u->value != u[-1].value))
+        NAME(prefetch_rows)(c, next, next_count, u->value, a->value_size);
+      NAME(weigh)(u, scores[i], end - start, a->scale, factor);
+      NAME(mix)(rows + u->value, c->width, end - start, a->value_size, scores[i], NAME(PIECE), factor, u->heads, u->values,
+                a->value_size);
+    }
   }
-  for (int64_t v = 0; v < value_size; v++) values[v] /= sum;
+}
+
+INLINE void NAME(pack_values)(NAME(packed) * to, const float *from, int64_t count) {
+  for (int64_t i = 0; i < count; i += LANES) STORE_PACKED_PART(to + i, load_part_float32(from + i, count - i), count - i);
+}
+
+// The mixture of values of one head, complete but for the division by the sum of its factors.
+static void NAME(finish_head)(const NAME(attention) * a, int64_t token, int64_t head, float *values, float sum) {
+  for (int64_t v = 0; v < a->value_size; v++) values[v] /= sum;
+  if (!a->packed_output) {
+    NAME(store_all)(a->output + (token * a->heads + head) * a->value_size, values, a->value_size);
+    return;
+  }
+  int64_t padded = rounded_up(a->value_size, STEP);
+  NAME(packed) *to = a->packed_output + (head * a->cache.tokens + token) * padded;
+  memset(to + a->value_size, 0, (padded - a->value_size) * sizeof *to);
+  NAME(pack_values)(to, values, a->value_size);
+}
+
+static void NAME(attend_chunk)(const NAME(attention) * a, int64_t token, int64_t chunk, NAME(unit) * units, int64_t count,
+                               float *values) {
+  int64_t chunks = NAME(chunks)(&a->cache, token), size = a->value_size;
+  memset(values, 0, a->heads * size * sizeof(float));
+  for (int64_t i = 0; i < count; i++) {
+    units[i].values = values + (units[i].head - units->head) * size;
+    for (int64_t h = 0; h < units[i].heads; h++) units[i].highest[h] = -INFINITY, units[i].sum[h] = 0;
+  }
+  NAME(attend)(a, token, share(a->cache.positions[token] + 1, NAME(PIECE), (member){chunk, chunks}), units, count);
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t h = 0; h < units[i].heads; h++) {
+      float *of_head = units[i].values + h * size;
+      if (chunks == 1) {
+        NAME(finish_head)(a, token, units[i].head + h, of_head, units[i].sum[h]);
+        continue;
+      }
+      int64_t at = (token * a->heads + units[i].head + h) * a->most_chunks + chunk;
+      a->highest[at] = units[i].highest[h];
+      a->sum[at] = units[i].sum[h];
+      memcpy(a->parts + at * size, of_head, size * sizeof(float));
+    }
+}
+
+// One head of one token from its chunks, in their order.
+static void NAME(merge_chunks)(const NAME(attention) * a, int64_t token, int64_t head, float *values) {
+  int64_t first = (token * a->heads + head) * a->most_chunks, end = first + NAME(chunks)(&a->cache, token);
+  float highest = a->highest[first], sum = 0;
+  for (int64_t i = first + 1; i < end; i++) highest = a->highest[i] > highest ? a->highest[i] : highest;
+  memset(values, 0, a->value_size * sizeof(float));
+  for (int64_t i = first; i < end; i++) {
+    float factor = exponential(splat((a->highest[i] - highest) * a->scale))[0];
+    sum += a->sum[i] * factor;
+    for (int64_t v = 0; v < a->value_size; v++) values[v] += a->parts[i * a->value_size + v] * factor;
+  }
+  NAME(finish_head)(a, token, head, values, sum);
+}
+
+// All tokens, heads and chunks, shared out among the team. Where these are many, all heads look together, so that rows are
+// read once and as they lie; where they are few, heads are shared out too.
+static void NAME(attend_all)(const NAME(attention) * a, member m) {
+  enum { ITEMS = 4 };  // for each member, at least, if there are that many
+  const NAME(cache) *c = &a->cache;
+  int64_t all_chunks = 0, total = 0, at = 0, group = a->heads / a->key_heads;
+  for (int64_t t = 0; t < c->tokens; t++) all_chunks += NAME(chunks)(c, t);
+  int64_t heads = least(least(PANEL, group), most(1, a->heads * all_chunks / m.count));
+  int64_t per_key_head = (group + heads - 1) / heads, count = per_key_head * a->key_heads;
+  NAME(unit) units[count];
+  for (int64_t i = 0; i < count; i++) {
+    int64_t key_head = i / per_key_head, first = i % per_key_head * heads;
+    units[i].head = key_head * group + first;
+    units[i].heads = least(heads, group - first);
+    units[i].key = key_head * a->key_size;
+    units[i].value = a->first_value + key_head * a->value_size;
+  }
+  int64_t together = most(1, least(count, count * all_chunks / (ITEMS * m.count)));
+  int64_t sets = (count + together - 1) / together;
+  float *values = a->values + m.index * a->heads * a->value_size;
+  for (int64_t t = 0; t < c->tokens; t++) total += sets * NAME(chunks)(c, t) * NAME(chunk_cost)(c, t);
+  range mine = share(total, 1, m);
+  for (int64_t t = 0; t < c->tokens; t++) {
+    int64_t items = sets * NAME(chunks)(c, t), cost = NAME(chunk_cost)(c, t);
+    range of_token = items_within(mine, at, items, cost);
+    for (int64_t i = of_token.first; i < of_token.end; i++) {
+      int64_t first = i % sets * together;
+      NAME(attend_chunk)(a, t, i / sets, units + first, least(together, count - first), values);
+    }
+    at += items * cost;
+  }
+  if (a->most_chunks == 1) return;
+  wait_for_team();
+  mine = share(c->tokens * a->heads, 1, m);
+  for (int64_t i = mine.first; i < mine.end; i++)
+    if (NAME(chunks)(c, i / a->heads) > 1) NAME(merge_chunks)(a, i / a->heads, i % a->heads, values);
 }
 
 // ---- grouped-query attention
@@ -141,15 +241,22 @@ typedef struct {
   float scale, eps;
 } NAME(grouped_query_attention_arguments);
 
-typedef struct {
-  NAME(packed) * queries;  // [tokens, heads, size filled up]
-  NAME(parts) parts;
-} NAME(grouped_query_attention_memory);
+typedef NAME(attention) NAME(grouped_query_attention_memory);
 
 TAKE(grouped_query_attention) {
-  (void)threads;
-  NAME(packed) *queries = take(memory, a->cache.tokens * a->heads * rounded_up(a->size, STEP) * sizeof *queries);
-  return (NAME(grouped_query_attention_memory)){queries, NAME(take_parts)(&a->cache, a->heads, a->size, memory)};
+  NAME(attention) attention = {
+      .cache = a->cache,
+      .heads = a->heads,
+      .key_heads = a->key_heads,
+      .key_size = a->size,
+      .value_size = a->size,
+      .first_value = a->key_heads * a->size,
+      .scale = a->scale,
+      .queries = take(memory, a->cache.tokens * a->heads * rounded_up(a->size, STEP) * sizeof(NAME(packed))),
+      .output = a->output,
+  };
+  NAME(take_attention)(&attention, threads, memory);
+  return attention;
 }
 
 // One head, normalised if `norm` is given, and rotated: value i turns with value i + size / 2.
@@ -177,7 +284,7 @@ static void NAME(prepare_head)(const NAME(grouped_query_attention_arguments) * a
   int64_t size = a->size, padded = rounded_up(size, STEP), position = a->cache.positions[token];
   float rotated[padded];
   if (head < a->heads) {
-    NAME(packed) *to = queries + (token * a->heads + head) * padded;
+    NAME(packed) *to = queries + (head * a->cache.tokens + token) * padded;
     memset(rotated, 0, sizeof rotated);
     NAME(rotate_halves)(a, a->query + (token * a->heads + head) * size, a->query_norm, position, rotated);
     for (int64_t i = 0; i < padded; i += LANES) STORE_PACKED(to + i, load_float32(rotated + i));
@@ -190,57 +297,14 @@ static void NAME(prepare_head)(const NAME(grouped_query_attention_arguments) * a
   }
 }
 
-// One chunk of one key head's context for one token, and up to PANEL of its queries at a time.
-static void NAME(attend_group)(const NAME(grouped_query_attention_arguments) * a,
-                               const NAME(grouped_query_attention_memory) * memory, int64_t token, int64_t key_head,
-                               int64_t chunk, int64_t chunks) {
-  int64_t size = a->size, group = a->heads / a->key_heads, padded = rounded_up(size, STEP);
-  float values[PANEL * size];
-  NAME(looking) looking = {token, key_head * size, size, (a->key_heads + key_head) * size, size, 0, {0}, a->scale};
-  NAME(seen) seen = {{0}, {0}, values};
-  for (int64_t first = 0; first < group; first += PANEL) {
-    looking.heads = least(PANEL, group - first);
-    int64_t row = token * a->heads + key_head * group + first;  // of [tokens, heads]
-    for (int64_t h = 0; h < looking.heads; h++) looking.queries[h] = memory->queries + (row + h) * padded;
-    NAME(attend)(&a->cache, &looking, share(a->cache.positions[token] + 1, NAME(PIECE), (member){chunk, chunks}), &seen);
-    for (int64_t h = 0; h < looking.heads; h++) {
-      float *of_head = values + h * size;
-      if (chunks > 1) {
-        NAME(keep_part)(&memory->parts, &seen, h, (row + h) * memory->parts.chunks + chunk, size);
-      } else {
-        for (int64_t v = 0; v < size; v++) of_head[v] /= seen.sum[h];
-        NAME(store_all)(a->output + (row + h) * size, of_head, size);
-      }
-    }
-  }
-}
-
 PERFORM(grouped_query_attention) {
-  NAME(grouped_query_attention_memory) taken = NAME(take_grouped_query_attention)(a, m.count, &memory);
-  int64_t prepared = a->heads + a->key_heads, total = 0, at = 0;
+  NAME(attention) attention = NAME(take_grouped_query_attention)(a, m.count, &memory);
+  int64_t prepared = a->heads + a->key_heads;
   range mine = share(a->cache.tokens * prepared, 1, m);
-  for (int64_t i = mine.first; i < mine.end; i++) NAME(prepare_head)(a, i / prepared, i % prepared, taken.queries);
+  for (int64_t i = mine.first; i < mine.end; i++)
+    NAME(prepare_head)(a, i / prepared, i % prepared, (NAME(packed) *)attention.queries);
   wait_for_team();
-  // Tokens, key heads and chunks in this order, each as costly as its context is long.
-  const NAME(cache) *c = &a->cache;
-  for (int64_t t = 0; t < c->tokens; t++) total += a->key_heads * NAME(chunks)(c, t) * NAME(chunk_cost)(c, t);
-  mine = share(total, 1, m);
-  for (int64_t t = 0; t < c->tokens; t++) {
-    int64_t chunks = NAME(chunks)(c, t), cost = NAME(chunk_cost)(c, t), count = a->key_heads * chunks;
-    range items = items_within(mine, at, count, cost);
-    for (int64_t i = items.first; i < items.end; i++) NAME(attend_group)(a, &taken, t, i / chunks, i % chunks, chunks);
-    at += count * cost;
-  }
-  if (taken.parts.chunks == 1) return 0;
-  wait_for_team();
-  mine = share(a->cache.tokens * a->heads, 1, m);
-  for (int64_t i = mine.first; i < mine.end; i++) {
-    int64_t chunks = NAME(chunks)(&a->cache, i / a->heads);
-    float values[a->size];
-    if (chunks == 1) continue;
-    NAME(merge_parts)(&taken.parts, i * taken.parts.chunks, chunks, a->size, a->scale, values);
-    NAME(store_all)(a->output + i * a->size, values, a->size);
-  }
+  NAME(attend_all)(&attention, m);
   return 0;
 }
 
@@ -261,31 +325,29 @@ typedef struct {
   float scale, eps;
 } NAME(latent_attention_arguments);
 
-typedef struct {
-  NAME(packed) * queries;  // [heads, tokens, rank + rope filled up]
-  NAME(packed) * latents;  // [heads, tokens, rank filled up], where they are to be multiplied by value_up
-  float *values;           // of each member, [PANEL, rank]
-  NAME(parts) parts;
-} NAME(latent_attention_memory);
+typedef NAME(attention) NAME(latent_attention_memory);
 
 TAKE(latent_attention) {
   int64_t pairs = a->cache.tokens * a->heads;
-  NAME(latent_attention_memory) taken = {0};
-  taken.queries = take(memory, pairs * rounded_up(a->cache.width, STEP) * sizeof *taken.queries);
-  if (a->value_up) taken.latents = take(memory, pairs * rounded_up(a->rank, STEP) * sizeof *taken.latents);
-  taken.values = take(memory, threads * PANEL * a->rank * sizeof(float));
-  taken.parts = NAME(take_parts)(&a->cache, a->heads, a->rank, memory);
-  return taken;
+  NAME(attention) attention = {
+      .cache = a->cache,
+      .heads = a->heads,
+      .key_heads = 1,
+      .key_size = a->rank + a->rope,
+      .value_size = a->rank,
+      .scale = a->scale,
+      .queries = take(memory, pairs * rounded_up(a->rank + a->rope, STEP) * sizeof(NAME(packed))),
+      .output = a->output,
+  };
+  if (a->value_up) attention.packed_output = take(memory, pairs * rounded_up(a->rank, STEP) * sizeof(NAME(packed)));
+  NAME(take_attention)(&attention, threads, memory);
+  return attention;
 }
 
 // Rotate the last `rope` of rank + rope or nope + rope values.
 INLINE void NAME(rotate_at)(const NAME(latent_attention_arguments) * a, const NAME(stored) * x, int64_t token, float *to) {
   int64_t angles = a->cache.positions[token] * (a->rope / 2);
   NAME(rotate)(x, a->cache.cosine + angles, a->cache.sine + angles, a->rope, to);
-}
-
-INLINE void NAME(pack_values)(NAME(packed) * to, const float *from, int64_t count) {
-  for (int64_t i = 0; i < count; i += LANES) STORE_PACKED_PART(to + i, load_part_float32(from + i, count - i), count - i);
 }
 
 // The token's row, and its queries but for what is absorbed.
@@ -334,39 +396,6 @@ static void NAME(absorb)(const NAME(latent_attention_arguments) * a, int64_t hea
   }
 }
 
-// The latent of one head, complete: the output, or what value_up is multiplied with.
-static void NAME(finish_head)(const NAME(latent_attention_arguments) * a, const NAME(latent_attention_memory) * taken,
-                              int64_t token, int64_t head, const float *latent) {
-  int64_t rank = a->rank, padded = rounded_up(rank, STEP);
-  if (!a->value_up) {
-    NAME(store_all)(a->output + (token * a->heads + head) * rank, latent, rank);
-    return;
-  }
-  NAME(packed) *to = taken->latents + (head * a->cache.tokens + token) * padded;
-  memset(to + rank, 0, (padded - rank) * sizeof *to);
-  NAME(pack_values)(to, latent, rank);
-}
-
-// One chunk of the context of one token, for `count` (at most PANEL) heads from `head` on.
-static void NAME(attend_heads)(const NAME(latent_attention_arguments) * a, const NAME(latent_attention_memory) * taken,
-                               int64_t token, int64_t head, int64_t count, int64_t chunk, float *values) {
-  int64_t tokens = a->cache.tokens, rank = a->rank, chunks = NAME(chunks)(&a->cache, token);
-  NAME(looking) looking = {token, 0, a->cache.width, 0, rank, count, {0}, a->scale};
-  NAME(seen) seen = {{0}, {0}, values};
-  for (int64_t h = 0; h < count; h++)
-    looking.queries[h] = taken->queries + ((head + h) * tokens + token) * rounded_up(a->cache.width, STEP);
-  NAME(attend)(&a->cache, &looking, share(a->cache.positions[token] + 1, NAME(PIECE), (member){chunk, chunks}), &seen);
-  for (int64_t h = 0; h < count; h++) {
-    float *of_head = values + h * rank;
-    if (chunks > 1) {
-      NAME(keep_part)(&taken->parts, &seen, h, (token * a->heads + head + h) * taken->parts.chunks + chunk, rank);
-      continue;
-    }
-    for (int64_t v = 0; v < rank; v++) of_head[v] /= seen.sum[h];
-    NAME(finish_head)(a, taken, token, head + h, of_head);
-  }
-}
-
 // Value block of one head for all tokens: BLOCK rows of its value_up from `row` on.
 static void NAME(output_values)(const NAME(latent_attention_arguments) * a, const NAME(packed) * latents, int64_t head,
                                 int64_t row) {
@@ -383,50 +412,23 @@ static void NAME(output_values)(const NAME(latent_attention_arguments) * a, cons
 }
 
 PERFORM(latent_attention) {
-  NAME(latent_attention_memory) taken = NAME(take_latent_attention)(a, m.count, &memory);
-  const NAME(cache) *c = &a->cache;
-  range mine = share(c->tokens, 1, m);
-  for (int64_t t = mine.first; t < mine.end; t++) NAME(prepare_token)(a, t, taken.queries);
+  NAME(attention) attention = NAME(take_latent_attention)(a, m.count, &memory);
+  NAME(packed) *queries = (NAME(packed) *)attention.queries;
+  range mine = share(a->cache.tokens, 1, m);
+  for (int64_t t = mine.first; t < mine.end; t++) NAME(prepare_token)(a, t, queries);
   if (a->key_up) {
     int64_t blocks = (a->rank + NAME(COLUMNS) - 1) / NAME(COLUMNS);
     mine = share(a->heads * blocks, 1, m);
-    for (int64_t i = mine.first; i < mine.end; i++)
-      NAME(absorb)(a, i / blocks, i % blocks * NAME(COLUMNS), taken.queries);
+    for (int64_t i = mine.first; i < mine.end; i++) NAME(absorb)(a, i / blocks, i % blocks * NAME(COLUMNS), queries);
   }
   wait_for_team();
-  // Heads look together, so that rows are read once, but for where there would be too little to share out.
-  int64_t all_chunks = 0, total = 0, at = 0;
-  for (int64_t t = 0; t < c->tokens; t++) all_chunks += NAME(chunks)(c, t);
-  int64_t together = least(PANEL, (a->heads * all_chunks + m.count - 1) / m.count);
-  int64_t groups = (a->heads + together - 1) / together;
-  for (int64_t t = 0; t < c->tokens; t++) total += groups * NAME(chunks)(c, t) * NAME(chunk_cost)(c, t);
-  mine = share(total, 1, m);
-  for (int64_t t = 0; t < c->tokens; t++) {
-    int64_t count = groups * NAME(chunks)(c, t), cost = NAME(chunk_cost)(c, t);
-    range items = items_within(mine, at, count, cost);
-    for (int64_t i = items.first; i < items.end; i++) {
-      int64_t head = i % groups * together;
-      NAME(attend_heads)(a, &taken, t, head, least(together, a->heads - head), i / groups,
-                         taken.values + m.index * PANEL * a->rank);
-    }
-    at += count * cost;
-  }
-  if (taken.parts.chunks > 1) {
-    wait_for_team();
-    mine = share(c->tokens * a->heads, 1, m);
-    for (int64_t i = mine.first; i < mine.end; i++) {
-      int64_t token = i / a->heads, chunks = NAME(chunks)(c, token);
-      float *values = taken.values + m.index * PANEL * a->rank;
-      if (chunks == 1) continue;
-      NAME(merge_parts)(&taken.parts, i * taken.parts.chunks, chunks, a->rank, a->scale, values);
-      NAME(finish_head)(a, &taken, token, i % a->heads, values);
-    }
-  }
+  NAME(attend_all)(&attention, m);
   if (a->value_up) {
     wait_for_team();
     int64_t blocks = (a->value_size + BLOCK - 1) / BLOCK;
     mine = share(a->heads * blocks, 1, m);
-    for (int64_t i = mine.first; i < mine.end; i++) NAME(output_values)(a, taken.latents, i / blocks, i % blocks * BLOCK);
+    for (int64_t i = mine.first; i < mine.end; i++)
+      NAME(output_values)(a, attention.packed_output, i / blocks, i % blocks * BLOCK);
   }
   return 0;
 }
