@@ -24,7 +24,7 @@ from bench.results import Row, print_table, write_result
 from finback.config import InputError
 
 OURS = "finback"
-TRIES = 5  # its log has a thread of its own, and now and then the program ends before the thread has written the result
+TRIES = 10  # its log has a thread of its own, and now and then the program ends before the thread has written the result
 PROMPT_ALIGNMENT = 256  # llama.cpp rounds the context of a sequence up to this
 
 
@@ -109,16 +109,19 @@ def measure(rivals: Mapping[str, Build], size: Size, *, separate: bool = True) -
     turns = alternate(rivals, schedule, separate=separate)
     rows = []
     for batch in size.batches:
-        speeds = {}
+        speeds, best = {}, {}
         for name, all_turns in turns.items():
             kept = [turn.value for turn, b in zip(all_turns, schedule, strict=True) if b == batch][size.warm_up :]
-            speeds[name] = summarize([speed.tokens / speed.seconds for speed in kept])
+            values = [speed.tokens / speed.seconds for speed in kept]
+            speeds[name], best[name] = summarize(values), max(values)
         for name, speed in speeds.items():
             what = f"decode, {batch} sequence{'s' if batch > 1 else ''}"
             if OURS not in speeds:
-                rows.append(Row(f"{what}, {name}", "tokens_per_second", *speed))
+                extra = {"best_tokens_per_second": best[name]}
+                rows.append(Row(f"{what}, {name}", "tokens_per_second", *speed, extra=extra))
             elif name != OURS:
-                rows.append(Row(what, "tokens_per_second", *speeds[OURS], name, *speed))
+                extra = {"best_tokens_per_second": best[OURS], "peer_best_tokens_per_second": best[name]}
+                rows.append(Row(what, "tokens_per_second", *speeds[OURS], name, *speed, extra=extra))
     return rows
 
 
