@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finback.ops.native.build import training_kernels_for
 from finback.ops.precision import wide
 
 _QUERY_BLOCK = 128  # queries per block: later keys are never multiplied
@@ -50,27 +51,39 @@ def _blocks(heads: int, tokens: int) -> Iterator[tuple[slice, int, int]]:
             yield slice(first, min(heads, first + group)), start, end
 
 
-def _causal_bias(tokens: int, like: Tensor) -> Tensor:
-    """[block, tokens + block], -inf above the diagonal of its last `block` columns: shifted left, it is every block's bias."""
-    block = min(_QUERY_BLOCK, tokens)
-    bias = torch.zeros(block, tokens + block, dtype=like.dtype, device=like.device)
-    bias[:, tokens:] = torch.full((block, block), float("-inf"), dtype=like.dtype, device=like.device).triu_(1)
-    return bias
+def _block_weights(query: Tensor, key: Tensor, start: int, scale: float) -> Tensor:
+    """softmax(scale q k^T) of one block, causal: query [h, rows, d] from position `start` on, key [h, end, d] -> [h, rows, end].
+
+    On a CPU the softmax is one pass in C, if there is a compiler; `causal_weights` is the twin.
+    """
+    kernels = training_kernels_for(query)
+    if kernels is None:
+        return causal_weights(query, key, start, scale)
+    scores = torch.bmm(query, key.transpose(1, 2))
+    kernels.causal_softmax(scores, start, scale)
+    return scores
 
 
-def _block_weights(query: Tensor, key: Tensor, bias: Tensor, start: int, end: int, scale: float) -> Tensor:
-    """softmax(scale q k^T + bias) of one block: query [h, end - start, d], key [h, end, d] -> [h, end - start, end]."""
-    first = bias.shape[1] - bias.shape[0] - start
-    block_bias = bias[: end - start, first : first + end]
-    return torch.baddbmm(block_bias.expand(query.shape[0], -1, -1), query, key.transpose(1, 2), alpha=scale).softmax(-1)
+def causal_weights(query: Tensor, key: Tensor, start: int, scale: float) -> Tensor:
+    """The same with torch alone."""
+    bias = query.new_full((query.shape[1], key.shape[1]), float("-inf")).triu_(start + 1)
+    return torch.baddbmm(bias.expand(query.shape[0], -1, -1), query, key.transpose(1, 2), alpha=scale).softmax(-1)
+
+
+def _block_grad_scores(grad: Tensor, weights: Tensor, start: int, scale: float) -> Tensor:
+    """The gradient of a block's scores from that of its weights, which it may overwrite."""
+    kernels = training_kernels_for(grad, weights)
+    if kernels is None:
+        return torch._softmax_backward_data(grad, weights, -1, weights.dtype).mul_(scale)
+    kernels.causal_softmax_backward(grad, weights, start, scale)
+    return grad
 
 
 def _blocked_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     q, k, v = (t.flatten(0, 1) for t in (query, key, value))
     output = q.new_empty(*q.shape[:2], v.shape[-1])
-    bias = _causal_bias(q.shape[1], q)
     for heads, start, end in _blocks(q.shape[0], q.shape[1]):
-        weights = _block_weights(q[heads, start:end], k[heads, :end], bias, start, end, scale)
+        weights = _block_weights(q[heads, start:end], k[heads, :end], start, scale)
         output[heads, start:end] = torch.bmm(weights, v[heads, :end])
     return output.view(*query.shape[:3], -1)
 
@@ -90,13 +103,12 @@ class _BlockedAttention(torch.autograd.Function):
         scale: float = ctx.scale
         q, k, v, g = (t.flatten(0, 1) for t in (query, key, value, grad))
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        bias = _causal_bias(q.shape[1], q)
         for heads, start, end in _blocks(q.shape[0], q.shape[1]):
             queries, keys, grads = q[heads, start:end], k[heads, :end], g[heads, start:end]
-            weights = _block_weights(queries, keys, bias, start, end, scale)
+            weights = _block_weights(queries, keys, start, scale)
             grad_v[heads, :end] += torch.bmm(weights.transpose(1, 2), grads)
             grad_weights = torch.bmm(grads, v[heads, :end].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scale)
+            grad_scores = _block_grad_scores(grad_weights, weights, start, scale)
             grad_q[heads, start:end] = torch.bmm(grad_scores, keys)
             grad_k[heads, :end] += torch.bmm(grad_scores.transpose(1, 2), queries)
         return grad_q.view_as(query), grad_k.view_as(key), grad_v.view_as(value), None
