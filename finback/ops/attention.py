@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finback.ops.native.build import training_kernels_for
 from finback.ops.precision import wide
 
 _QUERY_BLOCK = 128  # queries per block: later keys are never multiplied
@@ -55,21 +56,33 @@ def _blocks(heads: int, per_key: int, tokens: int) -> Iterator[tuple[slice, int,
             yield slice(first, min(heads, first + together)), start, end
 
 
-def _causal_bias(tokens: int, like: Tensor) -> Tensor:
-    """[block, tokens + block], -inf above the diagonal of its last `block` columns: shifted left, it is every block's bias."""
-    block = min(_QUERY_BLOCK, tokens)
-    bias = torch.zeros(block, tokens + block, dtype=like.dtype, device=like.device)
-    bias[:, tokens:] = torch.full((block, block), float("-inf"), dtype=like.dtype, device=like.device).triu_(1)
-    return bias
+def _block_weights(query: Tensor, key: Tensor, start: int, end: int, scale: float) -> Tensor:
+    """softmax(scale q k^T) of one block, causal: query [h, G (end - start), d], the rows of a group of heads one head after the
+    other, each from position `start` on, key [h, end, d] -> [h, G (end - start), end].
+
+    On a CPU the softmax is one pass in C, if there is a compiler; `causal_weights` is the twin.
+    """
+    kernels = training_kernels_for(query)
+    if kernels is None:
+        return causal_weights(query, key, start, end, scale)
+    scores = torch.bmm(query, key.transpose(1, 2))
+    kernels.causal_softmax(scores.view(-1, end - start, end), start, scale)
+    return scores
 
 
-def _block_weights(query: Tensor, key: Tensor, bias: Tensor, start: int, end: int, scale: float) -> Tensor:
-    """softmax(scale q k^T + bias) of one block: query [h, G (end - start), d], key [h, end, d] -> [h, G (end - start), end]."""
-    first = bias.shape[1] - bias.shape[0] - start
-    block_bias = bias[: end - start, first : first + end]
-    if query.shape[1] != end - start:  # the rows of a group of heads, one head after the other
-        block_bias = block_bias.repeat(query.shape[1] // (end - start), 1)
-    return torch.baddbmm(block_bias.expand(query.shape[0], -1, -1), query, key.transpose(1, 2), alpha=scale).softmax(-1)
+def causal_weights(query: Tensor, key: Tensor, start: int, end: int, scale: float) -> Tensor:
+    """The same with torch alone."""
+    bias = query.new_full((end - start, end), float("-inf")).triu_(start + 1).repeat(query.shape[1] // (end - start), 1)
+    return torch.baddbmm(bias.expand(query.shape[0], -1, -1), query, key.transpose(1, 2), alpha=scale).softmax(-1)
+
+
+def _block_grad_scores(grad: Tensor, weights: Tensor, start: int, end: int, scale: float) -> Tensor:
+    """The gradient of a block's scores from that of its weights, which it may overwrite."""
+    kernels = training_kernels_for(grad, weights)
+    if kernels is None:
+        return torch._softmax_backward_data(grad, weights, -1, weights.dtype).mul_(scale)
+    kernels.causal_softmax_backward(grad.view(-1, end - start, end), weights.view(-1, end - start, end), start, scale)
+    return grad
 
 
 def _grouped(heads: Tensor, key: Tensor) -> Tensor:
@@ -81,10 +94,9 @@ def _blocked_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     k, v = key.flatten(0, 1), value.flatten(0, 1)
     q = _grouped(query, key)
     output = q.new_empty(*q.shape[:3], v.shape[-1])
-    bias = _causal_bias(q.shape[2], q)
     for heads, start, end in _blocks(*q.shape[:3]):
         block = output[heads, :, start:end]
-        weights = _block_weights(q[heads, :, start:end].flatten(1, 2), k[heads, :end], bias, start, end, scale)
+        weights = _block_weights(q[heads, :, start:end].flatten(1, 2), k[heads, :end], start, end, scale)
         block.copy_(torch.bmm(weights, v[heads, :end]).view_as(block))
     return output.view(*query.shape[:3], -1)
 
@@ -105,14 +117,13 @@ class _BlockedAttention(torch.autograd.Function):
         k, v = key.flatten(0, 1), value.flatten(0, 1)
         q, g = _grouped(query, key), _grouped(grad, key)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        bias = _causal_bias(q.shape[2], q)
         for heads, start, end in _blocks(*q.shape[:3]):
             queries, grads = (t[heads, :, start:end].flatten(1, 2) for t in (q, g))
             keys = k[heads, :end]
-            weights = _block_weights(queries, keys, bias, start, end, scale)
+            weights = _block_weights(queries, keys, start, end, scale)
             grad_v[heads, :end] += torch.bmm(weights.transpose(1, 2), grads)
             grad_weights = torch.bmm(grads, v[heads, :end].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scale)
+            grad_scores = _block_grad_scores(grad_weights, weights, start, end, scale)
             block = grad_q[heads, :, start:end]
             block.copy_(torch.bmm(grad_scores, keys).view_as(block))
             grad_k[heads, :end] += torch.bmm(grad_scores.transpose(1, 2), queries)

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finback.ops.linear import rows_times, sum_of_outer
+from finback.ops.native.build import training_kernels_for
 from finback.ops.precision import wide
 
-_CHUNK_ELEMENTS = 1 << 22  # logits alive at a time: 4 M, which a shared cache still holds
+_CHUNK_ELEMENTS = 1 << 21  # logits alive at a time: few enough for a shared cache, enough for few sums over chunks
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -32,23 +34,38 @@ def _loss_and_gradients(
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
-        rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+        rows = max(1, min(_CHUNK_ELEMENTS // weight.shape[0], hidden.shape[0]))
+        buffer = hidden.new_empty(rows, weight.shape[0])  # one for all chunks: fresh memory costs as much as the softmax
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
-            kept = target != ignore_index
-            index = target.where(kept, 0).unsqueeze(1)
-            log_probs = F.log_softmax(part @ matrix.T, dim=-1, dtype=dtype)
-            total -= (log_probs.gather(1, index).squeeze(1) * kept).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad_logits = log_probs.exp_()
-            grad_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=dtype))
-            grad_logits = grad_logits.mul_(kept.unsqueeze(1)).to(hidden.dtype)
+            logits = rows_times(part, matrix.T, out=buffer[: part.shape[0]])
+            kernels = training_kernels_for(logits)
+            if kernels is None:
+                losses = softmax_gradient(logits, target, ignore_index, want_hidden or want_weight)
+            else:
+                losses = kernels.cross_entropy(logits, target, ignore_index, want_hidden or want_weight)
+            total += losses.sum()
             if grad_hidden is not None:
-                torch.mm(grad_logits, matrix, out=grad_hidden[start : start + rows])
+                rows_times(logits, matrix, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ part
+                grad_weight += sum_of_outer(logits, part)
     return total, grad_hidden, grad_weight
+
+
+def softmax_gradient(logits: Tensor, targets: Tensor, ignore_index: int, gradient: bool) -> Tensor:
+    """-log softmax(logits)[target] per row, float32 [N]; with `gradient`, the logits [N, vocab] become the gradient of the sum.
+
+    On a CPU this is one pass in C, if there is a compiler; here is its twin.
+    """
+    kept = targets != ignore_index
+    index = targets.where(kept, 0).unsqueeze(1)
+    log_probs = F.log_softmax(logits, dim=-1, dtype=wide(logits.dtype))
+    losses = -log_probs.gather(1, index).squeeze(1) * kept
+    if gradient:
+        grad_logits = log_probs.exp_()
+        grad_logits.scatter_add_(1, index, torch.full_like(index, -1, dtype=log_probs.dtype))
+        logits.copy_(grad_logits.mul_(kept.unsqueeze(1)))
+    return losses
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -1,10 +1,22 @@
-"""The bias-free linear product, and the one case where a CPU does better than the general one."""
+"""The bias-free linear product, its three matrix products, and the cases where a CPU does better than torch's general ones.
+
+Float32 products go to MKL in torch's x86 builds. On processors that are not Intel's, MKL runs at half of oneDNN's speed; torch gives
+oneDNN float32 work only in convolutions and in an operation of its compiler's, which is what is called here. The rounding differs in
+the last bits, as between any two libraries.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 _LARGE = 1 << 16  # elements of a matrix from which reading it, not starting to, is what takes the time
+_FEW_ROWS = 64  # below these, starting a product in oneDNN takes longer than MKL's whole product
+_FEW_SUMMED_ROWS = 256  # the same for a product that sums over rows
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -17,4 +29,69 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if one_row and weight.numel() >= _LARGE and not torch.is_grad_enabled():
         row: Tensor = torch.linalg.vecdot(weight, x.view(-1))
         return row.view(*x.shape[:-1], -1)
+    many_rows = x.numel() >= _FEW_ROWS * x.shape[-1]
+    if many_rows and prefers_onednn(x, weight) and not torch.is_autocast_enabled("cpu"):
+        result: Tensor = _Linear.apply(x, weight)
+        return result
     return F.linear(x, weight)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return rows_times(x.reshape(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = rows_times(rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        grad_weight = sum_of_outer(rows, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def rows_times(rows: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """rows [M, P] times matrix [P, Q] -> [M, Q], in `out` if given; the matrix may be a transposed view."""
+    if rows.shape[0] >= _FEW_ROWS and prefers_onednn(rows, matrix):
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, matrix.t(), None, "none", [], "")
+        return product if out is None else out.copy_(product)
+    return torch.mm(rows, matrix, out=out)
+
+
+def sum_of_outer(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over rows of left_i right_i^T: [M, P], [M, Q] -> [P, Q], the weight gradient of a linear layer.
+
+    Through oneDNN, it is that of a convolution with a 1x1 kernel over an image of M x 1 pixels: without transposing copies.
+    """
+    if left.shape[0] >= _FEW_SUMMED_ROWS and prefers_onednn(left, right):
+        kernel = left.new_empty(1).expand(left.shape[1], right.shape[1], 1, 1)  # only its shape is looked at
+        images = [t.contiguous().view(1, len(t), 1, -1).permute(0, 3, 1, 2) for t in (left, right)]
+        stride, padding, dilation = [1, 1], [0, 0], [1, 1]
+        _, gradient, _ = torch.ops.aten.convolution_backward(
+            *images, kernel, None, stride, padding, dilation, False, [0, 0], 1, [False, True, False]
+        )
+        weight_gradient: Tensor = gradient.view(left.shape[1], -1)
+        return weight_gradient
+    return torch.mm(left.t(), right)
+
+
+def prefers_onednn(*operands: Tensor) -> bool:
+    """Whether these are float32 on a CPU that multiplies faster through oneDNN."""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in operands) and onednn_is_faster()
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Of oneDNN and MKL, if both are there: on other makers' processors than Intel's.
+
+    By the maker and not by a measurement, which could turn out differently in the next process and change the bits of a resumed run.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+        return False
+    try:
+        information = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    maker = re.search(r"^vendor_id\s*:\s*(\S+)", information, re.M)
+    return maker is not None and maker[1] != "GenuineIntel"

@@ -1,8 +1,8 @@
 """AdamW (Loshchilov and Hutter, 2019) as plain functions over named tensors, and clipping by the global gradient norm.
 
-Where time goes on a CPU: AdamW is a dozen elementwise operations on four arrays as long as the model, so it is bound by
-memory. The update therefore walks the parameters in blocks that fit the cache and does all its operations on one block
-before the next. The arithmetic of each element is the same as without blocks.
+Where time goes: AdamW is a dozen elementwise operations on four arrays as long as the model, so it is bound by memory. On a CPU
+with a C compiler it is one pass over them. Otherwise the update walks the parameters in blocks that fit the cache and does
+all its operations on one block before the next; the arithmetic of each element is the same as without blocks.
 
 Weight decay goes to matrices (embeddings, head, router and stacked experts included) and not to norms; V3 publishes 0.1
 and does not say where it applies. Parameters in a lower precision than fp32 have an fp32 master copy in the state, which
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from finback.ops.native.build import training_kernels_for
 
 _CPU_BLOCK = 2**18  # elements; parameter, gradient, two moments and a temporary: 5 MB in fp32
 _GPU_BLOCK = 2**28  # bounds the temporary
@@ -74,7 +76,27 @@ def adamw_update(
     # lr * (m / c1) / (sqrt(v / c2) + epsilon), with the corrections c1 and c2 moved out of the elementwise work
     root_correction = math.sqrt(1 - beta2**state.updates)
     step_size = lr / (1 - beta1**state.updates) * root_correction
-    for decay, block in _blocks(parameters, gradients, state):
+    scaled_epsilon = epsilon * root_correction
+    left: dict[str, Tensor] = {}  # what the kernels do not take
+    for name, parameter in parameters.items():
+        weights = state.master.get(name, parameter.detach())
+        kernels = training_kernels_for(weights, state.exp_avg[name])
+        if kernels is None or not all(t.is_contiguous() for t in (weights, state.exp_avg[name], state.exp_avg_sq[name])):
+            left[name] = parameter
+            continue
+        kernels.adamw(
+            weights,
+            gradients[name].float().contiguous(),
+            state.exp_avg[name],
+            state.exp_avg_sq[name],
+            scale=gradient_scale,
+            beta1=beta1,
+            beta2=beta2,
+            decay=1 - lr * weight_decay if parameter.ndim >= 2 else 1.0,
+            step_size=step_size,
+            epsilon=scaled_epsilon,
+        )
+    for decay, block in _blocks(left, gradients, state):
         p, g, m, v = ([chunk[i] for chunk in block] for i in range(4))
         narrow = m[0].dtype != torch.float32
         wide_m = [chunk.float() for chunk in m] if narrow else m
@@ -84,7 +106,7 @@ def adamw_update(
         torch._foreach_mul_(wide_v, beta2)
         torch._foreach_addcmul_(wide_v, g, g, (1 - beta2) * gradient_scale**2)
         denominator = torch._foreach_sqrt(wide_v)
-        torch._foreach_add_(denominator, epsilon * root_correction)
+        torch._foreach_add_(denominator, scaled_epsilon)
         if decay and weight_decay:
             torch._foreach_mul_(p, 1 - lr * weight_decay)
         torch._foreach_addcdiv_(p, wide_m, denominator, -step_size)

@@ -7,6 +7,8 @@ from torch import Tensor
 from finback.ops.attention import attention_reference, causal_attention, document_mask, grouped_attention, latent_attention
 from tests.ops.rule import assert_close_in_float64, assert_low_precision_rule, assert_repeatable, outputs_and_gradients
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 # batch, heads, tokens, query and key width, value width
 SHAPES = [
     (1, 1, 1, 3, 2),

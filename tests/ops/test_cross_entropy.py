@@ -9,6 +9,8 @@ from finback.ops import cross_entropy
 from finback.ops.cross_entropy import linear_cross_entropy
 from tests.ops.rule import assert_low_precision_rule, assert_repeatable, outputs_and_gradients
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 def naive(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     logits = F.linear(hidden, weight.to(hidden.dtype))

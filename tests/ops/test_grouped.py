@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from finback.ops import grouped
 from finback.ops.grouped import (
     Dispatch,
     dispatch_order,
@@ -168,11 +169,14 @@ def test_grouped_ops_are_repeatable(width: int, dtype: torch.dtype) -> None:
     assert_repeatable(lambda tensor: unpermute(permute(tensor, dispatch), dispatch, 19), x[:19].contiguous())
 
 
-def test_row_alignment_pays_only_in_bf16_on_a_cpu() -> None:
+@pytest.mark.parametrize("float32_too", [False, True])
+def test_row_alignment_pays_only_where_onednn_multiplies(float32_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped, "onednn_is_faster", lambda: float32_too)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for rows in (1, 100, 5000, 10**6):
-        assert row_alignment(rows, 8, torch.float32, cpu) == row_alignment(rows, 8, torch.bfloat16, cuda) == 1
+        assert row_alignment(rows, 8, torch.float64, cpu) == row_alignment(rows, 8, torch.bfloat16, cuda) == 1
         alignment = row_alignment(rows, 8, torch.bfloat16, cpu)
         assert alignment & (alignment - 1) == 0
         assert 1 <= alignment <= max(1, min(64, rows // 8 // 8))
+        assert row_alignment(rows, 8, torch.float32, cpu) == (alignment if float32_too else 1)
     assert row_alignment(10**6, 8, torch.bfloat16, cpu) == 64

@@ -7,6 +7,8 @@ from torch import Tensor
 from finback.ops.norm import inverse_rms, rms_norm
 from tests.ops.rule import assert_low_precision_rule, assert_repeatable, outputs_and_gradients
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 def naive(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As transformers writes it: statistics in float32 or better, rounded before the weight."""

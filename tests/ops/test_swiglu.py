@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from finback.ops.swiglu import swiglu
 from tests.ops.rule import assert_close_in_float64, assert_low_precision_rule, assert_repeatable
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 
 def naive(gate: Tensor, up: Tensor, row_weight: Tensor | None = None) -> Tensor:
     activation = F.silu(gate) * up

@@ -6,11 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from finback.ops.native import build
 from finback.train import optimizer
 from finback.train.optimizer import AdamState, adam_tensors, adamw_update, clip_scale, gradient_norm, init_adam_state
 
 SHAPES = {"embed": (37, 16), "experts": (3, 8, 16), "norm": (16,), "head": (5, 16)}
 BETAS = {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8}
+
+
+@pytest.fixture(params=["C", "torch"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two computes in this test."""
+    name: str = request.param
+    if name == "torch":
+        monkeypatch.setattr(build, "training_kernels", lambda: None)
+    elif build.training_kernels() is None:
+        pytest.skip("no C compiler on this machine")
+    return name
 
 
 def random_tensors(seed: int, scale: float = 1.0) -> dict[str, Tensor]:

@@ -23,10 +23,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from finback.ops.native.calls import Kernels
+from finback.ops.native.training import SUFFIXES, TrainingKernels
 
 SOURCES = ("kernels.c", "vectors.h", "product.h", "operations.h", "attention.h", "experts.h", "undefine.h")
+TRAINING_SOURCES = ("training.c", "vectors.h", "training.h")
 COMPILERS = ("gcc", "cc", "clang")
 # No -ffast-math: it would drop nan and inf, and flush denormal numbers of the whole process to zero.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
@@ -48,17 +51,33 @@ def kernels() -> Kernels | None:
         return None
 
 
+@cache
+def training_kernels() -> TrainingKernels | None:
+    """Those of a training step, likewise."""
+    try:
+        return TrainingKernels(_library(TRAINING_SOURCES))
+    except BuildError as error:
+        logger.warning("training on the CPU runs on torch alone, up to a third slower: %s", error)
+        return None
+
+
+def training_kernels_for(*tensors: Tensor) -> TrainingKernels | None:
+    """Those, where they take all these tensors: float32 or bfloat16, on the CPU."""
+    return training_kernels() if all(t.device.type == "cpu" and t.dtype in SUFFIXES for t in tensors) else None
+
+
 def cache_directory() -> Path:
     """Where compiled libraries lie; they can be removed at any time."""
     return Path("~/.cache/finback/native").expanduser()
 
 
-def _library() -> ctypes.CDLL:
+def _library(sources: tuple[str, ...] = SOURCES) -> ctypes.CDLL:
+    """The library of the first of `sources`, which includes the others."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise BuildError("there is no C compiler; install one (on Debian and Ubuntu: apt-get install gcc)")
     runtime = _openmp_runtime()
-    path = cache_directory() / f"{_key(compiler, runtime)}.so"
+    path = cache_directory() / f"{_key(compiler, runtime, sources)}.so"
     if _is_whole(path):
         try:
             return ctypes.CDLL(str(path))
@@ -67,7 +86,7 @@ def _library() -> ctypes.CDLL:
     logger.info("compiling the CPU kernels with %s, once for this machine", compiler)
     # Beside its place if possible, so that it can be moved there in one step; two processes may do so at once.
     with _temporary_directory(path.parent) as temporary:
-        compiled = _compile(compiler, runtime, temporary)
+        compiled = _compile(compiler, runtime, temporary, sources[0])
         try:
             os.replace(compiled, path)
             compiled = path
@@ -91,9 +110,9 @@ def _temporary_directory(parent: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _compile(compiler: str, runtime: Path | None, directory: Path) -> Path:
-    """Compile into `directory` and return the library, with its own digest at the end."""
-    source, compiled, library = Path(__file__).with_name(SOURCES[0]), directory / "kernels.o", directory / "kernels.so"
+def _compile(compiler: str, runtime: Path | None, directory: Path, name: str) -> Path:
+    """Compile `name` into `directory` and return the library, with its own digest at the end."""
+    source, compiled, library = Path(__file__).with_name(name), directory / "kernels.o", directory / "kernels.so"
     _run(compiler, *FLAGS, "-c", str(source), "-o", str(compiled))
     openmp = "-fopenmp" if runtime is None else str(runtime)
     _run(compiler, "-shared", str(compiled), "-o", str(library), openmp, "-lm")
@@ -132,8 +151,8 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def _key(compiler: str, runtime: Path | None) -> str:
-    parts = [Path(__file__).with_name(name).read_bytes() for name in SOURCES]
+def _key(compiler: str, runtime: Path | None, sources: tuple[str, ...] = SOURCES) -> str:
+    parts = [Path(__file__).with_name(name).read_bytes() for name in sources]
     parts += [" ".join(FLAGS).encode(), _run(compiler, "--version").encode(), _processor().encode(), str(runtime).encode()]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 

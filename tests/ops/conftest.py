@@ -1,0 +1,16 @@
+"""Ops that have C kernels for training are tested with them and without."""
+
+import pytest
+
+from finback.ops.native import build
+
+
+@pytest.fixture(params=["C", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which of the two computes in this test."""
+    name: str = request.param
+    if name == "torch":
+        monkeypatch.setattr(build, "training_kernels", lambda: None)
+    elif build.training_kernels() is None:
+        pytest.skip("no C compiler on this machine")
+    return name
