@@ -20,7 +20,6 @@ enum { PARTS = 64 };
 enum { BLOCK = 1 << 14 };
 
 #ifdef _OPENMP
-#define PRAGMA(text) _Pragma(#text)
 #define ROWS_IN_PARALLEL(threads) PRAGMA(omp parallel for num_threads((int)(threads)) schedule(static))
 INLINE int64_t this_thread(void) { return omp_get_thread_num(); }
 #else
@@ -28,25 +27,10 @@ INLINE int64_t this_thread(void) { return omp_get_thread_num(); }
 INLINE int64_t this_thread(void) { return 0; }
 #endif
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 INLINE vector square_root(vector x) {
   vector result;
   for (int lane = 0; lane < LANES; lane++) result[lane] = sqrtf(x[lane]);
   return result;
-}
-
-// Rounded to the nearest, ties to even, as torch does; nan stays nan.
-INLINE halves round_to_bfloat16(vector value) {
-  words bits = (words)value;
-  words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  words not_a_number = (words)(value != value);
-  return __builtin_convertvector((not_a_number & 0x7fc0) | (~not_a_number & rounded), halves);
-}
-
-INLINE void store_bfloat16(uint16_t *to, vector value) {
-  halves bits = round_to_bfloat16(value);
-  memcpy(to, &bits, sizeof bits);
 }
 
 // A pass over `size` elements in vectors; the last one may be shorter, and is read and written in part.

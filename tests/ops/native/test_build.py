@@ -130,13 +130,12 @@ def test_another_source_or_processor_means_another_library(monkeypatch: pytest.M
     compiler = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     assert compiler is not None
     runtime = build._openmp_runtime()
-    keys = {build._key(compiler, runtime), build._key(compiler, None)}
+    keys = {build._key(compiler, runtime, build.SOURCES), build._key(compiler, None, build.SOURCES)}
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
-    keys.add(build._key(compiler, runtime))
+    keys.add(build._key(compiler, runtime, build.SOURCES))
     monkeypatch.setattr(build, "_processor", lambda: "another")
-    keys.add(build._key(compiler, runtime))
-    monkeypatch.setattr(build, "SOURCES", build.SOURCES[1:])
-    keys.add(build._key(compiler, runtime))
+    keys.add(build._key(compiler, runtime, build.SOURCES))
+    keys.add(build._key(compiler, runtime, build.SOURCES[1:]))
     assert len(keys) == 5
 
 

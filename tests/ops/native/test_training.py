@@ -9,7 +9,7 @@ from torch import Tensor
 from finback.ops import attention, cross_entropy, norm, swiglu
 from finback.ops.native.build import training_kernels
 from finback.ops.native.training import TrainingKernels
-from tests.ops.native.rule import DTYPES, assert_within_the_rule, draw, threads, wide
+from tests.ops.native.rule import DTYPES, assert_within_the_rule, draw, skip_without_compiler, threads, wide
 
 WIDTHS = [1, 7, 16, 33, 64, 250]  # single elements, less than a vector, whole vectors, both
 IGNORED = -100
@@ -19,7 +19,8 @@ IGNORED = -100
 def kernels() -> TrainingKernels:
     found = training_kernels()
     if found is None:
-        pytest.skip("no C compiler on this machine")
+        skip_without_compiler()
+    assert found is not None
     return found
 
 
