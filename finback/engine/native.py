@@ -68,7 +68,7 @@ class NativeDecoder:
         return step.output
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, D] -> [rows, vocab], overwritten by the next call; at most `max_head_rows` rows."""
+        """[rows, D] -> float32 [rows, vocab], overwritten by the next call; at most `max_head_rows` rows."""
         rows = len(hidden)
         step = self._heads.get(rows) or _kept(self._heads, rows, self._prepare_head(rows))
         self._scratch.head[:rows] = hidden
@@ -224,7 +224,7 @@ class _Scratch:
         self.x = new(c.hidden_size)
         self.hidden = new(c.hidden_size)
         self.head = torch.zeros(head_rows, c.hidden_size, dtype=dtype)
-        self.logits = torch.zeros(head_rows, c.vocab_size, dtype=dtype)
+        self.logits = torch.zeros(head_rows, c.vocab_size)
         if c.kv_lora_rank:
             self.compressed = new(c.cache_row_width)
             self.compressed_query = new(c.q_lora_rank or 0)

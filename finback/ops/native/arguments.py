@@ -25,7 +25,7 @@ class Operation(ctypes.Structure):
 class LinearArguments(ctypes.Structure):
     """As in operations.h."""
 
-    _fields_ = _fields("x norm weights*3 biases*3 outputs*3 residual", "rows*3 tokens inputs", "eps")
+    _fields_ = _fields("x norm weights*3 biases*3 outputs*3 residual unrounded", "rows*3 tokens inputs", "eps")
 
 
 class EmbeddingArguments(ctypes.Structure):

@@ -88,7 +88,8 @@ class Kernels:
     ) -> Call:
         """outputs[i] [B, n_i] = weights[i] [n_i, D] x [B, D] + biases[i] [n_i], for up to three matrices.
 
-        With `norm`, x is normalised first. `residual` is added to the first output, and may be that output.
+        With `norm`, x is normalised first. `residual` is added to the first output, and may be that output. The first output may be
+        float32 where the rest is bfloat16: logits that differ by less than bfloat16 can tell keep their order.
         """
         tokens, inputs = x.shape
         assert 1 <= len(weights) == len(outputs) <= 3
@@ -99,9 +100,12 @@ class Kernels:
             assert bias is None or bias.shape == (len(weight),)
         assert residual is None or residual.shape == outputs[0].shape
         assert norm is None or norm.weight.shape == (inputs,)
+        unrounded = outputs[0] if outputs[0].dtype == torch.float32 != x.dtype else None
+        assert unrounded is None or unrounded.is_contiguous()
+        rounded = outputs if unrounded is None else outputs[1:]
         return self._bind(
             "linear",
-            (x, *weights, *outputs, *biases, residual, norm and norm.weight),
+            (x, *weights, *rounded, *biases, residual, norm and norm.weight),
             LinearArguments(
                 x=_at(x),
                 norm=norm and _at(norm.weight),
@@ -109,11 +113,13 @@ class Kernels:
                 biases=(c_void_p * 3)(*map(_at, biases)),
                 outputs=(c_void_p * 3)(*map(_at, outputs)),
                 residual=_at(residual),
+                unrounded=_at(unrounded),
                 rows=(c_int64 * 3)(*(len(weight) for weight in weights)),
                 tokens=tokens,
                 inputs=inputs,
                 eps=norm.eps if norm else 0.0,
             ),
+            outputs,
         )
 
     def embedding(self, ids: Tensor, table: Tensor, output: Tensor) -> Call:

@@ -25,6 +25,7 @@ typedef struct {
   const NAME(stored) * weights[3], *biases[3];  // [rows[i], inputs], [rows[i]] or null
   NAME(stored) * outputs[3];
   const NAME(stored) * residual;  // [tokens, rows[0]] or null, added to the first output; may be that output
+  float *unrounded;               // the first output in float32 instead, or null
   int64_t rows[3], tokens, inputs;
   float eps;
 } NAME(linear_arguments);
@@ -35,7 +36,7 @@ TAKE(linear) { return NAME(take_activations)(a->tokens, a->inputs, threads, memo
 
 static void NAME(linear_rows)(const NAME(linear_arguments) * a, int i, range rows, const NAME(activations) * x) {
   const NAME(stored) *residual = i == 0 ? a->residual : 0, *bias = a->biases[i];
-  float block[NAME(PRODUCT)];
+  float *unrounded = i == 0 ? a->unrounded : 0, block[NAME(PRODUCT)];
   for (int64_t row = rows.first; row < rows.end; row += BLOCK) {
     int64_t count = least(BLOCK, rows.end - row);
     for (int64_t first = 0; first < a->tokens; first += NAME(tokens_now)(x, first)) {
@@ -46,7 +47,10 @@ static void NAME(linear_rows)(const NAME(linear_arguments) * a, int i, range row
           vector value = load_float32(block + t * BLOCK + r);
           if (bias) value += LOAD_PART(bias + row + r, count - r);
           if (residual) value += LOAD_PART(residual + at, count - r);
-          STORE_PART(a->outputs[i] + at, value, count - r);
+          if (unrounded)
+            store_part_float32(unrounded + at, value, count - r);
+          else
+            STORE_PART(a->outputs[i] + at, value, count - r);
         }
     }
   }

@@ -74,6 +74,18 @@ def test_linear_adds_to_its_own_output(tokens: int, dtype: torch.dtype) -> None:
     assert torch.equal(apart, stream)
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 33])
+def test_linear_may_leave_its_first_output_unrounded(tokens: int) -> None:
+    x, weights = draw(torch.bfloat16, tokens, 40), [draw(torch.bfloat16, 21, 40), draw(torch.bfloat16, 8, 40)]
+    wide_output, narrow = nans(torch.float32, tokens, 21), nans(torch.bfloat16, tokens, 8)
+    compiled().linear(x, weights, [wide_output, narrow])()
+    exact = x.double() @ weights[0].double().T
+    assert float((wide_output - exact).norm() / exact.norm()) < 1e-6
+    rounded = nans(torch.bfloat16, tokens, 21)
+    compiled().linear(x, weights, [rounded, narrow])()
+    assert torch.equal(wide_output.bfloat16(), rounded)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 9, 20, 40])
 def test_linear_does_not_depend_on_threads(tokens: int, dtype: torch.dtype) -> None:
