@@ -372,6 +372,7 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes: after the weights have changed, their rows are those of another model."""
         self._blocks.reset_prefix_cache()
+        self._runner.weights_changed()
 
     @property
     def num_blocks(self) -> int:

@@ -67,6 +67,11 @@ class NativeDecoder:
         step.run()
         return step.output
 
+    def forget(self) -> None:
+        """Prepare all steps anew when they are next needed: parameters may have moved in memory."""
+        for steps in (self._steps, self._draft_steps, self._heads):
+            steps.clear()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, D] -> float32 [rows, vocab], overwritten by the next call; at most `max_head_rows` rows."""
         rows = len(hidden)

@@ -72,6 +72,11 @@ class Runner:
 
         return self._run(chunks, wanted, by_torch, by_kernels)
 
+    def weights_changed(self) -> None:
+        """To be told when parameters were replaced by others; changes in place need no word."""
+        if self._native is not None:
+            self._native.forget()
+
     def draft(self, chunks: Sequence[Chunk], wanted: Sequence[int], hidden: Tensor) -> Forward:
         """The MTP module over `chunks` that hold, at the positions of `hidden` [T, D], the tokens that follow them."""
         ends = _ends(chunks)

@@ -141,6 +141,19 @@ def test_weights_changed_in_place_count_at_once() -> None:
     assert worst_row(after, model(torch.tensor([[1, 2]]))[:, -1]) < 1e-4
 
 
+def test_parameters_that_were_replaced_count_when_told() -> None:
+    model = build(BASE)
+    engine = runner(model, "native")
+    chunk = Chunk([1, 2], 0, [0])
+    engine.forward([chunk], [1])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 1.5
+    engine.weights_changed()
+    after = engine.forward([chunk], [1]).logits
+    assert worst_row(after, model(torch.tensor([[1, 2]]))[:, -1]) < 1e-4
+
+
 def test_a_backend_that_cannot_run_is_named() -> None:
     model = build(BASE, dtype=torch.float64)
     with pytest.raises(InputError, match=r"backend is 'native', but the weights are torch\.float64"):
