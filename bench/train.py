@@ -21,6 +21,7 @@ from finback.config import ModelConfig, count_params
 from finback.ops.cross_entropy import linear_cross_entropy
 from finback.train.losses import accumulate_gradients
 from finback.train.optimizer import adamw_update, clip_scale, gradient_norm, init_adam_state
+from finback.train.session import keep_freed_memory
 from finback.train.throughput import training_flops_per_token
 
 TARGET_RATIO = {"fp32": 1.4, "bf16": 2.5}
@@ -116,7 +117,11 @@ def build_own_loop(size: Size, precision: str) -> Callable[[Any], float]:
 def training_step(
     config: ModelConfig, precision: str, draw: Callable[[], Tensor], recompute: str = "none"
 ) -> Callable[[Any], float]:
-    """The same functions with the same arguments as the loop in `finback.train.pretrain`; the loss of the main head."""
+    """The same functions with the same arguments as the loop in `finback.train.pretrain`; the loss of the main head.
+
+    The process keeps freed memory from here on, as the verb's process does.
+    """
+    keep_freed_memory()
     model = our_model(config)
     parameters = dict(model.named_parameters())
     adam = init_adam_state(parameters)

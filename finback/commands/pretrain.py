@@ -51,8 +51,10 @@ def main(argv: Sequence[str]) -> int:
         again = f"continue it with finback pretrain --resume {arguments.out}"
         raise InputError(f"--out {arguments.out} already holds a run; {again}, or give another --out")
     from finback.train.pretrain import pretrain
+    from finback.train.session import keep_freed_memory
 
     config = prepare_data(arguments.config, arguments.out, text_field=arguments.text_field)
+    keep_freed_memory()
     _tell_end(pretrain(config, arguments.out))
     return 0
 
@@ -62,9 +64,10 @@ def _resume(argv: Sequence[str]) -> None:
     if len(words) != 2 or words[0] != "--resume":
         raise InputError("--resume DIR stands alone: a run is continued with the fields that it was started with")
     from finback.train.pretrain import pretrain
-    from finback.train.session import read_run_config
+    from finback.train.session import keep_freed_memory, read_run_config
 
     directory = Path(words[1])
+    keep_freed_memory()
     _tell_end(pretrain(read_run_config(directory), directory, resume=True))
 
 

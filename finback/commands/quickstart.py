@@ -16,6 +16,8 @@ def main(argv: Sequence[str]) -> int:
         description="Train a small model with DeepSeek-V3's architecture on this machine, from nothing to samples.",
     )
     from finback.recipes.quickstart import quickstart
+    from finback.train.session import keep_freed_memory
 
+    keep_freed_memory()
     quickstart(config, tiny())
     return 0

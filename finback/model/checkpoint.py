@@ -87,12 +87,15 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, device: torc
     checkpoint = open_checkpoint(directory)
     model = Transformer(replace(checkpoint.config, torch_dtype=_DTYPE_NAMES[dtype], fp8=False), device=device, dtype=dtype)
     with torch.no_grad(), TensorReader() as reader:
+        copies: dict[str, Tensor] = {}
         for name, tensor in hf_tensors(model):
-            original = _original(name, model.config)
-            if original == name:
+            if _original(name, model.config) == name:
                 _read_weight(reader, checkpoint.stored, name, tensor)
             elif name in checkpoint.stored:
-                _check_copy(reader, checkpoint.stored, name, original)
+                copies[name] = tensor
+        reader.wait()
+        for name, tensor in copies.items():
+            _check_copy(reader, checkpoint.stored, name, _original(name, model.config), tensor)
         _check_tied(reader, checkpoint)
     model.source_directory = checkpoint.directory.resolve()
     return model
@@ -300,8 +303,11 @@ def _check_tied(reader: TensorReader, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_copy(reader: TensorReader, stored: dict[str, StoredTensor], name: str, original: str) -> None:
-    if not reader.same_bytes(stored[name], stored[original]):
+def _check_copy(reader: TensorReader, stored: dict[str, StoredTensor], name: str, original: str, tensor: Tensor) -> None:
+    """`tensor` is the original as loaded: read once, if it has not been cast."""
+    as_stored = stored[name].dtype == stored[original].dtype and TORCH_DTYPES[stored[original].dtype] == tensor.dtype
+    same = reader.holds(stored[name], tensor) if as_stored else reader.same_bytes(stored[name], stored[original])
+    if not same:
         raise InputError(
             f"{stored[name].file} holds a {name} that differs from {original}; MTP shares both with the main model, "
             "so the two must be equal bit for bit: remove the copy, or store the same values"

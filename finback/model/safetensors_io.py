@@ -3,16 +3,18 @@
 The format is eight bytes with the header's length, a JSON header (name -> dtype, shape, byte range), then the data. The
 `safetensors` library maps whole files into memory, and mapped pages count as the process's own: loading a model with it
 shows twice its size. Here bytes go from the file straight into the tensor they belong to, and from a tensor straight
-into the file, so a tensor that is cast on the way is the only copy that ever exists.
+into the file, so a tensor that is cast on the way is the only copy that ever exists. Copying between the page cache and
+tensors is bound by one core, so reads are shared out among threads, and the disk is kept busy while a file is being written.
 """
 
 import json
 import math
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +32,9 @@ TORCH_DTYPES = {
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000  # the library's own bound
 _COMPARE_BYTES = 1 << 22
+_READ_BYTES = 1 << 22  # what a thread reads at a time
+_MOST_READERS = 4
+_SYNC_BYTES = 1 << 26  # what is written before the disk is asked to begin
 
 
 class StoredTensor(NamedTuple):
@@ -131,33 +136,79 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> StoredTe
     return StoredTensor(path, dtype, shape, data_start + start, data_start + stop)
 
 
+class _Piece(NamedTuple):
+    """Bytes of a file from `start` on, and where they go."""
+
+    file: Path
+    start: int
+    buffer: memoryview
+
+
 class TensorReader:
-    """Reads stored tensors by their catalog entries. Keeps the files it has met open until it is closed."""
+    """Reads stored tensors by their catalog entries. Keeps the files it has met open until it is closed.
+
+    `read_into` may leave its work to threads: it is done when `wait` returns, or the block has ended.
+    """
 
     def __init__(self) -> None:
-        self._files: dict[Path, BinaryIO] = {}
+        self._files: dict[Path, int] = {}
+        self._pool = ThreadPoolExecutor(min(_MOST_READERS, os.cpu_count() or 1))
+        self._collected: list[_Piece] = []
+        self._collected_bytes = 0
+        self._running: list[Future[None]] = []
 
     def __enter__(self) -> "TensorReader":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+            for handle in self._files.values():
+                os.close(handle)
+            self._files.clear()
 
     def read(self, stored: StoredTensor) -> Tensor:
         """The tensor as stored, on the CPU."""
         tensor = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
-        self._fill(stored, stored.start, _bytes_of(tensor))
+        self._fill(_Piece(stored.file, stored.start, _bytes_of(tensor)))
         return tensor
 
     def read_into(self, stored: StoredTensor, destination: Tensor) -> None:
         """Fill `destination`, of the stored shape but any dtype and device; without a copy between where they agree."""
         same = TORCH_DTYPES[stored.dtype] == destination.dtype and destination.device.type == "cpu"
-        if same and destination.is_contiguous():
-            self._fill(stored, stored.start, _bytes_of(destination))
-        else:
+        if not (same and destination.is_contiguous()):
             destination.copy_(self.read(stored))
+            return
+        self._handle(stored.file)
+        buffer = _bytes_of(destination)
+        for offset in range(0, len(buffer), _READ_BYTES):
+            piece = buffer[offset : offset + _READ_BYTES]
+            self._collected.append(_Piece(stored.file, stored.start + offset, piece))
+            self._collected_bytes += len(piece)
+            if self._collected_bytes >= _READ_BYTES:
+                self._hand_over()
+
+    def wait(self) -> None:
+        """Until everything is read; raises what went wrong."""
+        self._hand_over()
+        while self._running:
+            self._running.pop().result()
+
+    def holds(self, stored: StoredTensor, tensor: Tensor) -> bool:
+        """Whether a stored tensor has the bits of one in memory, of the same shape; compares a few MiB at a time."""
+        if TORCH_DTYPES[stored.dtype] != tensor.dtype:
+            return False
+        bits = tensor.view(-1).view(torch.uint8)
+        for offset in range(0, stored.stop - stored.start, _COMPARE_BYTES):
+            there = bits[offset : offset + _COMPARE_BYTES]
+            here = torch.empty_like(there, device="cpu")
+            self._fill(_Piece(stored.file, stored.start + offset, _bytes_of(here)))
+            if not torch.equal(here, there.cpu()):
+                return False
+        return True
 
     def same_bytes(self, one: StoredTensor, other: StoredTensor) -> bool:
         """Whether two stored tensors are equal bit for bit, dtype and shape included; compares a few MiB at a time."""
@@ -167,22 +218,30 @@ class TensorReader:
             size = min(_COMPARE_BYTES, one.stop - one.start - offset)
             pieces = bytearray(size), bytearray(size)
             for stored, piece in zip((one, other), pieces, strict=True):
-                self._fill(stored, stored.start + offset, memoryview(piece))
+                self._fill(_Piece(stored.file, stored.start + offset, memoryview(piece)))
             if pieces[0] != pieces[1]:
                 return False
         return True
 
-    def _fill(self, stored: StoredTensor, start: int, buffer: memoryview) -> None:
-        if stored.file not in self._files:
-            self._files[stored.file] = stored.file.open("rb", buffering=0)
-        file = self._files[stored.file]
-        file.seek(start)
-        done = 0
-        while done < len(buffer):
-            count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
-            if not count:
-                raise InputError(f"{stored.file} has become shorter while it was read; fetch it again")
-            done += count
+    def _hand_over(self) -> None:
+        """What has been collected becomes one thread's work: many tensors are small."""
+        pieces, self._collected, self._collected_bytes = self._collected, [], 0
+        if pieces:
+            self._running.append(self._pool.submit(self._fill, *pieces))
+
+    def _handle(self, path: Path) -> int:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return self._files[path]
+
+    def _fill(self, *pieces: _Piece) -> None:
+        for file, start, buffer in pieces:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(self._handle(file), [buffer[done:]], start + done)
+                if not count:
+                    raise InputError(f"{file} has become shorter while it was read; fetch it again")
+                done += count
 
 
 def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
@@ -226,14 +285,21 @@ def write_safetensors(path: Path, specs: list[TensorSpec], tensors: Iterator[tup
         header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
-    with path.open("xb") as file:
+    with path.open("xb") as file, ThreadPoolExecutor(1) as pool:
         file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        unsynced, syncing = 0, Future[None]()
+        syncing.set_result(None)
         for spec in specs:
             name, tensor = next(tensors)
             stored = (name, tuple(tensor.shape), tensor.dtype)
             assert stored == (spec.name, spec.shape, TORCH_DTYPES[spec.dtype]), f"{stored} given, {spec} planned"
             file.seek(_LENGTH_BYTES + len(text) + header[name]["data_offsets"][0])
             file.write(_bytes_of(tensor.detach().cpu().contiguous()))
+            unsynced += tensor_bytes(spec)
+            if unsynced >= _SYNC_BYTES and syncing.done():  # the disk works while the next tensors are made and copied
+                syncing.result()
+                unsynced, syncing = 0, pool.submit(os.fsync, file.fileno())
+        syncing.result()
         file.flush()
         os.fsync(file.fileno())
 

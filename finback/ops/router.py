@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finback.ops.native.build import training_kernels_for
 from finback.ops.precision import wide
 
 
@@ -26,10 +27,19 @@ def select_experts(
 
     `noaux_tc` (V3) selects on s + b, and keeps the `topk_group` groups with the largest sum of their two best biased scores;
     `group_limited_greedy` (V2) keeps the groups with the largest score; `greedy` looks at no groups. Experts of dropped groups are
-    masked with -inf, not with 0: a biased score may be negative.
+    masked with -inf, not with 0: a biased score may be negative. Of equal scores any may be taken.
     """
     choice = scores if bias is None else scores + bias
-    if topk_method != "greedy" and topk_group < n_group:
+    limited = topk_method != "greedy" and topk_group < n_group
+    kernels = training_kernels_for(choice) if choice.dtype == torch.float32 else None
+    if kernels is None:
+        return _select_in_torch(choice, top_k, n_group if limited else 1, topk_group, topk_method)
+    return kernels.select_experts(choice, top_k, *((n_group, topk_group) if limited else (1, 1)), topk_method == "noaux_tc")
+
+
+def _select_in_torch(choice: Tensor, top_k: int, n_group: int, topk_group: int, topk_method: str) -> Tensor:
+    """The same over biased scores: the C kernel's twin."""
+    if n_group > 1:
         grouped = choice.view(choice.shape[0], n_group, -1)
         per_group = grouped.topk(2, dim=-1).values.sum(-1) if topk_method == "noaux_tc" else grouped.amax(-1)
         kept = per_group.topk(topk_group, dim=-1, sorted=False).indices
@@ -55,7 +65,7 @@ def sequence_balance(scores: Tensor, sequences: int, top_k: int) -> Tensor:
     per_sequence = scores.view(sequences, -1, n_experts)
     tokens = per_sequence.shape[1]
     with torch.no_grad():
-        chosen = per_sequence.topk(top_k, dim=-1, sorted=False).indices.flatten(1)
+        chosen = select_experts(scores, None, top_k).view(sequences, -1)
         hits = torch.zeros(sequences, n_experts, dtype=scores.dtype, device=scores.device)
         hits.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=scores.dtype))
         frequency = hits * (n_experts / (top_k * tokens))

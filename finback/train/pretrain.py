@@ -39,6 +39,7 @@ from finback.train.session import (
     deferred_interrupts,
     describe_machine,
     device_name,
+    kernels_name,
     locked,
     open_data,
     read_machine,
@@ -280,9 +281,10 @@ def _introduction(
     config: PretrainConfig, device: torch.device, machine: dict[str, Any], validation: Tensor | None
 ) -> Iterator[str]:
     counts = count_params(config.model)
+    kernels = " and C kernels" if machine.get("kernels") == "C" else ""
     yield (
         f"{counts.total:,} parameters ({counts.active:,} active per token), {config.precision} on {device} "
-        f"with {torch.get_num_threads()} threads, about {machine['estimated_device_bytes'] / 2**30:.1f} GiB at the peak"
+        f"with {torch.get_num_threads()} threads{kernels}, about {machine['estimated_device_bytes'] / 2**30:.1f} GiB at the peak"
     )
     if validation is None:
         yield "the validation split is shorter than one sequence: no held-out loss will be measured"
@@ -290,11 +292,16 @@ def _introduction(
 
 def _changes(machine: dict[str, Any], device: torch.device) -> list[str]:
     """What differs from the machine that the run started on and may change bits."""
-    now = {"device": device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    now = {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "kernels": kernels_name(device),
+    }
     return [
-        f"{name} is {value} and was {machine[name]} when the run started: losses may differ in their last bits"
+        f"{name} is {value} and was {machine.get(name, 'torch')} when the run started: losses may differ in their last bits"
         for name, value in now.items()
-        if machine.get(name) != value
+        if machine.get(name, "torch") != value
     ]
 
 

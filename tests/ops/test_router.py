@@ -14,6 +14,11 @@ from finback.ops.router import gate_values, router_scores, select_experts, seque
 UNIT = 2.0**-20
 
 
+@pytest.fixture(autouse=True)
+def both(implementation: str) -> None:
+    """Every test with the C kernel and with torch alone."""
+
+
 def best(values: dict[int, float], count: int) -> set[int] | None:
     """Keys of the `count` largest values; None if the last one ties with the first left out."""
     ordered = sorted(values, key=lambda key: -values[key])

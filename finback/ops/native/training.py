@@ -40,6 +40,8 @@ class TrainingKernels:
                 function = getattr(library, f"{name}_{suffix}")
                 function.restype, function.argtypes = result, arguments
                 self._functions[name, dtype] = function
+        self._select_experts = library.select_experts
+        self._select_experts.restype, self._select_experts.argtypes = None, [c_void_p] * 2 + [c_int64] * 7
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """x [..., D], weight [D] of any dtype -> normalised [..., D], scales float32 [..., 1]."""
@@ -104,7 +106,8 @@ class TrainingKernels:
         targets = targets.contiguous()
         rows, size = logits.shape
         threads = _threads(logits)
-        losses, scratch = torch.empty(rows), torch.empty(threads, size + _LANES)
+        losses = torch.empty(rows, dtype=torch.float32)
+        scratch = torch.empty(threads, size + _LANES, dtype=torch.float32)
         failed = self._functions["cross_entropy", logits.dtype](
             logits.data_ptr(),
             targets.data_ptr(),
@@ -126,7 +129,7 @@ class TrainingKernels:
         heads, rows, columns = scores.shape
         assert start + rows <= columns
         threads = _threads(scores)
-        scratch = torch.empty(threads, columns + _LANES)
+        scratch = torch.empty(threads, columns + _LANES, dtype=torch.float32)
         self._functions["causal_softmax", scores.dtype](
             scores.data_ptr(), scratch.data_ptr(), heads, rows, columns, start, threads, scale
         )
@@ -140,6 +143,20 @@ class TrainingKernels:
         self._functions["causal_softmax_backward", grad.dtype](
             grad.data_ptr(), weights.data_ptr(), *grad.shape, start, _threads(grad), scale
         )
+
+    def select_experts(self, scores: Tensor, top_k: int, n_group: int, topk_group: int, two_per_group: bool) -> Tensor:
+        """Indices int64 [N, K] of the largest of scores float32 [N, E], from the `topk_group` best of `n_group` groups only."""
+        assert scores.dtype == torch.float32
+        scores = scores.contiguous()
+        rows, experts = scores.shape
+        assert experts % n_group == 0
+        assert 1 <= topk_group <= n_group
+        assert top_k <= topk_group * (experts // n_group)
+        indices = torch.empty(rows, top_k, dtype=torch.int64)
+        self._select_experts(
+            scores.data_ptr(), indices.data_ptr(), rows, experts, top_k, n_group, topk_group, two_per_group, _threads(scores)
+        )
+        return indices
 
     def adamw(
         self,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finback.ops import attention, cross_entropy, norm, swiglu
+from finback.ops import attention, cross_entropy, norm, router, swiglu
 from finback.ops.native.build import training_kernels
 from finback.ops.native.training import TrainingKernels
 from tests.ops.native.rule import DTYPES, assert_within_the_rule, draw, skip_without_compiler, threads, wide
@@ -114,6 +114,19 @@ def test_causal_softmax_equals_its_twin(kernels: TrainingKernels, rows: int, sta
     assert of_scores.shape == grad.shape
 
 
+@pytest.mark.parametrize(("groups", "kept"), [(1, 1), (4, 4), (4, 2), (8, 1)])
+@pytest.mark.parametrize("method", ["noaux_tc", "group_limited_greedy"])
+def test_select_experts_equals_its_twin(kernels: TrainingKernels, method: str, groups: int, kept: int) -> None:
+    scores = torch.randn(3000, 32)
+    found = kernels.select_experts(scores, 4, groups, kept, method == "noaux_tc")
+    plain = router._select_in_torch(scores, 4, groups, kept, method)
+    assert torch.equal(found.sort(-1).values, plain.sort(-1).values)
+    scores[7] = float("nan")  # a run that has diverged: anything, but experts that exist, each once
+    row = kernels.select_experts(scores, 4, groups, kept, method == "noaux_tc")[7].tolist()
+    assert len(set(row)) == 4
+    assert set(row) <= set(range(32))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 15, 16, 1 << 14, (1 << 15) + 21])
 def test_adamw_equals_the_formula(kernels: TrainingKernels, size: int, dtype: torch.dtype) -> None:
@@ -148,7 +161,8 @@ def everything(kernels: TrainingKernels, dtype: torch.dtype) -> list[Tensor]:
     outputs += [p, *moments, kernels.cross_entropy(x, targets, IGNORED, True), x]
     kernels.causal_softmax(scores, 40, 0.3)
     kernels.causal_softmax_backward(grad, scores, 40, 0.3)
-    return [*outputs, scores, grad]
+    chosen = kernels.select_experts(torch.randn(2000, 32, generator=generator), 4, 4, 2, True)
+    return [*outputs, scores, grad, chosen]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
