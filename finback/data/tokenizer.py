@@ -75,6 +75,7 @@ class Tokenizer:
     """A tokenizer as a Hugging Face directory describes it: the BPE itself, its special tokens and its chat template.
 
     Special tokens are recognised in text wherever they are written, as in the published tokenizer. Ids are plain ints.
+    `bos_token` and `bos_token_id` are None where the family has no begin-of-sentence token (Qwen): nothing is then put in front.
     """
 
     def __init__(self, backend: Backend, config: dict[str, Any], chat_template: str | None = None) -> None:
@@ -82,19 +83,26 @@ class Tokenizer:
         self.backend = backend
         self.config = config
         self.chat_template = chat_template
-        self.bos_token = self._special("bos_token")
+        self.bos_token = self._special("bos_token") if config.get("bos_token") is not None else None
         self.eos_token = self._special("eos_token")
         self.pad_token = self._special("pad_token") if config.get("pad_token") is not None else self.eos_token
-        self.bos_token_id = self.token_to_id(self.bos_token)
+        self.bos_token_id = None if self.bos_token is None else self.token_to_id(self.bos_token)
         self.eos_token_id = self.token_to_id(self.eos_token)
         self.pad_token_id = self.token_to_id(self.pad_token)
-        self.add_bos_token = bool(config.get("add_bos_token", False))
+        self.add_bos_token = self._adds_bos()
         added = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content.encode() for token_id, token in added.items()}
         self._control_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest token id: what a model's `vocab_size` must at least be."""
         self._bytes_of_char = {char: value for value, char in enumerate(_byte_alphabet())}
+
+    def _adds_bos(self) -> bool:
+        """What tokenizer_config.json says; where it says nothing (Llama 3), what the steps of tokenizer.json do."""
+        said = self.config.get("add_bos_token")
+        if said is None:
+            return self.bos_token_id is not None and self.backend.encode("").ids[:1] == [self.bos_token_id]
+        return bool(said) and self.bos_token_id is not None
 
     def _special(self, name: str) -> str:
         value = self.config.get(name)
@@ -118,13 +126,18 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Token ids of `text`; with `add_bos` the begin-of-sentence id comes first."""
+        """Token ids of `text`; with `add_bos` the begin-of-sentence id comes first, if the family has one."""
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        return [self.bos_token_id, *ids] if add_bos else ids
+        return [*self.bos_ids, *ids] if add_bos else ids
+
+    @property
+    def bos_ids(self) -> list[int]:
+        """The begin-of-sentence id, or nothing."""
+        return [] if self.bos_token_id is None else [self.bos_token_id]
 
     def encode_batch(self, texts: Sequence[str], *, add_bos: bool = False) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
-        bos = [self.bos_token_id] if add_bos else []
+        bos = self.bos_ids if add_bos else []
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [bos + encoding.ids for encoding in encodings]
 
@@ -172,7 +185,7 @@ class Tokenizer:
         return render_chat(
             self.chat_template,
             messages,
-            bos_token=self.bos_token,
+            bos_token=self.bos_token or "",
             eos_token=self.eos_token,
             pad_token=self.pad_token,
             add_generation_prompt=add_generation_prompt,

@@ -5,9 +5,9 @@ The module tree carries the published parameter names, so a checkpoint needs alm
 disk, and MTP modules share the embedding and the head that the files repeat.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -142,6 +142,14 @@ class Transformer(nn.Module):
         super()._apply(fn, recurse)
         self._tie()
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but a tied head needs no entry of its own, and stays tied when tensors are assigned."""
+        if self.config.tie_word_embeddings:
+            state_dict = {**state_dict, "lm_head.weight": state_dict.get("model.embed_tokens.weight", self.lm_head.weight)}
+        result = super().load_state_dict(state_dict, strict, assign)
+        self._tie()
+        return result
 
     @property
     def blocks(self) -> list[Block]:

@@ -252,10 +252,8 @@ def _check_together(c: PretrainConfig) -> None:
             f"fields lr ({c.lr}), min_lr ({c.min_lr}) and final_lr ({c.final_lr}) must not rise; lower the later ones"
         )
     if c.bias_update_speed > 0 and not c.model.uses_expert_bias:
-        method = c.model.topk_method
-        raise InputError(
-            f"field bias_update_speed is {c.bias_update_speed}, but routers with topk_method {method!r} have no bias; set it to 0"
-        )
+        routers = f"routers with topk_method {c.model.topk_method!r} have" if c.model.n_routed_experts else "a dense model has"
+        raise InputError(f"field bias_update_speed is {c.bias_update_speed}, but {routers} no router bias; set it to 0")
     if c.data_weights and len(c.data_weights) != len(c.data):
         given = f"{len(c.data_weights)} values for {len(c.data)} directories of data"
         raise InputError(f"field data_weights has {given}; give one for each")

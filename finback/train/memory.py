@@ -80,14 +80,9 @@ def _activation_bytes(m: ModelConfig, low: int, recompute: str) -> int:
 
 def _block_bytes(m: ModelConfig, low: int, is_moe: bool, selective: bool) -> int:
     """One block: what each operation saves, in elements of `low` bytes; router and its indices are wider."""
-    heads = m.num_attention_heads
-    key = max(m.qk_head_dim, m.v_head_dim)
     residual = 2 * m.hidden_size
     normalised = 2 * m.hidden_size
-    compressed = m.kv_lora_rank + m.qk_rope_head_dim + (m.q_lora_rank or 0)
-    normalised_latents = m.kv_lora_rank + (m.q_lora_rank or 0)
-    expanded = heads * (2 * key + m.qk_nope_head_dim + m.v_head_dim)
-    attended = heads * m.v_head_dim
+    attention_kept, attention_rebuilt = _attention_elements(m)
     if is_moe:
         routed = m.num_experts_per_tok * m.moe_intermediate_size
         width = routed + m.n_shared_experts * m.moe_intermediate_size
@@ -95,10 +90,24 @@ def _block_bytes(m: ModelConfig, low: int, is_moe: bool, selective: bool) -> int
         router = 4 * m.hidden_size * (low != 4) + 8 * m.n_routed_experts + 48 * m.num_experts_per_tok
     else:
         width, gathered, router = m.intermediate_size, 0, 0
-    kept = residual + compressed + attended + gathered + 2 * width
+    kept = residual + attention_kept + gathered + 2 * width
     if not selective:
-        kept += normalised + normalised_latents + expanded + width
+        kept += normalised + attention_rebuilt + width
     return low * kept + router
+
+
+def _attention_elements(m: ModelConfig) -> tuple[int, int]:
+    """What attention keeps per token always, and what selective recomputation builds again."""
+    heads = m.num_attention_heads
+    if not m.kv_lora_rank:
+        query_and_key, value = (heads + m.num_key_value_heads) * m.head_dim, m.num_key_value_heads * m.head_dim
+        # Before the norms of query and key where there are any: what comes after them and after rotation can be built again.
+        return query_and_key + value + heads * m.head_dim, query_and_key if m.uses_qk_norm else 0
+    key = max(m.qk_head_dim, m.v_head_dim)
+    compressed = m.kv_lora_rank + m.qk_rope_head_dim + (m.q_lora_rank or 0)
+    normalised_latents = m.kv_lora_rank + (m.q_lora_rank or 0)
+    expanded = heads * (2 * key + m.qk_nope_head_dim + m.v_head_dim)
+    return compressed + heads * m.v_head_dim, normalised_latents + expanded
 
 
 def available_memory(device: torch.device) -> int | None:

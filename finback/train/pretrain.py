@@ -110,7 +110,7 @@ def train(
         lr = learning_rate(ramps, step=step, tokens=progress.tokens)
 
         # data
-        rows = stream.next_batch(batch_size(ramps, progress.tokens)).to(parameters["lm_head.weight"].device)
+        rows = stream.next_batch(batch_size(ramps, progress.tokens)).to(parameters["model.embed_tokens.weight"].device)
         new_tokens = rows.shape[0] * config.sequence_length
 
         # forward and backward
@@ -171,7 +171,8 @@ def train(
             row = _row(progress, losses, norm, lr, clock.tokens_per_second(), machine)
             row |= {"batch_size": rows.shape[0], "epoch": sum(stream.rows_taken) / sum(stream.rows_per_epoch)}
             metrics.log(row | measured)
-            metrics.log_expert_load(step, losses.expert_counts.tolist())
+            if losses.expert_counts.numel():
+                metrics.log_expert_load(step, losses.expert_counts.tolist())
         if not applied:
             metrics.say(_not_applied(step, norm, config))
         if progress.nonfinite_steps >= config.max_nonfinite_steps:
@@ -193,6 +194,9 @@ def train(
     if samples or not (run / REPORT_FILE).exists():  # a finished run that is resumed keeps its report
         write_report(run, samples=samples)
     return checkpoint[0]
+
+
+_DEEPSEEK_METRICS = ("mtp_loss", "balance_loss", "max_violation")
 
 
 class _Clock:
@@ -238,8 +242,9 @@ def _expert_biases(model: Transformer) -> list[Tensor]:
 def _row(
     progress: Progress, losses: BatchLosses, norm: float, lr: float, speed: float, machine: dict[str, Any]
 ) -> dict[str, float | int]:
-    """What metrics.jsonl says of a step, but for the data's and the evaluation's part."""
-    return {
+    """What metrics.jsonl says of a step, but for the data's and the evaluation's part. Of a dense model there is less to say."""
+    counts = losses.expert_counts
+    row = {
         "step": progress.step,
         "tokens": progress.tokens,
         "seconds": progress.seconds,
@@ -250,8 +255,9 @@ def _row(
         "lr": lr,
         "tokens_per_second": speed,
         "mfu": speed * machine["training_flops_per_token"] / machine["matmul_flops_per_second"],
-        "max_violation": max_violation(losses.expert_counts),
+        "max_violation": max_violation(counts),
     }
+    return row if counts.shape[1] else {key: value for key, value in row.items() if key not in _DEEPSEEK_METRICS}
 
 
 def _plan(run: Path, plans: list[Plan], state: TrainingState, limit_seconds: float) -> int | None:

@@ -270,9 +270,7 @@ def _summary(run: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, A
         count = count_params(model)
         mtp = f", {_count(count.mtp)} more stored for multi-token prediction" if count.mtp else ""
         lines.append(
-            f"**Model**: {model.num_hidden_layers} layers of width {model.hidden_size}, "
-            f"{model.n_routed_experts} routed experts ({model.num_experts_per_tok} per token) and "
-            f"{model.n_shared_experts} shared, latent rank {model.kv_lora_rank}, "
+            f"**Model**: {model.num_hidden_layers} layers of width {model.hidden_size}, {_parts(model)}, "
             f"vocabulary {model.vocab_size:,}: {_count(count.total)} parameters, "
             f"{_count(count.active)} active per token{mtp}."
         )
@@ -287,6 +285,15 @@ def _summary(run: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, A
         lines.append(f"**Precision**: {config['precision']}. **Seed**: {config.get('seed')}.")
     lines.append(f"**Machine**: {machine_line()}.")
     return "  \n".join(lines)
+
+
+def _parts(model: ModelConfig) -> str:
+    if not model.n_routed_experts:
+        return f"dense {model.model_type}, {model.num_attention_heads} heads over {model.num_key_value_heads} of keys and values"
+    return (
+        f"{model.n_routed_experts} routed experts ({model.num_experts_per_tok} per token) and "
+        f"{model.n_shared_experts} shared, latent rank {model.kv_lora_rank}"
+    )
 
 
 def machine_line() -> str:

@@ -17,15 +17,7 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     is not: what is compared with it is useful work.
     """
     c = config
-    heads = c.num_attention_heads
-    query = c.hidden_size * heads * c.qk_head_dim
-    if c.q_lora_rank is not None:
-        query = c.q_lora_rank * (c.hidden_size + heads * c.qk_head_dim)
-    latent = c.hidden_size * (c.kv_lora_rank + c.qk_rope_head_dim)
-    expand = c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
-    output = heads * c.v_head_dim * c.hidden_size
-    scores = heads * (c.qk_head_dim + c.v_head_dim) * (sequence_length + 1) / 2
-    attention = query + latent + expand + output + scores
+    attention = _attention_products(c, sequence_length)
     dense = 3 * c.hidden_size * c.intermediate_size
     experts = 3 * c.hidden_size * c.moe_intermediate_size * (c.num_experts_per_tok + c.n_shared_experts)
     moe = experts + c.hidden_size * c.n_routed_experts
@@ -33,6 +25,21 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     mtp = c.num_nextn_predict_layers * (attention + moe + 2 * c.hidden_size**2 + head)
     main = c.num_hidden_layers * attention + c.first_k_dense_replace * dense + c.num_moe_layers * moe + head
     return 6.0 * (main + mtp)
+
+
+def _attention_products(c: ModelConfig, sequence_length: int) -> float:
+    heads = c.num_attention_heads
+    if not c.kv_lora_rank:
+        projections = 2 * c.hidden_size * (heads + c.num_key_value_heads) * c.head_dim
+        return projections + heads * 2 * c.head_dim * (sequence_length + 1) / 2
+    query = c.hidden_size * heads * c.qk_head_dim
+    if c.q_lora_rank is not None:
+        query = c.q_lora_rank * (c.hidden_size + heads * c.qk_head_dim)
+    latent = c.hidden_size * (c.kv_lora_rank + c.qk_rope_head_dim)
+    expand = c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
+    output = heads * c.v_head_dim * c.hidden_size
+    scores = heads * (c.qk_head_dim + c.v_head_dim) * (sequence_length + 1) / 2
+    return query + latent + expand + output + scores
 
 
 def measure_matmul_flops(precision: Precision, device: torch.device) -> float:

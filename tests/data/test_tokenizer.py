@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from finback.config import InputError
 from finback.data.chat import published_template
@@ -250,3 +251,24 @@ def test_bad_input(tokenizer: Tokenizer, tmp_path: Path) -> None:
         tokenizer.token_to_id("<nothing>")
     with pytest.raises(InputError, match="no chat template"):
         Tokenizer(tokenizer.backend, tokenizer.config).apply_chat_template([])
+
+
+def test_a_family_without_a_begin_token_puts_nothing_in_front(tokenizer: Tokenizer) -> None:
+    """Qwen's tokenizer_config.json has bos_token null, whatever add_bos_token says."""
+    qwen = Tokenizer(tokenizer.backend, tokenizer.config | {"bos_token": None}, "{{ bos_token }}{{ messages[0].content }}")
+    assert (qwen.bos_token, qwen.bos_token_id, qwen.bos_ids, qwen.add_bos_token) == (None, None, [], False)
+    ids = tokenizer.encode("The whale")
+    assert qwen.encode("The whale", add_bos=True) == qwen.encode("The whale") == ids
+    assert qwen.encode_batch(["The whale"], add_bos=True) == [ids]
+    assert qwen.apply_chat_template([{"role": "user", "content": "Hi"}]) == "Hi"
+
+
+def test_where_the_config_does_not_say_the_begin_token_follows_tokenizer_json(tokenizer: Tokenizer) -> None:
+    """Llama 3 says nothing in tokenizer_config.json, its tokenizer.json has the step that adds the token; SmolLM2 has neither."""
+    silent = {key: value for key, value in tokenizer.config.items() if key != "add_bos_token"}
+    assert Tokenizer(tokenizer.backend, silent).add_bos_token
+    backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
+    backend.post_processor = processors.ByteLevel()
+    assert not Tokenizer(backend, silent).add_bos_token
+    assert Tokenizer(backend, silent | {"add_bos_token": True}).add_bos_token
+    assert not Tokenizer(tokenizer.backend, silent | {"add_bos_token": False}).add_bos_token

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finback.ops.attention import attention_reference, causal_attention, document_mask, latent_attention
+from finback.ops.attention import attention_reference, causal_attention, document_mask, grouped_attention, latent_attention
 from tests.ops.rule import assert_close_in_float64, assert_low_precision_rule, assert_repeatable, outputs_and_gradients
 
 # batch, heads, tokens, query and key width, value width
@@ -171,3 +171,48 @@ def test_latent_attention_in_bf16_keeps_the_error_rule() -> None:
 
     inputs = torch.randn(2, 1, 4, 40).bfloat16(), torch.randn(2, 50, 40).bfloat16()
     assert_low_precision_rule(lambda query, latents: latent_attention(query, latents, rank, SCALE), plain, *inputs)
+
+
+# Grouped queries: batch, query heads, key heads, tokens, width
+
+GROUPED = [(1, 2, 1, 1, 4), (2, 4, 2, 7, 6), (1, 6, 2, 129, 4), (2, 3, 1, 257, 5), (2, 32, 8, 300, 2)]
+
+
+def draw_grouped(shape: tuple[int, int, int, int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, shared, tokens, width = shape
+    query, key, value = (torch.randn(batch, h, tokens, width).to(dtype) for h in (heads, shared, shared))
+    return query, key, value
+
+
+def repeated(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The formula with keys and values written out for every query head."""
+    share = query.shape[1] // key.shape[1]
+    return naive(query, key.repeat_interleave(share, 1), value.repeat_interleave(share, 1))
+
+
+@pytest.mark.parametrize("shape", GROUPED)
+@pytest.mark.parametrize("function", [blocked, reference])
+def test_grouped_queries_equal_the_formula(function: object, shape: tuple[int, int, int, int, int]) -> None:
+    assert_close_in_float64(function, repeated, *draw_grouped(shape))  # type: ignore[arg-type]
+
+
+def test_grouped_queries_in_bf16_keep_the_error_rule() -> None:
+    assert_low_precision_rule(blocked, repeated, *draw_grouped((2, 6, 2, 140, 16), torch.bfloat16))
+
+
+def test_grouped_queries_pass_gradcheck() -> None:
+    inputs = [tensor.double().requires_grad_() for tensor in draw_grouped((1, 4, 2, 5, 3))]
+    assert torch.autograd.gradcheck(blocked, inputs)
+
+
+@pytest.mark.parametrize("share", [1, 3])
+def test_attention_over_cached_rows_equals_the_formula(share: int) -> None:
+    """The last tokens of a sequence over all of its keys, which are views of a cache."""
+    query, key, value = draw_grouped((2, 2 * share, 2, 9, 4))
+    expected = repeated(query, key, value)[:, :, 5:].transpose(1, 2)
+    cache = torch.cat((key, value), -1).transpose(1, 2).contiguous()
+    mask = torch.ones(4, 9, dtype=torch.bool).tril(5)
+    last = query[:, :, 5:].transpose(1, 2).contiguous()
+    torch.testing.assert_close(grouped_attention(last, cache[..., :4], cache[..., 4:], SCALE, mask), expected)
+    one = grouped_attention(last[:, -1:], cache[..., :4], cache[..., 4:], SCALE)
+    torch.testing.assert_close(one, expected[:, -1:])

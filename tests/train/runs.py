@@ -47,6 +47,25 @@ def micro_model(**changes: Any) -> ModelConfig:
     return replace(config, **changes)
 
 
+def micro_dense(**changes: Any) -> ModelConfig:
+    """A dense Qwen3 of three layers, tied."""
+    config = ModelConfig(
+        model_type="qwen3",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        pad_token_id=2,
+    )
+    return replace(config, **changes)
+
+
 def write_micro_data(directory: Path) -> Path:
     """Token shards and their tokenizer in `directory`: a few thousand tokens of sentences with some regularity."""
     sentence = "the whale swims north and south while small fish follow it through cold clear water at night"

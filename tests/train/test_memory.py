@@ -6,12 +6,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from finback.config import InputError
-from finback.presets import tiny, v3_671b
+from finback.presets import tiny, tiny_dense, v3_671b
 from finback.train.config import PretrainConfig
 from finback.train.memory import MemoryEstimate, available_memory, check_memory, estimate_memory
 from finback.train.pretrain import pretrain
@@ -77,6 +78,23 @@ def test_estimate_is_within_its_factor_of_the_measured_peak(
         global_batch_size=32,
         moments_dtype=moments,
     )
+    check_estimate(config)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read from Linux's /proc")
+@pytest.mark.parametrize(
+    ("changes", "precision", "recompute"),
+    [({}, "fp32", "none"), ({"model_type": "qwen3", "tie_word_embeddings": True, "head_dim": 128}, "bf16", "selective")],
+    ids=["llama", "qwen3"],
+)
+def test_estimate_of_a_dense_model_is_within_its_factor_too(changes: dict[str, Any], precision: str, recompute: str) -> None:
+    model = replace(tiny_dense().model, **changes)
+    check_estimate(
+        PretrainConfig(model=model, steps=10, bias_update_speed=0.0, precision=precision, recompute=recompute)  # type: ignore[arg-type]
+    )
+
+
+def check_estimate(config: PretrainConfig) -> None:
     done = subprocess.run(
         [sys.executable, "-c", _MEASURE], cwd=ROOT, input=json.dumps(config.to_dict()), capture_output=True, text=True, check=True
     )

@@ -1,13 +1,14 @@
 """The FLOPs formula against torch's own count of the model's matrix products."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from finback.model.transformer import Transformer, init_weights
-from finback.presets import v3_671b
+from finback.presets import tiny_dense, v3_671b
 from finback.train.throughput import measure_matmul_flops, training_flops_per_token
 from tests.train.runs import micro_model
 
@@ -44,3 +45,15 @@ def test_v3_costs_about_six_flops_per_active_parameter_and_token() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_measured_ceiling_is_a_plausible_speed(precision: str) -> None:
     assert 1e7 < measure_matmul_flops(precision, torch.device("cpu")) < 1e15  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "head_dim": 24, "num_key_value_heads": 1}])
+def test_formula_counts_the_matrix_products_of_a_dense_model(changes: dict[str, Any]) -> None:
+    config, length = replace(tiny_dense().model, **changes), 32
+    model = Transformer(config, device="meta")
+    weights = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if parameter.dim() == 2 and "embed" not in name
+    )
+    weights += config.vocab_size * config.hidden_size * config.tie_word_embeddings  # the embedding, used as the head
+    pairs = config.num_hidden_layers * config.num_attention_heads * 2 * config.head_dim * (length + 1) / 2
+    assert training_flops_per_token(config, length) == 6 * (weights + pairs)
