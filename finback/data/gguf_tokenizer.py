@@ -79,12 +79,13 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]],
-        "tokenizer.ggml.bos_token_id": tokenizer.bos_token_id,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
         "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
         "tokenizer.ggml.add_bos_token": tokenizer.add_bos_token,
         "tokenizer.ggml.add_eos_token": bool(tokenizer.config.get("add_eos_token", False)),
     }
+    if tokenizer.bos_token_id is not None:
+        metadata["tokenizer.ggml.bos_token_id"] = tokenizer.bos_token_id
     if tokenizer.chat_template is not None:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     return metadata

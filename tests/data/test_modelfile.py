@@ -1,7 +1,5 @@
 """Modelfiles: the layout of a chat template is found out by using it, and what cannot be told is said."""
 
-from dataclasses import dataclass
-
 import pytest
 
 from finback.data.chat import published_template
@@ -22,13 +20,6 @@ PICKY = "{{ raise_exception('only pictures, please') }}"
 
 def deepseek(tokenizer: Tokenizer, template: str) -> Tokenizer:
     return Tokenizer(tokenizer.backend, tokenizer.config, template)
-
-
-@dataclass
-class Message:
-    Role: str
-    Content: str
-    Thinking: str = ""
 
 
 def lines_of(text: str, start: str) -> list[str]:
@@ -78,6 +69,23 @@ def test_chatml_is_recognised_with_its_default_system_message() -> None:
     assert thinking is not None
     assert thinking.reasoning
     assert "{{ .Thinking }}\n</think>\n\n{{ end }}{{ .Content }}" in thinking.template
+
+
+def test_begin_of_sentence_is_written_where_ollama_does_not_put_it(tokenizer: Tokenizer) -> None:
+    silent = Tokenizer(tokenizer.backend, tokenizer.config | {"add_bos_token": False}, published_template("deepseek_v3"))
+    layout = chat_layout(silent)
+    assert layout is not None
+    assert layout.template.startswith("<｜begin▁of▁sentence｜>{{- if")
+    sentence = family_tokenizer("llama-bpe", chat_template="{{ bos_token }}" + CHATML)
+    layout = chat_layout(sentence)
+    assert layout is not None
+    assert layout.template.startswith("<|endoftext|>{{- range")
+    # SmolLM2 calls the start of a turn its begin of sentence, and does not add another.
+    smollm = Tokenizer(sentence.backend, sentence.config | {"bos_token": "<|im_start|>"}, WITH_DEFAULT)
+    layout = chat_layout(smollm)
+    assert layout is not None
+    assert layout.template.startswith("{{- range")
+    assert layout.system == 'You are a "fox".'
 
 
 @pytest.mark.parametrize("template", [ALPACA, PICKY, CHATML.replace("im_end", "end"), CHATML + "Sure,"])
