@@ -111,10 +111,10 @@ def measure(rivals: Mapping[str, Build], size: Size, *, separate: bool = True) -
             speeds[name] = summarize([speed.tokens / speed.seconds for speed in kept])
         for name, speed in speeds.items():
             what = f"decode, {batch} sequence{'s' if batch > 1 else ''}"
-            if OURS not in speeds:
-                rows.append(Row(f"{what}, {name}", "tokens_per_second", *speed))
+            if OURS not in speeds or len(speeds) == 1:
+                rows.append(Row(f"{what}, {name}", "tokens_per_second", *speed, extra={"sequences": batch}))
             elif name != OURS:
-                rows.append(Row(what, "tokens_per_second", *speeds[OURS], name, *speed))
+                rows.append(Row(what, "tokens_per_second", *speeds[OURS], name, *speed, extra={"sequences": batch}))
     return rows
 
 
