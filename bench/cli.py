@@ -2,24 +2,26 @@
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
-from bench import ceilings, checkpoint, decode, tiny, train
+from bench import ceilings, checkpoint, decode, engine, tiny, train
 from bench.machine import ROOT, describe_device, read_commit, read_load
 from bench.peers import peer_versions
 from bench.results import Row, print_table, write_result
 
-Name = Literal["ceilings", "train", "tiny", "decode", "checkpoint"]
-NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "checkpoint")
+Name = Literal["ceilings", "train", "tiny", "decode", "engine", "checkpoint"]
+NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "engine", "checkpoint")
 TITLES = {
     "ceilings": "Ceilings of this machine",
     "train": "Training beside transformers",
     "tiny": "Training the preset tiny",
     "decode": "Generation beside transformers",
+    "engine": "The engine beside llama.cpp and transformers",
     "checkpoint": "Checkpoints beside safetensors",
 }
 SIZES: dict[str, dict[str, Any]] = {
@@ -28,6 +30,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "train": train.FULL,
         "tiny": tiny.FULL,
         "decode": decode.FULL,
+        "engine": engine.FULL,
         "checkpoint": checkpoint.FULL,
     },
     "quick": {
@@ -35,6 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "train": train.QUICK,
         "tiny": tiny.QUICK,
         "decode": decode.QUICK,
+        "engine": engine.QUICK,
         "checkpoint": checkpoint.QUICK,
     },
 }
@@ -44,6 +48,8 @@ def main(
     names: Annotated[tuple[Name, ...], tyro.conf.Positional] = (),
     quick: bool = False,
     out: Path = ROOT / "bench" / "results",
+    llama_bin: Path | None = None,
+    mtp_directory: Path | None = None,
 ) -> None:
     """Measure speed beside named peers, print tables, and write one JSON file per benchmark.
 
@@ -51,8 +57,15 @@ def main(
         names: Which benchmarks; none given: all.
         quick: Fewer repetitions: enough to see that it works, too few for a claim.
         out: Directory of the JSON files.
+        llama_bin: Directory of llama.cpp's programs, for `engine`; the PATH if not given.
+        mtp_directory: A trained model with an MTP module, for `engine`; runs/quickstart/final if not given.
     """
-    run(names or NAMES, SIZES["quick" if quick else "full"], out, quick=quick)
+    sizes = dict(SIZES["quick" if quick else "full"])
+    if llama_bin is not None:
+        sizes["engine"] = replace(sizes["engine"], llama_bin=llama_bin)
+    if mtp_directory is not None:
+        sizes["engine"] = replace(sizes["engine"], mtp=replace(sizes["engine"].mtp, directory=mtp_directory))
+    run(names or NAMES, sizes, out, quick=quick)
 
 
 def main_of(name: Name) -> None:
@@ -87,6 +100,8 @@ def run(names: tuple[Name, ...], sizes: dict[str, Any], out: Path, *, quick: boo
                 rows, notes, tables = tiny.run(sizes[name], measured)
             case "decode":
                 rows, notes = decode.run(sizes[name], measured)
+            case "engine":
+                rows, notes = engine.run(sizes[name], measured)
             case "checkpoint":
                 rows, notes = checkpoint.run(sizes[name])
         print_table(console, TITLES[name], rows, notes)

@@ -1,7 +1,7 @@
-"""Generation from the latent cache beside transformers' generate, and our two attention paths against the length of the context."""
+"""The engine's generation beside transformers' and our plain one, and MLA's two paths against the length of the context."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,10 +11,16 @@ from bench.ceilings import DTYPES, Ceilings, best_seconds
 from bench.contest import Turn, alternate, summarize
 from bench.peers import COMPARED, SETTINGS, our_model, their_model
 from bench.results import Row
+from finback import LLM, SamplingParams
 from finback.config import ModelConfig
-from finback.model.generate import Cache, cached_forward, generate
+from finback.engine.batch import Chunk
+from finback.engine.runner import Runner
+from finback.model.generate import Cache, Path, cached_forward, generate
+from finback.model.transformer import Transformer
 
-TARGET_RATIO = {1: 8.0, 16: 10.0}
+TARGET_RATIO = {1: 8.0, 16: 10.0}  # to transformers
+TWIN = "our plain twin"
+BLOCK = 64
 TIE = 1e-5  # between two logits; sums in another order move them by a tenth of that
 
 
@@ -28,14 +34,13 @@ class Size:
     new_tokens: int = 128
     warm_up: int = 1
     turns: int = 4
-    contexts: tuple[int, ...] = (128, 512, 1024, 2048)
-    context_batch: int = 1
-    path_seconds: float = 0.4
+    contexts: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
+    path_seconds: float = 0.3
     separate: bool = True
 
 
 FULL: Size = Size()
-QUICK: Size = Size(turns=1, new_tokens=32, contexts=(128, 1024), path_seconds=0.1, separate=False)
+QUICK: Size = Size(turns=1, new_tokens=32, contexts=(128, 512, 2048), path_seconds=0.1, separate=False)
 
 
 def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str]]:
@@ -43,6 +48,7 @@ def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str]]:
     rows = []
     for precision in DTYPES:
         competitors: dict[str, Callable[[], Any]] = {"finback": partial(build_ours, size, precision)}
+        competitors[TWIN] = partial(build_twin, size, precision)
         competitors |= {name: partial(build_theirs, size, precision, settings) for name, settings in SETTINGS.items()}
         schedule = [batch for _ in range(size.warm_up + size.turns) for batch in size.batches]
         turns = alternate(competitors, schedule, separate=size.separate)
@@ -62,7 +68,20 @@ def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str]]:
 
 
 def build_ours(size: Size, precision: str) -> Callable[[int], list[list[int]]]:
-    """Generates from `batch` prompts."""
+    """The engine's generate on `batch` prompts, none of which it has seen."""
+    llm = LLM(model=our_model(size.config, DTYPES[precision]), max_num_seqs=max(size.batches))
+    params = SamplingParams(temperature=0.0, max_tokens=size.new_tokens, ignore_eos=True)
+
+    def turn(batch: int) -> list[list[int]]:
+        llm.reset_prefix_cache()
+        outputs = llm.generate(prompts(size, batch).tolist(), params)
+        return [output.prompt_token_ids + output.token_ids for output in outputs]
+
+    return turn
+
+
+def build_twin(size: Size, precision: str) -> Callable[[int], list[list[int]]]:
+    """The same by `finback.model.generate`: torch alone, one cache, no scheduler."""
     model = our_model(size.config, DTYPES[precision])
     return lambda batch: generate(model, prompts(size, batch), size.new_tokens).tolist()
 
@@ -104,17 +123,23 @@ def check_tokens(config: ModelConfig, turns: Mapping[str, list[Turn]]) -> None:
 
     Raises AssertionError where they differ by more: then the sides do not compute the same.
     """
+    model = our_model(config)
     for name, others in turns.items():
         for ours, theirs in zip(turns["finback"], others, strict=True):
-            for mine, other in zip(ours.value, theirs.value, strict=True):
-                if mine != other:
-                    at = next(index for index, pair in enumerate(zip(mine, other, strict=True)) if pair[0] != pair[1])
-                    with torch.no_grad():
-                        logits = our_model(config)(torch.tensor([mine[:at]]))[0, -1]
-                    margin = float((logits[mine[at]] - logits[other[at]]).abs())
-                    assert margin < TIE, (
-                        f"token {at}: finback has {mine[at]}, {name} {other[at]}, {margin:.1e} apart in our logits"
-                    )
+            check_same(model, name, ours.value, theirs.value, TIE)
+
+
+def check_same(model: Transformer, name: str, ours: Sequence[list[int]], theirs: Sequence[list[int]], tie: float) -> None:
+    """The same sequences but for ties: where two part, the logits of the two tokens in `model` are at most `tie` apart."""
+    for mine, other in zip(ours, theirs, strict=True):
+        at = next((index for index, pair in enumerate(zip(mine, other, strict=False)) if pair[0] != pair[1]), None)
+        if at is None:
+            assert len(mine) == len(other), f"finback has {len(mine)} tokens, {name} {len(other)}"
+            continue
+        with torch.no_grad():
+            logits = model(torch.tensor([mine[:at]]))[0, -1]
+        margin = float((logits[mine[at]] - logits[other[at]]).abs())
+        assert margin < tie, f"token {at}: finback has {mine[at]}, {name} {other[at]}, {margin:.1e} apart in our logits"
 
 
 def _rows(size: Size, precision: str, batch: int, turns: Mapping[str, list[Turn]], equal: float, ceilings: Ceilings) -> list[Row]:
@@ -132,11 +157,11 @@ def _rows(size: Size, precision: str, batch: int, turns: Mapping[str, list[Turn]
             *speeds["finback"],
             peer,
             *speeds[peer],
-            target=TARGET_RATIO.get(batch),
+            target=None if peer == TWIN else TARGET_RATIO.get(batch),
             floor=floor,
             extra=extra,
         )
-        for peer in SETTINGS
+        for peer in (*SETTINGS, TWIN)
     ]
 
 
@@ -160,33 +185,52 @@ def bytes_per_step(config: ModelConfig, itemsize: int, batch: int, context: int)
 
 
 def context_rows(size: Size, precision: str, ceilings: Ceilings) -> list[Row]:
-    """Milliseconds of one decode step against the number of cached tokens, by both paths over the same cache."""
-    model = our_model(size.config, DTYPES[precision])
-    token = torch.zeros(size.context_batch, 1, dtype=torch.int64)
+    """Milliseconds of one decode step against the number of cached tokens: the engine's, which uses the latents absorbed, beside the
+    expanded path over the same latents."""
+    longest = max(size.contexts) + 1
+    model = our_model(replace(size.config, max_position_embeddings=longest), DTYPES[precision])
+    table = list(range(-(-longest // BLOCK)))
+    runner = Runner(model, len(table), BLOCK, longest, 1, False, "auto")
+    runner.cache.normal_()
     rows = []
     for context in size.contexts:
-        cache = Cache(model, size.context_batch, context + 1)
-        cache.rows.normal_()
-
-        def step(path: Any, cache: Cache = cache, context: int = context) -> torch.Tensor:
-            cache.length = context
-            return model.lm_head(cached_forward(model, token, cache, path)[:, -1])  # type: ignore[no-any-return]
-
-        with torch.no_grad():
-            times = {path: 1e3 * best_seconds(partial(step, path), size.path_seconds) for path in ("absorbed", "expanded")}
-        read = bytes_per_step(size.config, DTYPES[precision].itemsize, size.context_batch, context)
+        chunk = [Chunk([0], context, table)]
+        engine = 1e3 * best_seconds(lambda chunk=chunk: runner.forward(chunk, [1]), size.path_seconds)  # type: ignore[misc]
+        absorbed, expanded = (_torch_step(model, context, path, size.path_seconds) for path in ("absorbed", "expanded"))
+        read = bytes_per_step(size.config, DTYPES[precision].itemsize, 1, context)
         floor = {"megabytes": read / 1e6, "milliseconds": read / 1e6 / ceilings.read_gb_per_second}
         name = f"one step over {context} cached tokens, {precision}, absorbed"
-        rows.append(
-            Row(name, "milliseconds", times["absorbed"], peer="our expanded path", peer_value=times["expanded"], floor=floor)
-        )
+        extra = {
+            "precision": precision,
+            "cached_tokens": context,
+            "absorbed_in_torch_milliseconds": absorbed,
+            "backend": runner.backend,
+        }
+        rows.append(Row(name, "milliseconds", engine, peer="expanded, in torch", peer_value=expanded, floor=floor, extra=extra))
     return rows
+
+
+@torch.no_grad()
+def _torch_step(model: Transformer, context: int, path: Path, seconds: float) -> float:
+    """Milliseconds of the plain twin's step by one of the paths."""
+    cache, token = Cache(model, 1, context + 1), torch.zeros(1, 1, dtype=torch.int64)
+    cache.rows.normal_()
+
+    def step() -> torch.Tensor:
+        cache.length = context
+        logits: torch.Tensor = model.lm_head(cached_forward(model, token, cache, path)[:, -1])
+        return logits
+
+    return 1e3 * best_seconds(step, seconds)
 
 
 def _notes(size: Size) -> list[str]:
     return [
         f"The model of the training comparison. {size.prompt} prompt tokens, {size.new_tokens} new ones, greedy, the whole call timed, "
-        "prompt included; in fp32 all tokens were compared and are equal (but where two logits are, to the fifth digit).",
+        "prompt included; in fp32 all tokens were compared and are equal (but where two logits are, to the fifth digit). The "
+        "engine's prefix cache was emptied before each call. Our plain twin: the same model in torch, one cache, no scheduler, no kernels.",
+        "One step: the engine's, by its kernels, MLA absorbed; beside it the expanded path, in torch. The JSON and the picture hold "
+        "the absorbed path in torch, too, so that the gain of the path and that of the kernels can be told apart.",
         "Floor: weights in use and cached latents, read once per step at the measured memory bandwidth. A model that fits into the "
         "last cache can be read faster than that.",
     ]

@@ -116,11 +116,11 @@ def measure(rivals: Mapping[str, Build], size: Size, *, separate: bool = True) -
             speeds[name], best[name] = summarize(values), max(values)
         for name, speed in speeds.items():
             what = f"decode, {batch} sequence{'s' if batch > 1 else ''}"
-            if OURS not in speeds:
-                extra = {"best_tokens_per_second": best[name]}
+            extra = {"sequences": batch, "best_tokens_per_second": best[name]}
+            if OURS not in speeds or len(speeds) == 1:
                 rows.append(Row(f"{what}, {name}", "tokens_per_second", *speed, extra=extra))
             elif name != OURS:
-                extra = {"best_tokens_per_second": best[OURS], "peer_best_tokens_per_second": best[name]}
+                extra = {**extra, "best_tokens_per_second": best[OURS], "peer_best_tokens_per_second": best[name]}
                 rows.append(Row(what, "tokens_per_second", *speeds[OURS], name, *speed, extra=extra))
     return rows
 

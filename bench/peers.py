@@ -50,11 +50,38 @@ def our_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Transf
 
 def their_model(config: ModelConfig, settings: Mapping[str, str], dtype: torch.dtype = torch.float32) -> nn.Module:
     """transformers' model with the same weights. It has no MTP, so `config` must have none."""
+    return their_twin(our_model(config), settings).to(dtype)
+
+
+def their_twin(model: Transformer, settings: Mapping[str, str]) -> nn.Module:
+    """transformers' model with the weights of a DeepseekV3 model of ours, MTP layers left out."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    model: Any = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(config.to_dict(), **settings))
-    model.load_state_dict(_their_names(our_model(config).state_dict()), strict=True)
-    moved: nn.Module = model.to(dtype)
+    config = model.config
+    other: Any = DeepseekV3ForCausalLM(DeepseekV3Config.from_dict(config.to_dict(), **settings))
+    mtp = tuple(f"model.layers.{config.num_hidden_layers + depth}." for depth in range(config.num_nextn_predict_layers))
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(mtp)}
+    other.load_state_dict(_their_names(state), strict=True)
+    moved: nn.Module = other.to(model.lm_head.weight.dtype)
+    return moved
+
+
+def their_mtp(model: Transformer, main: nn.Module) -> nn.Module:
+    """transformers' MTP layers over `main`, its `their_twin`, with our weights. (Its own loader reads those of layer 61 only.)"""
+    from transformers.modeling_layers import MtpModel
+
+    other: Any = MtpModel(main, len(model.mtp_modules)).eval()
+    state = {name: tensor for name, tensor in other.state_dict().items() if not name.startswith("layers.")}
+    for depth, module in enumerate(model.mtp_modules):
+        for name, tensor in _their_names(dict(module.state_dict())).items():
+            prefix = f"layers.{depth}."
+            if name.startswith("shared_head.norm"):
+                name = name.replace("shared_head.norm", "post_norm")
+            elif not name.startswith(("enorm", "hnorm", "eh_proj")):
+                prefix += "mtp_block."
+            state[prefix + name] = tensor
+    other.load_state_dict(state, strict=True)
+    moved: nn.Module = other.to(model.lm_head.weight.dtype)
     return moved
 
 

@@ -1,7 +1,9 @@
 """Write docs/benchmarks.md, and the tables of the two READMEs, from the JSON files: `python -m bench.report`."""
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,11 @@ import tyro
 from bench.cli import NAMES, TITLES
 from bench.machine import ROOT
 from bench.results import ALONE, HEADINGS, cells, write_text
+from finback.data.files import write_atomic
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-_README_ROWS = ("train", "tiny", "decode", "checkpoint")
+PICTURE = Path("images") / "decode_context.png"  # in docs/
+_README_ROWS = ("train", "tiny", "decode", "engine", "checkpoint")
 _CHINESE = (
     *((": share of the ceiling", "：占矩阵乘法上限的比例"), ("tiny", "tiny 预设训练")),
     *(
@@ -23,6 +27,9 @@ _CHINESE = (
         ("load, page cache warm", "加载（页缓存热）"),
     ),
     *(("load, page cache cold", "加载（页缓存冷）"), (", with fsync", "，含 fsync"), ("MISSED", "未达到"), ("met", "达到")),
+    *(("decode, 1 sequence", "解码，1 条序列"), ("decode, ", "解码，"), (" sequences", " 条序列"), (": acceptance", "：接受率")),
+    *(("greedy", "贪心"), ("temperature", "温度"), ("1 draft by MTP", "MTP 起草 1 个词元"), ("no drafts", "不起草")),
+    *(("first token of", "首个词元，提示长度"), (", prefix cached", "，前缀已缓存"), ("the same, cold", "同一提示，未缓存")),
 )
 _CHINESE_HEADINGS = {"": "", "finback": "finback", "peer": "对照", "ratio": "倍数", "target": "目标"}
 
@@ -45,7 +52,7 @@ Written by `python -m bench.report` from the JSON files in `bench/results/`; do 
 ## How to repeat it
 
 ```
-make bench                          # all, under ten minutes on two idle cores
+make bench                          # all, about a quarter of an hour on two idle cores
 python -m bench train decode        # some
 python -m bench.train --quick       # one, fewer repetitions: to see that it works, not for claims
 python -m bench.report              # this page and the READMEs' tables
@@ -68,14 +75,16 @@ def main(results: Path = ROOT / "bench" / "results", root: Path = ROOT) -> None:
     if not found:
         raise SystemExit(f"{results} holds no results; run python -m bench first")
     (root / "docs").mkdir(exist_ok=True)
-    write_text(root / "docs" / "benchmarks.md", METHOD + "".join(section(name, result) for name, result in found.items()))
+    if "decode" in found:
+        draw_context(found["decode"]["rows"], root / "docs" / PICTURE)
+    write_text(root / "docs" / "benchmarks.md", METHOD + "".join(section(name, result, root) for name, result in found.items()))
     for readme, chinese in (("README.md", False), ("README.zh.md", True)):
         path = root / readme
         if path.is_file():
             fill(path, readme_table(found, chinese))
 
 
-def section(name: str, result: Mapping[str, Any]) -> str:
+def section(name: str, result: Mapping[str, Any], root: Path) -> str:
     """One benchmark's part of the page."""
     headings = HEADINGS if any(row["peer"] for row in result["rows"]) else ALONE
     lines = [
@@ -93,7 +102,53 @@ def section(name: str, result: Mapping[str, Any]) -> str:
         lines.append(f"| {part['category']} | {part['milliseconds']:.1f} | {part['share']:.1%} |")
     if result.get("time_shares"):
         lines.append("")
+    if name == "decode" and (root / "docs" / PICTURE).is_file():
+        lines += [f"![Time of one decode step against the cached tokens]({PICTURE.as_posix()})", ""]
     return "\n".join([*lines, *(f"- {note}" for note in result["notes"]), ""])
+
+
+def draw_context(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The time of one decode step against the cached tokens, a panel for each dtype. Nothing is drawn without matplotlib."""
+    points = [row for row in rows if "cached_tokens" in row]
+    if not points or find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure  # without pyplot: no windows, no global state
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained", facecolor="white")
+    precisions = list(dict.fromkeys(row["precision"] for row in points))
+    panels = figure.subplots(1, len(precisions), sharey=True, squeeze=False)[0]
+    for axes, precision in zip(panels, precisions, strict=True):
+        of_it = [row for row in points if row["precision"] == precision]
+        tokens = [row["cached_tokens"] for row in of_it]
+        lines = (
+            ("expanded, in torch", "peer_milliseconds", "#d1495b", "-"),
+            ("absorbed, in torch", "absorbed_in_torch_milliseconds", "#8aa9d6", "-"),
+            ("absorbed, the engine's step", "milliseconds", "#1f5fa8", "-"),
+        )
+        for label, key, colour, style in lines:
+            axes.plot(tokens, [row[key] for row in of_it], style, color=colour, marker="o", markersize=4, label=label)
+        floor = [row["floor"]["milliseconds"] for row in of_it]
+        axes.plot(tokens, floor, "--", color="#777777", label="floor: memory bandwidth")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_title(precision, fontsize=11, loc="left")
+        axes.set_xlabel("cached tokens", fontsize=9.5)
+        axes.grid(color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=9)
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+    panels[0].set_ylabel("ms per decode step, batch 1", fontsize=9.5)
+    panels[0].legend(fontsize=9, frameon=False, loc="upper left")
+    figure.suptitle("MLA: latents used as they are, or expanded first", x=0.01, ha="left", fontsize=12, fontweight="bold")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    path.parent.mkdir(exist_ok=True)
+    write_atomic(path, picture.getvalue())
 
 
 def provenance(result: Mapping[str, Any]) -> str:
