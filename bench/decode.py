@@ -190,7 +190,7 @@ def context_rows(size: Size, precision: str, ceilings: Ceilings) -> list[Row]:
     longest = max(size.contexts) + 1
     model = our_model(replace(size.config, max_position_embeddings=longest), DTYPES[precision])
     table = list(range(-(-longest // BLOCK)))
-    runner = Runner(model, len(table), BLOCK, longest, 1, False, "auto")
+    runner = Runner(model, len(table), BLOCK, max_model_len=longest, max_rows=1, max_head_rows=1)
     runner.cache.normal_()
     rows = []
     for context in size.contexts:
@@ -227,8 +227,8 @@ def _torch_step(model: Transformer, context: int, path: Path, seconds: float) ->
 def _notes(size: Size) -> list[str]:
     return [
         f"The model of the training comparison. {size.prompt} prompt tokens, {size.new_tokens} new ones, greedy, the whole call timed, "
-        "prompt included; in fp32 all tokens were compared and are equal (but where two logits are, to the fifth digit). The "
-        "engine's prefix cache was emptied before each call. Our plain twin: the same model in torch, one cache, no scheduler, no kernels.",
+        "prompt included; in fp32 all tokens were compared and are equal (but where two logits are, to the fifth digit). "
+        "The engine's prefix cache was emptied before each call. Our plain twin: the same model in torch, one cache, no kernels.",
         "One step: the engine's, by its kernels, MLA absorbed; beside it the expanded path, in torch. The JSON and the picture hold "
         "the absorbed path in torch, too, so that the gain of the path and that of the kernels can be told apart.",
         "Floor: weights in use and cached latents, read once per step at the measured memory bandwidth. A model that fits into the "

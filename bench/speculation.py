@@ -183,10 +183,12 @@ def step_times(size: Size, prompts: list[list[int]]) -> StepTimes | None:
     model = load(size.directory)
     longest = max(map(len, prompts))
     table = list(range(-(-longest // _BLOCK)))
-    runner = Runner(model, len(table), _BLOCK, longest, 1, True, "torch")
     rows = max(size.drafts) + 1
+    runner = Runner(
+        model, len(table), _BLOCK, max_model_len=longest, max_rows=rows, max_head_rows=rows, mtp=True, backend="torch"
+    )
     rotary = Rotary(*rotary_table(model.config, torch.arange(longest)))
-    decoder = NativeDecoder(library, model, runner.cache, rotary, rows, len(table))
+    decoder = NativeDecoder(library, model, runner.cache, rotary, rows, rows, len(table))
     main: dict[int, list[float]] = {count: [] for count in range(1, rows + 1)}
     draft: dict[int, list[float]] = {count: [] for count in range(1, rows + 1)}
     for prompt in prompts:
@@ -194,10 +196,12 @@ def step_times(size: Size, prompts: list[list[int]]) -> StepTimes | None:
         runner.forward([Chunk(prompt[:start], 0, table)], [1])
         for count in range(1, rows + 1):  # other tokens choose other experts, so each prompt counts
             chunk = [Chunk(prompt[start : start + count], start, table)]
-            step = decoder.forward(chunk)
-            main[count].append(1e3 * best_seconds(step.run, size.step_seconds))
-            step = decoder.draft(chunk, step.hidden.clone())
-            draft[count].append(1e3 * best_seconds(step.run, size.step_seconds))
+            hidden = decoder.forward(chunk).clone()
+            decoder.draft(chunk, hidden)
+            decoder.logits(hidden)
+            head = best_seconds(decoder._heads[count].run, size.step_seconds)
+            for times, steps in ((main, decoder._steps), (draft, decoder._draft_steps)):
+                times[count].append(1e3 * (best_seconds(steps[count].run, size.step_seconds) + head))
     return StepTimes(*({count: sum(ms) / len(ms) for count, ms in times.items()} for times in (main, draft)))
 
 
@@ -281,8 +285,7 @@ def _notes(size: Size, prompts: list[list[int]]) -> list[str]:
         f"problems and of fables that it wrote itself, at most {size.new_tokens} new tokens each. Tokens with and without drafts were "
         "compared and are equal. Acceptance: of all drafted tokens.",
         "Times faster if Python cost nothing: (1 + accepted per step) x (step of one row) / (step that verifies + steps that draft), "
-        "at the measured acceptance, from the prepared steps timed in this run: the kernels alone, those of the MTP module with its two "
-        "norms in torch.",
+        "at the measured acceptance, from the prepared steps and heads timed in this run.",
         "transformers' generate(use_mtp=True): its loader finds MTP weights only in layer 61, so its MtpModel was built here with our "
         "weights and handed over in place of what MtpModel.from_pretrained returns.",
     ]
