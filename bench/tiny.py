@@ -23,6 +23,7 @@ _PRESET = tiny()
 
 # Where time is counted: with the function of ours that an operation runs inside of, else with the nearest of torch's own operations.
 FUNCTIONS = {
+    "_Linear": "dense products",
     "_GroupedLinear": "expert products",
     "_BlockedAttention": "attention",
     "aten::scaled_dot_product_attention": "attention",
