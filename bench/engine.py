@@ -32,7 +32,7 @@ class Size:
 
     model: Path = field(default_factory=lambda: default_cache() / "smollm2")
     llama_bin: Path | None = None  # None: the PATH
-    decode: llama.Size = field(default_factory=llama.Size)
+    decode: llama.Size = field(default_factory=lambda: llama.Size(turns=2))
     prompts: tuple[int, ...] = (1024, PREFIX_TOKENS)  # and the longest that the model takes
     prompt_turns: int = 2
     linear_seconds: float = 0.3
@@ -46,7 +46,7 @@ QUICK: Size = Size(
     prompts=(1024,),
     prompt_turns=1,
     linear_seconds=0.1,
-    mtp=speculation.Size(problems=2, fables=2, new_tokens=48, turns=2, peer_turns=1, step_seconds=0.02, separate=False),
+    mtp=speculation.Size(problems=2, fables=2, new_tokens=48, turns=2, peer_turns=1, passes=1, separate=False),
 )
 
 
@@ -83,7 +83,8 @@ def decode_part(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str]]:
             rivals: Mapping[str, Build] = {**ours, **llama.competitors(models, loops, tools[0].parent)}
             rows = llama.measure(rivals, loops, separate=size.separate)
             notes = llama.notes(loops)
-    rows = with_targets([replace(row, floor=decode_floor(size, row.extra["sequences"], ceilings)) for row in rows])
+    floors = {sequences: decode_floor(size, sequences, ceilings) for sequences in loops.batches}
+    rows = with_targets([replace(row, floor=floors[row.extra["sequences"]]) for row in rows])
     return rows, [*notes, *_decode_notes(size)]
 
 

@@ -122,14 +122,12 @@ def draw_context(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         of_it = [row for row in points if row["precision"] == precision]
         tokens = [row["cached_tokens"] for row in of_it]
         lines = (
-            ("expanded, in torch", "peer_milliseconds", "#d1495b", "-"),
-            ("absorbed, in torch", "absorbed_in_torch_milliseconds", "#8aa9d6", "-"),
-            ("absorbed, the engine's step", "milliseconds", "#1f5fa8", "-"),
+            ("expanded, in torch", "peer_milliseconds", "#d1495b"),
+            ("absorbed, in torch", "absorbed_in_torch_milliseconds", "#8aa9d6"),
+            ("absorbed, the engine's step", "milliseconds", "#1f5fa8"),
         )
-        for label, key, colour, style in lines:
-            axes.plot(tokens, [row[key] for row in of_it], style, color=colour, marker="o", markersize=4, label=label)
-        floor = [row["floor"]["milliseconds"] for row in of_it]
-        axes.plot(tokens, floor, "--", color="#777777", label="floor: memory bandwidth")
+        for label, key, colour in lines:
+            axes.plot(tokens, [row[key] for row in of_it], color=colour, marker="o", markersize=4, label=label)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(tokens, [f"{count:,}" for count in tokens])

@@ -1,17 +1,17 @@
 """Drafts by MTP on text of a trained model: tokens per second at batch 1, acceptance, and what the drafts could gain at most."""
 
 import os
+import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 
-from bench.ceilings import best_seconds
 from bench.contest import Turn, alternate, summarize
 from bench.decode import check_same
 from bench.machine import ROOT
@@ -50,7 +50,7 @@ class Size:
     warm_up: int = 1
     turns: int = 7
     peer_turns: int = 2  # of transformers, which takes twenty times as long
-    step_seconds: float = 0.05
+    passes: int = 3  # through all that was written, to time the kernels
     separate: bool = True
 
 
@@ -71,10 +71,14 @@ class Written(NamedTuple):
 
 
 class StepTimes(NamedTuple):
-    """Milliseconds of the prepared steps, by number of rows: the engine's work without its Python."""
+    """Milliseconds of one step's kernels: those of the model, and those of the MTP module, which makes the next drafts."""
 
-    main: dict[int, float]
-    draft: dict[int, float]
+    model: float
+    mtp: float
+
+
+StepClock = Callable[[int, float], StepTimes]
+"""Times the steps with so many drafts, accepted at this rate."""
 
 
 def has_mtp(directory: Path | None) -> bool:
@@ -87,7 +91,7 @@ def has_mtp(directory: Path | None) -> bool:
 
 
 def run(size: Size) -> tuple[list[Row], list[str]]:
-    """Rows for each temperature and number of drafts, then transformers', then the steps that they consist of."""
+    """Rows for each temperature and number of drafts, then transformers'."""
     assert size.directory is not None
     prompts = make_prompts(size, size.directory)
     competitors: dict[str, Callable[[], Any]] = {
@@ -97,19 +101,16 @@ def run(size: Size) -> tuple[list[Row], list[str]]:
     schedule = [Item(temperature, False) for _ in range(size.warm_up + size.turns) for temperature in size.temperatures]
     schedule += [Item(0.0, True)] * size.peer_turns
     turns = alternate(competitors, schedule, separate=size.separate)
-    _check(size, turns, schedule)
-    times = step_times(size, prompts)
+    check_written(size, turns, schedule)
     rows = []
     for temperature in size.temperatures:
         kept = _kept(turns, schedule, Item(temperature, False), size.warm_up)
-        rows += [row for drafts in size.drafts for row in _rows(kept, temperature, drafts, times)]
+        clock = build_clock(size, prompts, kept[_name(0)][0].value.token_ids)
+        rows += [row for drafts in size.drafts for row in _rows(kept, temperature, drafts, clock)]
     beside = _kept(turns, schedule, Item(0.0, True), 0)
     for drafts in size.drafts:
         name = f"greedy, {_name(drafts)}"
         rows.append(Row(name, "tokens_per_second", *_speed(beside[_name(drafts)]), PEER, *_speed(beside[PEER])))
-    if times is not None:
-        rows += [Row(f"prepared step, rows: {count}", "milliseconds", ms) for count, ms in times.main.items()]
-        rows += [Row(f"prepared step of the MTP module, rows: {count}", "milliseconds", ms) for count, ms in times.draft.items()]
     return rows, _notes(size, prompts)
 
 
@@ -175,68 +176,68 @@ def build_theirs(size: Size, prompts: list[list[int]]) -> Callable[[Item], Writt
     return turn
 
 
-def step_times(size: Size, prompts: list[list[int]]) -> StepTimes | None:
-    """The prepared steps of the native back-end on tokens of the prompts; None where there is no compiler to make it."""
+def build_clock(size: Size, prompts: list[list[int]], written: list[list[int]]) -> StepClock | None:
+    """Goes through what was written as the engine does, with nothing but the calls of the native back-end: other tokens choose other
+    experts, so that a step repeated would find its weights too near. None where there is no compiler to make the kernels."""
     library = kernels()
     if library is None or size.directory is None:
         return None
     model = load(size.directory)
-    longest = max(map(len, prompts))
-    table = list(range(-(-longest // _BLOCK)))
+    longest = max(map(len, written))
+    width = -(-longest // _BLOCK)
     rows = max(size.drafts) + 1
-    runner = Runner(
-        model, len(table), _BLOCK, max_model_len=longest, max_rows=rows, max_head_rows=rows, mtp=True, backend="torch"
-    )
+    sizes = {"max_model_len": longest, "max_rows": rows, "max_head_rows": rows}
+    runner = Runner(model, width * len(written), _BLOCK, **sizes, mtp=True, backend="torch")
     rotary = Rotary(*rotary_table(model.config, torch.arange(longest)))
-    decoder = NativeDecoder(library, model, runner.cache, rotary, rows, rows, len(table))
-    main: dict[int, list[float]] = {count: [] for count in range(1, rows + 1)}
-    draft: dict[int, list[float]] = {count: [] for count in range(1, rows + 1)}
-    for prompt in prompts:
-        start = len(prompt) - rows
-        runner.forward([Chunk(prompt[:start], 0, table)], [1])
-        for count in range(1, rows + 1):  # other tokens choose other experts, so each prompt counts
-            chunk = [Chunk(prompt[start : start + count], start, table)]
-            hidden = decoder.forward(chunk).clone()
-            decoder.draft(chunk, hidden)
-            decoder.logits(hidden)
-            head = best_seconds(decoder._heads[count].run, size.step_seconds)
-            for times, steps in ((main, decoder._steps), (draft, decoder._draft_steps)):
-                times[count].append(1e3 * (best_seconds(steps[count].run, size.step_seconds) + head))
-    return StepTimes(*({count: sum(ms) / len(ms) for count, ms in times.items()} for times in (main, draft)))
+    decoder = NativeDecoder(library, model, runner.cache, rotary, rows, rows, width)
+    texts = []
+    for number, (prompt, tokens) in enumerate(zip(prompts, written, strict=True)):
+        table = list(range(number * width, (number + 1) * width))
+        hidden = runner.forward([Chunk(prompt, 0, table)], [1]).hidden
+        runner.draft([Chunk(tokens[1 : len(prompt) + 1], 0, table)], [1], hidden)
+        texts.append((tokens, len(prompt), table))
+
+    def once(drafts: int, acceptance: float) -> StepTimes:
+        luck, steps, of_model, of_mtp = random.Random(0), 0, 0.0, 0.0
+        for tokens, at, table in texts:
+            while at + 2 * drafts + 1 < len(tokens):
+                known = 1 + sum(luck.random() < acceptance for _ in range(drafts))
+                chunk = [Chunk(tokens[at : at + 1 + drafts], at, table)]
+                start = time.perf_counter()
+                hidden = decoder.forward(chunk)
+                decoder.logits(hidden)
+                middle = time.perf_counter()
+                if drafts:
+                    hidden = decoder.draft([Chunk(tokens[at + 1 : at + 1 + known], at, table)], hidden[:known])
+                    decoder.logits(hidden[-1:])
+                for further in range(at + known, at + known + drafts - 1):
+                    hidden = decoder.draft([Chunk(tokens[further + 1 : further + 2], further, table)], hidden[-1:])
+                    decoder.logits(hidden)
+                of_mtp += time.perf_counter() - middle
+                of_model += middle - start
+                steps, at = steps + 1, at + known
+        return StepTimes(1e3 * of_model / steps, 1e3 * of_mtp / steps)
+
+    return lambda drafts, acceptance: min((once(drafts, acceptance) for _ in range(size.passes)), key=sum)
 
 
-def possible_ratio(times: StepTimes, drafts: int, acceptance: float) -> float:
-    """How much faster `drafts` guesses a step, accepted at this rate, would make decoding if Python cost nothing.
-
-    A step verifies them all, and then runs the MTP module over the tokens that came out of it and again for each further guess.
-    """
-    new = 1 + drafts * acceptance
-    counts = sorted(times.draft)
-    low, high = next((pair for pair in pairwise(counts) if pair[0] <= new <= pair[1]), (counts[0], counts[0]))
-    share = 0.0 if low == high else (new - low) / (high - low)
-    first = (1 - share) * times.draft[low] + share * times.draft[high]
-    return new * times.main[1] / (times.main[1 + drafts] + first + (drafts - 1) * times.draft[1])
-
-
-def _rows(kept: dict[str, list[Turn]], temperature: float, drafts: int, times: StepTimes | None) -> list[Row]:
+def _rows(kept: dict[str, list[Turn]], temperature: float, drafts: int, clock: StepClock | None) -> list[Row]:
     mine, plain = kept[_name(drafts)], kept[_name(0)]
-    drafted, accepted = sum(turn.value.drafted for turn in mine), sum(turn.value.accepted for turn in mine)
-    acceptance = accepted / drafted
+    acceptance = sum(turn.value.accepted for turn in mine) / sum(turn.value.drafted for turn in mine)
     what = f"{_sampling(temperature)}, {_name(drafts)}"
-    floor = None if times is None else {"times_faster_if_Python_cost_nothing": possible_ratio(times, drafts, acceptance)}
     target_ratio, target_acceptance = (TARGET_RATIO, TARGET_ACCEPTANCE) if drafts == 1 else (None, None)
-    extra = {"acceptance": acceptance}
+    floor = None
+    if clock is not None:
+        without, step = clock(0, 0.0), clock(drafts, acceptance)
+        floor = {
+            "1_row_milliseconds": without.model,
+            f"{1 + drafts}_rows_milliseconds": step.model,
+            "MTP_milliseconds": step.mtp,
+            "times_as_fast_by_the_kernels_alone": (1 + drafts * acceptance) * without.model / sum(step),
+        }
+    speeds = (*_speed(mine), _name(0), *_speed(plain))
     return [
-        Row(
-            what,
-            "tokens_per_second",
-            *_speed(mine),
-            _name(0),
-            *_speed(plain),
-            target=target_ratio,
-            floor=floor,
-            extra=extra,
-        ),
+        Row(what, "tokens_per_second", *speeds, target=target_ratio, floor=floor, extra={"acceptance": acceptance}),
         Row(f"{what}: acceptance", "share", acceptance, target=target_acceptance),
     ]
 
@@ -262,7 +263,7 @@ def _kept(turns: dict[str, list[Turn]], schedule: list[Item], item: Item, warm_u
     return {name: kept for name, kept in chosen.items() if kept}
 
 
-def _check(size: Size, turns: dict[str, list[Turn]], schedule: list[Item]) -> None:
+def check_written(size: Size, turns: dict[str, list[Turn]], schedule: list[Item]) -> None:
     """Drafts change no token; transformers' are the same where no two logits are equal to the fourth digit."""
     assert size.directory is not None
     model = load(size.directory)
@@ -284,8 +285,8 @@ def _notes(size: Size, prompts: list[list[int]]) -> list[str]:
         f"Drafts: the model of {name}, in the dtype in which it is stored, one request at a time: {len(prompts)} openings, of held-out "
         f"problems and of fables that it wrote itself, at most {size.new_tokens} new tokens each. Tokens with and without drafts were "
         "compared and are equal. Acceptance: of all drafted tokens.",
-        "Times faster if Python cost nothing: (1 + accepted per step) x (step of one row) / (step that verifies + steps that draft), "
-        "at the measured acceptance, from the prepared steps and heads timed in this run.",
+        "Times as fast by the kernels alone, if Python cost nothing: (1 + accepted per step) x (kernels of one row) / (kernels that "
+        "verify + kernels that draft), timed in this run over what was written, at the measured acceptance.",
         "transformers' generate(use_mtp=True): its loader finds MTP weights only in layer 61, so its MtpModel was built here with our "
         "weights and handed over in place of what MtpModel.from_pretrained returns.",
     ]

@@ -10,13 +10,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import ceilings, checkpoint, cli, decode, report, tiny, train
+from bench import ceilings, checkpoint, cli, decode, engine, llama, report, speculation, tiny, train
 from bench.contest import Turn, alternate, in_a_fresh_process, summarize
 from bench.machine import describe_device, peak_memory_bytes, read_commit
 from bench.peers import COMPARED, SETTINGS, our_model, their_model
 from bench.results import Row, cells, with_unit
 from finback.config import ModelConfig, count_params
+from finback.data.tokenizer import save_tokenizer
+from finback.model.checkpoint import save
 from finback.presets import tiny as tiny_preset
+from tests.checkpoint_samples import LLAMA, build
+from tests.tokenizer_samples import family_tokenizer
 
 SMALL = replace(
     COMPARED,
@@ -40,7 +44,7 @@ TOY: dict[str, Any] = {
     "tiny": tiny.Size(
         replace(SMALL, num_nextn_predict_layers=1), sequences=2, tokens=8, steps=1, warm_up=1, turns=2, separate=False
     ),
-    "decode": decode.Size(SMALL, (1, 2), prompt=4, new_tokens=4, turns=1, contexts=(8,), path_seconds=0.001, separate=False),
+    "decode": decode.Size(SMALL, (1, 2), prompt=4, new_tokens=4, turns=1, contexts=(8, 70), path_seconds=0.001, separate=False),
     "checkpoint": checkpoint.Size(replace(SMALL, num_nextn_predict_layers=1), turns=1),
 }
 PER_RUN = {
@@ -65,8 +69,31 @@ DEVICE = {"cpu", "cores", "cache_kib", "cpu_flags", "memory_total_bytes", "torch
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON files of one toy run of everything."""
     out = tmp_path_factory.mktemp("results")
-    cli.run(cli.NAMES, TOY, out, quick=True)
+    engine_size = toy_engine(tmp_path_factory.mktemp("models"))
+    cli.run(cli.NAMES, {**TOY, "engine": engine_size}, out, quick=True)
     return out
+
+
+def toy_engine(directory: Path) -> engine.Size:
+    """A dense model in place of SmolLM2 and one with an MTP module; llama.cpp is not looked for."""
+    tokenizer = family_tokenizer("smollm")
+    vocabulary = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 256}
+    dense = replace(LLAMA, **vocabulary, rope_scaling=None)
+    for name, config in (("dense", dense), ("mtp", replace(SMALL, **vocabulary, num_nextn_predict_layers=1))):
+        save(build(config), directory / name)
+        save_tokenizer(tokenizer, directory / name)
+    return engine.Size(
+        directory / "dense",
+        llama_bin=directory,
+        decode=llama.Size(batches=(1, 3), prompt=4, new_tokens=4, turns=1),
+        prompts=(130,),
+        prompt_turns=1,
+        linear_seconds=0.001,
+        mtp=speculation.Size(
+            directory / "mtp", problems=1, fables=1, opening=4, new_tokens=8, turns=1, peer_turns=1, passes=1, separate=False
+        ),
+        separate=False,
+    )
 
 
 @pytest.mark.parametrize("name", cli.NAMES)
@@ -80,7 +107,7 @@ def test_json_holds_the_promised_fields(results: Path, name: str):
     for row in result["rows"]:
         unit = list(row)[1]
         assert row.keys() >= PER_ROW | {unit, f"peer_{unit}"}
-        assert row[unit] > 0
+        assert row[unit] > 0 or "acceptance" in row["name"]  # a random model's drafts may all be wrong
         assert (row["peer"] is None) == (row["ratio"] is None)
         assert (row["target"] is None) == (row["met"] is None)
         assert all(cell == cell.strip() for cell in cells(row)[1:])
@@ -94,7 +121,10 @@ def test_every_target_of_the_project_has_a_row(results: Path):
     expected = {("training bf16: share of the ceiling", None): 0.65, ("tiny bf16: share of the ceiling", None): 0.5}
     expected |= {("training bf16", peer): 2.5 for peer in SETTINGS} | {("training fp32", peer): 1.4 for peer in SETTINGS}
     expected |= {(f"generate {precision}, batch 1", peer): 8.0 for precision in ("fp32", "bf16") for peer in SETTINGS}
-    assert targets == expected  # the toy has no batch of 16
+    speculation_of = {"greedy, 1 draft by MTP", "temperature 0.6, 1 draft by MTP"}
+    expected |= {(name, "no drafts"): 1.25 for name in speculation_of}
+    expected |= {(f"{name}: acceptance", None): 0.7 for name in speculation_of}
+    assert targets == expected  # the toy has no batch of 16 or 32, no llama.cpp and no prompt of 4,096 tokens
 
 
 def test_time_shares_add_up(results: Path):
