@@ -433,6 +433,7 @@ NEVER_ENDING = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required"
         (lambda: Grammar.json_schema(NEVER_ENDING), "never ends"),
         (lambda: Grammar.json_schema({"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [NEVER_ENDING]}}}), "never ends"),
         (lambda: Grammar.json_schema({"type": "array", "minItems": 1, "items": {"$ref": "#"}}), "never ends"),
+        (lambda: Grammar.json_schema({"anyOf": [NEVER_ENDING, {"type": "array", "items": {"$ref": "#"}, "minItems": 1}]}), "never"),
         (lambda: Grammar.regex("[a"), "the regex cannot be used: unclosed character class"),
         (lambda: Grammar.regex("("), "unclosed group"),
         (lambda: Grammar.regex("(?=x)"), "look-around"),
