@@ -26,7 +26,17 @@ import torch
 
 from finback.ops.native.calls import Kernels
 
-SOURCES = ("kernels.c", "vectors.h", "product.h", "operations.h", "attention.h", "experts.h", "undefine.h")
+SOURCES = (
+    "kernels.c",
+    "vectors.h",
+    "product.h",
+    "operations.h",
+    "attention.h",
+    "grouped_query.h",
+    "latent.h",
+    "experts.h",
+    "undefine.h",
+)
 COMPILERS = ("gcc", "cc", "clang")
 # No -ffast-math: it would drop nan and inf, and flush denormal numbers of the whole process to zero.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
