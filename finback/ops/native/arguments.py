@@ -59,7 +59,7 @@ class CacheArguments(ctypes.Structure):
 
 
 class LatentArguments(ctypes.Structure):
-    """As in attention.h."""
+    """As in latent.h."""
 
     _fields_ = [
         *_fields("query key_up value_up output compressed norm"),
@@ -69,7 +69,7 @@ class LatentArguments(ctypes.Structure):
 
 
 class GroupedArguments(ctypes.Structure):
-    """As in attention.h."""
+    """As in grouped_query.h."""
 
     _fields_ = [
         *_fields("query key value query_norm key_norm output"),

@@ -1,4 +1,4 @@
-// Attention of new tokens to cached rows, for one stored type: included twice, after operations.h.
+// Attention of new tokens to cached rows, for one stored type: included twice, after operations.h. What both kinds share.
 //
 // Every token looks at the rows of its sequence from position 0 to its own. Several tokens of one sequence may come in one
 // call: the rows of all are written before any is read. A long context is cut into chunks whose number depends on its length
@@ -21,8 +21,6 @@ INLINE NAME(stored) * NAME(cached_row)(const NAME(cache) * c, int64_t token, int
   }
   return c->rows + (block * c->block_rows + within) * c->width;
 }
-
-// ---- the softmax over cached rows, for both kinds of attention
 
 // Queries of some heads to keys and values of fewer: `heads / key_heads` neighbours share a key head. Key head i lies at
 // i * key_size of a row, its values at first_value + i * value_size.
@@ -76,31 +74,32 @@ typedef struct {
   float *values, highest[PANEL], sum[PANEL];
 } NAME(unit);
 
-// `at` and following values of the rows of a piece.
-INLINE void NAME(prefetch_rows)(const NAME(cache) * c, const NAME(stored) * rows, int64_t count, int64_t at, int64_t size) {
-  for (int64_t r = 0; r < count; r++)
-    for (int64_t i = 0; i < size; i += 64 / sizeof *rows) __builtin_prefetch(rows + r * c->width + at + i);
+// Part `index` of `count` of some rows, which lie one after the other.
+INLINE void NAME(prefetch)(const NAME(cache) * c, const NAME(stored) * rows, int64_t number, int64_t index, int64_t count) {
+  range mine = share(number * c->width, 64 / sizeof *rows, (member){index, count});
+  for (int64_t i = mine.first; i < mine.end; i += 64 / sizeof *rows) __builtin_prefetch(rows + i);
 }
 
-// Scores [heads, PIECE] of a piece become e^(score - highest), after `factor` has said by what earlier ones are to shrink.
-INLINE void NAME(weigh)(NAME(unit) * u, float *scores, int64_t count, float scale, float *factor) {
+// Scores [heads, PIECE] of a piece -> weights e^(score - highest), after `factor` has said by what earlier ones are to shrink.
+INLINE void NAME(weigh)(NAME(unit) * u, float *scores, int64_t count, float scale, float *factor, NAME(packed) * weights) {
+  float highest[PANEL] = {0};
   for (int64_t h = 0; h < u->heads; h++) {
     float *score = scores + h * NAME(PIECE);
     for (int64_t s = count; s < rounded_up(count, LANES); s++) score[s] = -INFINITY;
-    vector largest = load_float32(score), sum = {0};
-    for (int64_t s = LANES; s < count; s += LANES) {
-      vector other = load_float32(score + s);
-      largest = where(other > largest, other, largest);
-    }
-    float before = u->highest[h], now = largest_lane(largest);
-    factor[h] = 1.0f;
-    if (now > before) {
-      u->highest[h] = now;
-      factor[h] = exponential(splat((before - now) * scale))[0];
-    }
+    vector largest = load_float32(score);
+    for (int64_t s = LANES; s < count; s += LANES) largest = larger(load_float32(score + s), largest);
+    highest[h] = largest_lane(largest);
+  }
+  for (int64_t h = 0; h < u->heads; h += LANES) {  // of many heads at once, and without a branch that nobody can foresee
+    vector before = load_float32(u->highest + h), now = larger(load_float32(highest + h), before);
+    store_float32(u->highest + h, now);
+    store_float32(factor + h, exponential((before - now) * scale));
+  }
+  for (int64_t h = 0; h < u->heads; h++) {
+    vector sum = {0};
     for (int64_t s = 0; s < count; s += LANES) {
-      vector weight = exponential((load_float32(score + s) - u->highest[h]) * scale);
-      store_float32(score + s, weight);
+      vector weight = exponential((load_float32(scores + h * NAME(PIECE) + s) - u->highest[h]) * scale);
+      STORE_PACKED(weights + h * NAME(PIECE) + s, weight);
       sum += weight;
     }
     u->sum[h] = u->sum[h] * factor[h] + sum_of_lanes(sum);
@@ -113,24 +112,27 @@ static void NAME(attend)(const NAME(attention) * a, int64_t token, range positio
   const NAME(cache) *c = &a->cache;
   int64_t padded = rounded_up(a->key_size, STEP);
   float scores[count][PANEL * NAME(PIECE)], factor[PANEL];
+  NAME(packed) weights[PANEL * NAME(PIECE)];
   for (int64_t start = positions.first, end; start < positions.end; start = end) {
     end = NAME(end_of_piece)(c, start, positions.end);
     const NAME(stored) *rows = NAME(cached_row)(c, token, start);
-    const NAME(stored) *next = end < positions.end ? NAME(cached_row)(c, token, end) : 0;
-    int64_t next_count = next ? NAME(end_of_piece)(c, end, positions.end) - end : 0;
+    // The next piece is of this context, or, where it ends, probably the first of the next token's.
+    int64_t next_token = end <= c->positions[token] ? token : least(token + 1, c->tokens - 1);
+    int64_t next_start = end <= c->positions[token] ? end : 0;
+    int64_t next_count = NAME(end_of_piece)(c, next_start, c->positions[next_token] + 1) - next_start;
+    const NAME(stored) *next = NAME(cached_row)(c, next_token, next_start);
     for (int64_t i = 0; i < count; i++) {
       NAME(unit) *u = units + i;
       const NAME(packed) * queries[PANEL];
       for (int64_t h = 0; h < u->heads; h++) queries[h] = a->queries + ((u->head + h) * c->tokens + token) * padded;
-      if (i == 0 || u->key != u[-1].key) NAME(prefetch_rows)(c, next, next_count, u->key, a->key_size);
-      NAME(all_dots)(rows + u->key, c->width, queries, a->key_size, end - start, u->heads, scores[i], NAME(PIECE));
+      NAME(prefetch)(c, next, next_count, i, 2 * count);
+      NAME(all_dots)(rows + u->key, c->width, queries, a->key_size, 0, end - start, u->heads, scores[i], NAME(PIECE));
     }
     for (int64_t i = 0; i < count; i++) {
       NAME(unit) *u = units + i;
-      if (u->value >= u->key + a->key_size && (i == 0 || u->value != u[-1].value))
-        NAME(prefetch_rows)(c, next, next_count, u->value, a->value_size);
-      NAME(weigh)(u, scores[i], end - start, a->scale, factor);
-      NAME(mix)(rows + u->value, c->width, end - start, a->value_size, scores[i], NAME(PIECE), factor, u->heads, u->values,
+      NAME(prefetch)(c, next, next_count, count + i, 2 * count);
+      NAME(weigh)(u, scores[i], end - start, a->scale, factor, weights);
+      NAME(mix)(rows + u->value, c->width, end - start, a->value_size, weights, NAME(PIECE), factor, u->heads, u->values,
                 a->value_size);
     }
   }
@@ -159,7 +161,7 @@ static void NAME(attend_chunk)(const NAME(attention) * a, int64_t token, int64_t
   memset(values, 0, a->heads * size * sizeof(float));
   for (int64_t i = 0; i < count; i++) {
     units[i].values = values + (units[i].head - units->head) * size;
-    for (int64_t h = 0; h < units[i].heads; h++) units[i].highest[h] = -INFINITY, units[i].sum[h] = 0;
+    for (int64_t h = 0; h < PANEL; h++) units[i].highest[h] = -INFINITY, units[i].sum[h] = 0;
   }
   NAME(attend)(a, token, share(a->cache.positions[token] + 1, NAME(PIECE), (member){chunk, chunks}), units, count);
   for (int64_t i = 0; i < count; i++)
@@ -226,209 +228,4 @@ static void NAME(attend_all)(const NAME(attention) * a, member m) {
   mine = share(c->tokens * a->heads, 1, m);
   for (int64_t i = mine.first; i < mine.end; i++)
     if (NAME(chunks)(c, i / a->heads) > 1) NAME(merge_chunks)(a, i / a->heads, i % a->heads, values);
-}
-
-// ---- grouped-query attention
-
-// Queries, keys and values as projected. Each token's rotated keys (of all key heads) and values become its row; every group
-// of heads / key_heads queries attends to one key head.
-typedef struct {
-  const NAME(stored) * query, *key, *value;  // [tokens, heads * size], [tokens, key_heads * size] twice
-  const NAME(stored) * query_norm, *key_norm;  // [size] or null: norms of each head before it is rotated
-  NAME(stored) * output;                       // [tokens, heads * size]
-  NAME(cache) cache;                           // rows of key_heads * size keys, then as many values
-  int64_t heads, key_heads, size;
-  float scale, eps;
-} NAME(grouped_query_attention_arguments);
-
-typedef NAME(attention) NAME(grouped_query_attention_memory);
-
-TAKE(grouped_query_attention) {
-  NAME(attention) attention = {
-      .cache = a->cache,
-      .heads = a->heads,
-      .key_heads = a->key_heads,
-      .key_size = a->size,
-      .value_size = a->size,
-      .first_value = a->key_heads * a->size,
-      .scale = a->scale,
-      .queries = take(memory, a->cache.tokens * a->heads * rounded_up(a->size, STEP) * sizeof(NAME(packed))),
-      .output = a->output,
-  };
-  NAME(take_attention)(&attention, threads, memory);
-  return attention;
-}
-
-// One head, normalised if `norm` is given, and rotated: value i turns with value i + size / 2.
-static void NAME(rotate_halves)(const NAME(grouped_query_attention_arguments) * a, const NAME(stored) * x,
-                                const NAME(stored) * norm, int64_t position, float *to) {
-  int64_t half = a->size / 2;
-  const float *cosine = a->cache.cosine + position * half, *sine = a->cache.sine + position * half;
-  float scale = norm ? NAME(inverse_rms)(x, a->size, a->eps) : 1.0f;
-  for (int64_t i = 0; i < half; i += LANES) {
-    int64_t left = half - i;
-    vector first = LOAD_PART(x + i, left), second = LOAD_PART(x + half + i, left);
-    if (norm) {
-      first = first * scale * LOAD_PART(norm + i, left);
-      second = second * scale * LOAD_PART(norm + half + i, left);
-    }
-    vector c = load_part_float32(cosine + i, left), s = load_part_float32(sine + i, left);
-    store_part_float32(to + i, first * c - second * s, left);
-    store_part_float32(to + half + i, second * c + first * s, left);
-  }
-}
-
-// Everything that is done to one head of queries or keys and values before any token attends.
-static void NAME(prepare_head)(const NAME(grouped_query_attention_arguments) * a, int64_t token, int64_t head,
-                               NAME(packed) * queries) {
-  int64_t size = a->size, padded = rounded_up(size, STEP), position = a->cache.positions[token];
-  float rotated[padded];
-  if (head < a->heads) {
-    NAME(packed) *to = queries + (head * a->cache.tokens + token) * padded;
-    memset(rotated, 0, sizeof rotated);
-    NAME(rotate_halves)(a, a->query + (token * a->heads + head) * size, a->query_norm, position, rotated);
-    for (int64_t i = 0; i < padded; i += LANES) STORE_PACKED(to + i, load_float32(rotated + i));
-  } else {
-    int64_t of = head - a->heads, from = (token * a->key_heads + of) * size;
-    NAME(stored) *row = NAME(cached_row)(&a->cache, token, position);
-    NAME(rotate_halves)(a, a->key + from, a->key_norm, position, rotated);
-    NAME(store_all)(row + of * size, rotated, size);
-    memcpy(row + (a->key_heads + of) * size, a->value + from, size * sizeof *row);
-  }
-}
-
-PERFORM(grouped_query_attention) {
-  NAME(attention) attention = NAME(take_grouped_query_attention)(a, m.count, &memory);
-  int64_t prepared = a->heads + a->key_heads;
-  range mine = share(a->cache.tokens * prepared, 1, m);
-  for (int64_t i = mine.first; i < mine.end; i++)
-    NAME(prepare_head)(a, i / prepared, i % prepared, (NAME(packed) *)attention.queries);
-  wait_for_team();
-  NAME(attend_all)(&attention, m);
-  return 0;
-}
-
-// ---- latent attention
-
-// Attention to cached latents ("absorbed": the keys' up-projection is folded into the query, the values' into the output; V2
-// section 2.1.2).
-//
-// With `key_up`, queries are [tokens, heads, nope + rope] as projected, and get rotated and absorbed here; without, they are
-// [tokens, heads, rank + rope], ready. With `value_up`, outputs are [tokens, heads, value_size], without, latents
-// [tokens, heads, rank]. With `compressed` [tokens, rank + rope], each token's own row is made from it and cached first.
-typedef struct {
-  const NAME(stored) * query, *key_up, *value_up;  // of each head [nope, rank] and [value_size, rank], `head_stride` apart
-  NAME(stored) * output;
-  const NAME(stored) * compressed, *norm;  // and the norm of its first `rank` values
-  NAME(cache) cache;                       // rows of rank + rope values
-  int64_t heads, nope, rope, rank, value_size, head_stride;
-  float scale, eps;
-} NAME(latent_attention_arguments);
-
-typedef NAME(attention) NAME(latent_attention_memory);
-
-TAKE(latent_attention) {
-  int64_t pairs = a->cache.tokens * a->heads;
-  NAME(attention) attention = {
-      .cache = a->cache,
-      .heads = a->heads,
-      .key_heads = 1,
-      .key_size = a->rank + a->rope,
-      .value_size = a->rank,
-      .scale = a->scale,
-      .queries = take(memory, pairs * rounded_up(a->rank + a->rope, STEP) * sizeof(NAME(packed))),
-      .output = a->output,
-  };
-  if (a->value_up) attention.packed_output = take(memory, pairs * rounded_up(a->rank, STEP) * sizeof(NAME(packed)));
-  NAME(take_attention)(&attention, threads, memory);
-  return attention;
-}
-
-// Rotate the last `rope` of rank + rope or nope + rope values.
-INLINE void NAME(rotate_at)(const NAME(latent_attention_arguments) * a, const NAME(stored) * x, int64_t token, float *to) {
-  int64_t angles = a->cache.positions[token] * (a->rope / 2);
-  NAME(rotate)(x, a->cache.cosine + angles, a->cache.sine + angles, a->rope, to);
-}
-
-// The token's row, and its queries but for what is absorbed.
-static void NAME(prepare_token)(const NAME(latent_attention_arguments) * a, int64_t token, NAME(packed) * queries) {
-  int64_t width = a->cache.width, padded = rounded_up(width, STEP), tokens = a->cache.tokens, rank = a->rank;
-  float rotated[a->rope];
-  if (a->compressed) {
-    const NAME(stored) *from = a->compressed + token * width;
-    NAME(stored) *row = NAME(cached_row)(&a->cache, token, a->cache.positions[token]);
-    NAME(normalise)(from, a->norm, row, rank, a->eps);
-    NAME(rotate_at)(a, from + rank, token, rotated);
-    NAME(store_all)(row + rank, rotated, a->rope);
-  }
-  for (int64_t h = 0; h < a->heads; h++) {
-    NAME(packed) *to = queries + (h * tokens + token) * padded;
-    if (!a->key_up) {
-      NAME(pack_token)(a->query + (token * a->heads + h) * width, 0, 0, width, padded, to);
-      continue;
-    }
-    float tail[padded - rank];
-    memset(tail, 0, sizeof tail);
-    NAME(rotate_at)(a, a->query + (token * a->heads + h) * (a->nope + a->rope) + a->nope, token, tail);
-    NAME(pack_values)(to + rank, tail, padded - rank);
-  }
-}
-
-enum { NAME(COLUMNS) = 64 };  // of an up-projection that one member multiplies at a time
-
-// Absorbed queries of one head, all tokens and COLUMNS values from `column` on.
-static void NAME(absorb)(const NAME(latent_attention_arguments) * a, int64_t head, int64_t column, NAME(packed) * queries) {
-  int64_t tokens = a->cache.tokens, padded = rounded_up(a->cache.width, STEP), width = least(NAME(COLUMNS), a->rank - column);
-  float coefficients[4 * a->nope], absorbed[4 * NAME(COLUMNS)];
-  const float from_zero[4] = {0};
-  for (int64_t first = 0; first < tokens; first += 4) {
-    int64_t now = least(4, tokens - first);
-    for (int64_t t = 0; t < now; t++) {
-      const NAME(stored) *query = a->query + ((first + t) * a->heads + head) * (a->nope + a->rope);
-      for (int64_t n = 0; n < a->nope; n += LANES)
-        store_part_float32(coefficients + t * a->nope + n, LOAD_PART(query + n, a->nope - n), a->nope - n);
-    }
-    memset(absorbed, 0, sizeof absorbed);
-    NAME(mix)(a->key_up + head * a->head_stride + column, a->rank, a->nope, width, coefficients, a->nope, from_zero, now,
-              absorbed, NAME(COLUMNS));
-    for (int64_t t = 0; t < now; t++)
-      NAME(pack_values)(queries + (head * tokens + first + t) * padded + column, absorbed + t * NAME(COLUMNS), width);
-  }
-}
-
-// Value block of one head for all tokens: BLOCK rows of its value_up from `row` on.
-static void NAME(output_values)(const NAME(latent_attention_arguments) * a, const NAME(packed) * latents, int64_t head,
-                                int64_t row) {
-  int64_t tokens = a->cache.tokens, padded = rounded_up(a->rank, STEP), height = least(BLOCK, a->value_size - row);
-  float block[PANEL * BLOCK];
-  for (int64_t first = 0; first < tokens; first += PANEL) {
-    int64_t now = least(PANEL, tokens - first);
-    const NAME(packed) * pointers[PANEL];
-    for (int64_t t = 0; t < now; t++) pointers[t] = latents + (head * tokens + first + t) * padded;
-    NAME(all_dots)(a->value_up + head * a->head_stride + row * a->rank, a->rank, pointers, a->rank, height, now, block, BLOCK);
-    for (int64_t t = 0; t < now; t++)
-      NAME(store_all)(a->output + ((first + t) * a->heads + head) * a->value_size + row, block + t * BLOCK, height);
-  }
-}
-
-PERFORM(latent_attention) {
-  NAME(attention) attention = NAME(take_latent_attention)(a, m.count, &memory);
-  NAME(packed) *queries = (NAME(packed) *)attention.queries;
-  range mine = share(a->cache.tokens, 1, m);
-  for (int64_t t = mine.first; t < mine.end; t++) NAME(prepare_token)(a, t, queries);
-  if (a->key_up) {
-    int64_t blocks = (a->rank + NAME(COLUMNS) - 1) / NAME(COLUMNS);
-    mine = share(a->heads * blocks, 1, m);
-    for (int64_t i = mine.first; i < mine.end; i++) NAME(absorb)(a, i / blocks, i % blocks * NAME(COLUMNS), queries);
-  }
-  wait_for_team();
-  NAME(attend_all)(&attention, m);
-  if (a->value_up) {
-    wait_for_team();
-    int64_t blocks = (a->value_size + BLOCK - 1) / BLOCK;
-    mine = share(a->heads * blocks, 1, m);
-    for (int64_t i = mine.first; i < mine.end; i++)
-      NAME(output_values)(a, attention.packed_output, i / blocks, i % blocks * BLOCK);
-  }
-  return 0;
 }

@@ -28,7 +28,17 @@ from torch import Tensor
 from finback.ops.native.calls import Kernels
 from finback.ops.native.training import SUFFIXES, TrainingKernels
 
-SOURCES = ("kernels.c", "vectors.h", "product.h", "operations.h", "attention.h", "experts.h", "undefine.h")
+SOURCES = (
+    "kernels.c",
+    "vectors.h",
+    "product.h",
+    "operations.h",
+    "attention.h",
+    "grouped_query.h",
+    "latent.h",
+    "experts.h",
+    "undefine.h",
+)
 TRAINING_SOURCES = ("training.c", "vectors.h", "training.h")
 COMPILERS = ("gcc", "cc", "clang")
 # No -ffast-math: it would drop nan and inf, and flush denormal numbers of the whole process to zero.

@@ -107,8 +107,8 @@ static void NAME(routed_rows)(const NAME(feed_forward_arguments) * a, const NAME
     int64_t tokens = least(PANEL, d->start[expert + 1] - first);
     const NAME(packed) * from[PANEL];
     for (int64_t t = 0; t < tokens; t++) from[t] = taken->x.rows + d->pair[first + t] / a->choices * taken->x.padded;
-    NAME(all_dots)(a->gate + at, a->size, from, a->size, count, tokens, gate, BLOCK);
-    NAME(all_dots)(a->up + at, a->size, from, a->size, count, tokens, up, BLOCK);
+    NAME(all_dots)(a->gate + at, a->size, from, a->size, 1, count, tokens, gate, BLOCK);
+    NAME(all_dots)(a->up + at, a->size, from, a->size, 1, count, tokens, up, BLOCK);
     for (int64_t t = 0; t < tokens; t++)
       NAME(activate)(gate + t * BLOCK, up + t * BLOCK, a->values[d->pair[first + t]], row, count, &taken->routed, first + t);
   }
@@ -190,7 +190,7 @@ static void NAME(down_rows)(const NAME(feed_forward_arguments) * a, const NAME(f
       int64_t tokens = least(PANEL, d->start[expert + 1] - first);
       const NAME(packed) * from[PANEL];
       for (int64_t t = 0; t < tokens; t++) from[t] = taken->routed.rows + (first + t) * taken->routed.padded;
-      NAME(all_dots)(a->down + (expert * a->size + row) * a->width, a->width, from, a->width, count, tokens, block, BLOCK);
+      NAME(all_dots)(a->down + (expert * a->size + row) * a->width, a->width, from, a->width, 1, count, tokens, block, BLOCK);
       for (int64_t t = 0; t < tokens; t++)
         NAME(add_block)(taken->sums + d->pair[first + t] / a->choices * BLOCK, block + t * BLOCK);
     }

@@ -226,6 +226,8 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
 #include "product.h"
 #include "operations.h"
 #include "attention.h"
+#include "grouped_query.h"
+#include "latent.h"
 #include "experts.h"
 #include "undefine.h"
 
@@ -234,4 +236,6 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
 #include "product.h"
 #include "operations.h"
 #include "attention.h"
+#include "grouped_query.h"
+#include "latent.h"
 #include "experts.h"

@@ -4,7 +4,7 @@
 // is read once from memory; while a block of rows is multiplied, the next one is prefetched, so the time is the larger of
 // reading and multiplying and not their sum. Sums are float32.
 //
-//   dots    few tokens: 4 rows of W against up to 6 tokens, vectors along the inputs, lanes summed at the end.
+//   dots    few tokens: 4 rows of W against up to 4 tokens, vectors along the inputs, lanes summed at the end.
 //   panel   panels of 16 tokens: one token per lane, so no sums over lanes; each weight is broadcast against 2 panels.
 //   mix     the transposed product, x W: rows of W added up with a coefficient each.
 //
@@ -140,20 +140,20 @@ static void NAME(pack)(NAME(activations) * to, const NAME(stored) * x, const NAM
 
 enum { NAME(AHEAD) = 12288 / sizeof(NAME(stored)) };  // elements that prefetching is ahead by
 
-// out[token * out_stride + row] = W[row] . x[token] for `rows` (1 or 4) rows and `tokens` (at most 6) tokens.
-INLINE void NAME(dots)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * const *x, int64_t inputs, int rows,
-                       int tokens, float *out, int64_t out_stride) {
-  vector sum[6][4] = {0};
-  // Prefetched in the order in which it lies in memory, if rows follow each other without a gap.
-  int64_t along_inputs = stride == inputs ? rows : 1, along_rows = stride == inputs ? STEP : stride, k = 0;
+// out[token * out_stride + row] = W[row] . x[token] for `rows` (1 or 4) rows and `tokens` (at most 4) tokens. With `fetch`, what
+// follows the rows is prefetched, in the order in which it lies in memory: from rows that follow each other without a gap.
+INLINE void NAME(dots)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * const *x, int64_t inputs, int fetch,
+                       int rows, int tokens, float *out, int64_t out_stride) {
+  vector sum[4][4] = {0};
+  int64_t k = 0;
   for (; k + STEP <= inputs; k += STEP) {
     NAME(operand) w[4];
     UNROLL(4) for (int r = 0; r < rows; r++) {
-      __builtin_prefetch(weight + k * along_inputs + r * along_rows + NAME(AHEAD));
+      if (fetch) __builtin_prefetch(weight + k * rows + r * STEP + NAME(AHEAD));
       w[r] = LOAD_WEIGHT(weight + r * stride + k);
       KEEP_IN_REGISTER(w[r]);
     }
-    UNROLL(6) for (int m = 0; m < tokens; m++) {
+    UNROLL(4) for (int m = 0; m < tokens; m++) {
       NAME(operand) values = LOAD_PACKED(x[m] + k);
       UNROLL(4) for (int r = 0; r < rows; r++) sum[m][r] = MULTIPLY_ADD(sum[m][r], w[r], values);
     }
@@ -161,9 +161,15 @@ INLINE void NAME(dots)(const NAME(stored) * weight, int64_t stride, const NAME(p
   if (k < inputs)
     UNROLL(4) for (int r = 0; r < rows; r++) {
       NAME(operand) w = NAME(last_weights)(weight + r * stride + k, inputs - k);
-      UNROLL(6) for (int m = 0; m < tokens; m++) sum[m][r] = MULTIPLY_ADD(sum[m][r], w, LOAD_PACKED(x[m] + k));
+      UNROLL(4) for (int m = 0; m < tokens; m++) sum[m][r] = MULTIPLY_ADD(sum[m][r], w, LOAD_PACKED(x[m] + k));
     }
-  UNROLL(6) for (int m = 0; m < tokens; m++) {
+  if (rows == 4 && tokens >= 3) {
+    float *const to[4] = {out, out + out_stride, out + 2 * out_stride, out + (tokens - 1) * out_stride};
+    UNROLL(4) for (int r = 0; r < rows && tokens == 3; r++) sum[3][r] = sum[2][r];  // the same sums for the same place
+    store_sums_of_lanes(sum, to);
+    return;
+  }
+  UNROLL(4) for (int m = 0; m < tokens; m++) {
     if (rows == 4) {
       four sums = sums_of_lanes(sum[m][0], sum[m][1], sum[m][2], sum[m][3]);
       memcpy(out + m * out_stride, &sums, sizeof sums);
@@ -175,21 +181,23 @@ INLINE void NAME(dots)(const NAME(stored) * weight, int64_t stride, const NAME(p
 
 // The same for any number of rows and tokens.
 static void NAME(all_dots)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * const *x, int64_t inputs,
-                           int64_t rows, int64_t tokens, float *out, int64_t out_stride) {
+                           int fetch, int64_t rows, int64_t tokens, float *out, int64_t out_stride) {
   for (int64_t row = 0; row < rows;) {
     int four_rows = row + 4 <= rows;
     const NAME(stored) *w = weight + row * stride;
     for (int64_t m = 0; m < tokens;) {
-      int64_t left = tokens - m, now = left <= 6 ? left : left < 12 ? (left + 1) / 2 : 6;
+      int64_t left = tokens - m, now = left <= 4 ? left : left < 8 ? (left + 1) / 2 : 4;
       float *to = out + m * out_stride + row;
-#define CASE(count)                                                      \
-  case count:                                                            \
-    if (!four_rows)                                                      \
-      NAME(dots)(w, stride, x + m, inputs, 1, count, to, out_stride);    \
-    else                                                                 \
-      NAME(dots)(w, stride, x + m, inputs, 4, count, to, out_stride);    \
+#define CASE(count)                                                          \
+  case count:                                                                \
+    if (!four_rows)                                                          \
+      NAME(dots)(w, stride, x + m, inputs, 0, 1, count, to, out_stride);     \
+    else if (fetch)                                                          \
+      NAME(dots)(w, stride, x + m, inputs, 1, 4, count, to, out_stride);     \
+    else                                                                     \
+      NAME(dots)(w, stride, x + m, inputs, 0, 4, count, to, out_stride);     \
     break;
-      switch (now) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
+      switch (now) { CASE(1) CASE(2) CASE(3) CASE(4) }
 #undef CASE
       m += now;
     }
@@ -277,7 +285,7 @@ static void NAME(product)(const NAME(stored) * weight, int64_t rows, const NAME(
   if (x->tokens <= MOST_DOTS) {
     const NAME(packed) * pointers[MOST_DOTS];
     for (int64_t t = 0; t < x->tokens; t++) pointers[t] = x->rows + t * x->padded;
-    NAME(all_dots)(weight, x->inputs, pointers, x->inputs, rows, x->tokens, out, BLOCK);
+    NAME(all_dots)(weight, x->inputs, pointers, x->inputs, 1, rows, x->tokens, out, BLOCK);
     return;
   }
   int64_t panels = (NAME(tokens_now)(x, first) + PANEL - 1) / PANEL;
@@ -287,15 +295,60 @@ static void NAME(product)(const NAME(stored) * weight, int64_t rows, const NAME(
 
 // ---- mix
 
-// out[m][c] = factor[m] out[m][c] + sum over s < count of coefficient(m, s) rows[s][c], for `tokens` (at most 4) at once and
-// `vectors` (1 or 4) of columns, the last of which may end early. The coefficient lies at m * along + s.
-INLINE void NAME(mix_tile)(const NAME(stored) * rows, int64_t stride, int64_t count, int64_t width, const float *coefficients,
-                           int64_t along, const float *factor, int tokens, int vectors, float *out, int64_t out_stride) {
+// out[m][c] = factor[m] out[m][c] + sum over s < count of coefficient(m, s) rows[s][c], for `tokens` (at most 4) at once and the
+// first `width` of `vectors` (1 or 4) vectors of columns. The packed coefficient lies at m * along + s; of pairs, the one after
+// the last is 0.
+#if PAIR == 2
+// Two rows at a time: neighbours of one column meet in each lane.
+INLINE void NAME(mix_tile)(const NAME(stored) * rows, int64_t stride, int64_t count, int64_t width,
+                           const NAME(packed) * coefficients, int64_t along, const float *factor, int tokens, int vectors,
+                           float *out, int64_t out_stride) {
+  static const NAME(stored) nothing[4 * LANES] = {0};  // the row after the last of an odd number
+  enum { MOST = 2 };
+  int steps = vectors == 4 ? 2 : 1;
+  vector sum[4][MOST][2] = {0};
+  for (int64_t s = 0; s < count; s += 2) {
+    const NAME(stored) *row = rows + s * stride, *next = s + 1 < count ? row + stride : nothing;
+    NAME(operand) pairs[MOST][2];
+    UNROLL(2) for (int v = 0; v < steps; v++) {
+      __m512i upper, lower;
+      if (vectors == 4) {
+        upper = LOAD_WEIGHT(row + v * STEP), lower = LOAD_WEIGHT(next + v * STEP);
+      } else {
+        upper = NAME(last_weights)(row, least(STEP, width)), lower = NAME(last_weights)(next, least(STEP, width));
+      }
+      pairs[v][0] = _mm512_unpacklo_epi16(upper, lower);  // columns 0 to 3 of every 8
+      pairs[v][1] = _mm512_unpackhi_epi16(upper, lower);  // columns 4 to 7
+    }
+    UNROLL(4) for (int m = 0; m < tokens; m++) {
+      NAME(operand) coefficient = NAME(broadcast)(coefficients + m * along + s);
+      UNROLL(2) for (int v = 0; v < steps; v++)
+        UNROLL(2) for (int i = 0; i < 2; i++) sum[m][v][i] = MULTIPLY_ADD(sum[m][v][i], coefficient, pairs[v][i]);
+    }
+  }
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  UNROLL(4) for (int m = 0; m < tokens; m++)
+    UNROLL(2) for (int v = 0; v < steps; v++)
+      UNROLL(2) for (int i = 0; i < 2; i++) {
+        __m512 four_by_four = _mm512_permutex2var_ps((__m512)sum[m][v][0], i ? second : first, (__m512)sum[m][v][1]);
+        float *to = out + m * out_stride + v * STEP + i * LANES;
+        int64_t lanes = vectors == 4 ? LANES : most(0, width - i * LANES);
+        store_part_float32(to, load_part_float32(to, lanes) * factor[m] + (vector)four_by_four, lanes);
+      }
+}
+enum { NAME(NARROW) = STEP };
+#else
+INLINE void NAME(mix_tile)(const NAME(stored) * rows, int64_t stride, int64_t count, int64_t width,
+                           const NAME(packed) * coefficients, int64_t along, const float *factor, int tokens, int vectors,
+                           float *out, int64_t out_stride) {
   vector sum[4][4] = {0};
   for (int64_t s = 0; s < count; s++) {
     vector row[4];
-    UNROLL(4) for (int v = 0; v < vectors; v++)
+    UNROLL(4) for (int v = 0; v < vectors; v++) {
       row[v] = vectors == 4 ? LOAD(rows + s * stride + v * LANES) : LOAD_PART(rows + s * stride, width);
+      KEEP_IN_REGISTER(row[v]);
+    }
     UNROLL(4) for (int m = 0; m < tokens; m++) {
       vector coefficient = splat(coefficients[m * along + s]);
       UNROLL(4) for (int v = 0; v < vectors; v++) sum[m][v] += coefficient * row[v];
@@ -308,22 +361,26 @@ INLINE void NAME(mix_tile)(const NAME(stored) * rows, int64_t stride, int64_t co
       store_part_float32(to, load_part_float32(to, lanes) * factor[m] + sum[m][v], lanes);
     }
 }
+enum { NAME(NARROW) = LANES };
+#endif
 
-INLINE void NAME(mix_tokens)(const NAME(stored) * rows, int64_t stride, int64_t count, int64_t width, const float *coefficients,
-                             int64_t along, const float *factor, int tokens, float *out, int64_t out_stride) {
+INLINE void NAME(mix_tokens)(const NAME(stored) * rows, int64_t stride, int64_t count, int64_t width,
+                             const NAME(packed) * coefficients, int64_t along, const float *factor, int tokens, float *out,
+                             int64_t out_stride) {
   int64_t c = 0;
   for (; c + 4 * LANES <= width; c += 4 * LANES)
     NAME(mix_tile)(rows + c, stride, count, width - c, coefficients, along, factor, tokens, 4, out + c, out_stride);
-  for (; c < width; c += LANES)
+  for (; c < width; c += NAME(NARROW))
     NAME(mix_tile)(rows + c, stride, count, width - c, coefficients, along, factor, tokens, 1, out + c, out_stride);
 }
 
 // out [tokens, width] = factor out + coefficients [tokens, count] rows [count, width].
-static void NAME(mix)(const NAME(stored) * rows, int64_t stride, int64_t count, int64_t width, const float *coefficients,
-                      int64_t along, const float *factor, int64_t tokens, float *out, int64_t out_stride) {
+static void NAME(mix)(const NAME(stored) * rows, int64_t stride, int64_t count, int64_t width,
+                      const NAME(packed) * coefficients, int64_t along, const float *factor, int64_t tokens, float *out,
+                      int64_t out_stride) {
   for (int64_t m = 0, now; m < tokens; m += now) {
     now = least(4, tokens - m);
-    const float *from = coefficients + m * along;
+    const NAME(packed) *from = coefficients + m * along;
     float *to = out + m * out_stride;
 #define CASE(tokens)                                                                                        \
   case tokens:                                                                                              \

@@ -1,7 +1,7 @@
 // Vectors as GCC and Clang lay them over whatever registers the processor has, and the few functions of them that C lacks.
 //
-// A `vector` holds LANES floats. Nothing here names an instruction set but to choose that width: the same source becomes
-// AVX-512, AVX2, NEON or SSE code. (The one instruction that is named, the bfloat16 dot product, is in product.h.)
+// A `vector` holds LANES floats: the same source becomes AVX-512, AVX2, NEON or SSE code. An instruction set is named for three
+// things only: that width, the bfloat16 dot product (in product.h), and widening, which GCC does in halves.
 #ifndef FINBACK_VECTORS_H
 #define FINBACK_VECTORS_H
 
@@ -10,6 +10,7 @@
 #include <string.h>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
@@ -60,7 +61,11 @@ INLINE void store_float32(float *to, vector value) { memcpy(to, &value, sizeof v
 INLINE vector load_bfloat16(const uint16_t *from) {
   halves bits;
   memcpy(&bits, from, sizeof bits);
+#if LANES == 16
+  return (vector)((words)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
+#else
   return (vector)(__builtin_convertvector(bits, words) << 16);
+#endif
 }
 
 // Rounded to the nearest, ties to even, as torch does; nan stays nan. In the lower half of each word.
@@ -167,10 +172,50 @@ INLINE void transpose(words rows[LANES]) {
 }
 #endif
 
+// The sums of lanes of 4 x 4 vectors, added in the same order as above, four to each place in `to`.
+INLINE void store_sums_of_lanes(vector v[4][4], float *const to[4]) {
+#if defined(SHUFFLE) && LANES == 16
+#define HALVES(a, b)                                                          \
+  SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +     \
+      SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+#define QUARTERS(a, b)                                                        \
+  SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +   \
+      SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31)
+#define PAIRS(a, b)                                                           \
+  SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +   \
+      SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define LANES_OF_PAIRS(a, b)                                                  \
+  SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +   \
+      SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+  vector four_lanes[4];  // are left of each vector: [i] holds them of v[0][i] to v[3][i]
+  UNROLL(4) for (int i = 0; i < 4; i++) four_lanes[i] = QUARTERS((HALVES(v[0][i], v[1][i])), (HALVES(v[2][i], v[3][i])));
+  vector p = PAIRS(four_lanes[0], four_lanes[1]), q = PAIRS(four_lanes[2], four_lanes[3]), sums = LANES_OF_PAIRS(p, q);
+  UNROLL(4) for (int m = 0; m < 4; m++) memcpy(to[m], (float *)&sums + 4 * m, sizeof(four));
+#undef HALVES
+#undef QUARTERS
+#undef PAIRS
+#undef LANES_OF_PAIRS
+#else
+  for (int m = 0; m < 4; m++) {
+    four sums = sums_of_lanes(v[m][0], v[m][1], v[m][2], v[m][3]);
+    memcpy(to[m], &sums, sizeof sums);
+  }
+#endif
+}
+
+INLINE vector larger(vector a, vector b) { return where(a > b, a, b); }
+
 INLINE float largest_lane(vector v) {
+#if defined(SHUFFLE) && LANES == 16
+  v = larger(v, SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  v = larger(v, SHUFFLE(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  v = larger(v, SHUFFLE(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return v[0] > v[1] ? v[0] : v[1];
+#else
   float largest = v[0];
-  UNROLL(16) for (int lane = 1; lane < LANES; lane++) largest = v[lane] > largest ? v[lane] : largest;
+  for (int lane = 1; lane < LANES; lane++) largest = v[lane] > largest ? v[lane] : largest;
   return largest;
+#endif
 }
 
 // ---- functions
