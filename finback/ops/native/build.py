@@ -55,7 +55,7 @@ class BuildError(Exception):
 def kernels() -> Kernels | None:
     """The kernels, compiled if need be; None where that is impossible, which is said once, as a warning."""
     try:
-        return Kernels(_library())
+        return Kernels(_library(SOURCES))
     except BuildError as error:
         logger.warning("decoding on the CPU runs on torch alone, several times slower: %s", error)
         return None
@@ -81,7 +81,7 @@ def cache_directory() -> Path:
     return Path("~/.cache/finback/native").expanduser()
 
 
-def _library(sources: tuple[str, ...] = SOURCES) -> ctypes.CDLL:
+def _library(sources: tuple[str, ...]) -> ctypes.CDLL:
     """The library of the first of `sources`, which includes the others."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
@@ -161,8 +161,8 @@ def _run(*command: str) -> str:
     return done.stdout
 
 
-def _key(compiler: str, runtime: Path | None, sources: tuple[str, ...] = SOURCES) -> str:
-    parts = [Path(__file__).with_name(name).read_bytes() for name in sources]
+def _key(compiler: str, runtime: Path | None, sources: tuple[str, ...] | None = None) -> str:
+    parts = [Path(__file__).with_name(name).read_bytes() for name in sources or SOURCES]
     parts += [" ".join(FLAGS).encode(), _run(compiler, "--version").encode(), _processor().encode(), str(runtime).encode()]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 

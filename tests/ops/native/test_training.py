@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from finback.ops import attention, cross_entropy, norm, router, swiglu
+from finback.ops.native import build
 from finback.ops.native.build import training_kernels
 from finback.ops.native.training import TrainingKernels
 from tests.ops.native.rule import DTYPES, assert_within_the_rule, draw, skip_without_compiler, threads, wide
@@ -201,6 +202,22 @@ def test_no_rows_are_no_work(kernels: TrainingKernels, dtype: torch.dtype) -> No
     assert not grad_weight.any()
     assert kernels.swiglu(x, x, None).shape == (0, 8)
     assert kernels.cross_entropy(x, torch.empty(0, dtype=torch.int64), IGNORED, True).shape == (0,)
+
+
+def test_without_a_compiler_torch_computes_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "COMPILERS", ())
+    build.training_kernels.cache_clear()
+    try:
+        x, weight = torch.randn(4, 24), torch.rand(24)
+        assert torch.equal(norm.rms_norm(x, weight, 1e-6), norm.normalise(x, weight, 1e-6)[0])
+        assert torch.equal(swiglu.swiglu(x, x), swiglu.activate(x, x, None))
+    finally:
+        build.training_kernels.cache_clear()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("training on the CPU runs on torch alone")
+    assert "install gcc" in record.getMessage()
 
 
 def test_functions_without_gradients_use_them_too(kernels: TrainingKernels) -> None:
