@@ -33,8 +33,9 @@ class Size:
     model: Path = field(default_factory=lambda: default_cache() / "smollm2")
     llama_bin: Path | None = None  # None: the PATH
     decode: llama.Size = field(default_factory=lambda: llama.Size(turns=2))
-    prompts: tuple[int, ...] = (1024, PREFIX_TOKENS)  # and the longest that the model takes
-    prompt_turns: int = 2
+    prompts: tuple[int, ...] = (1024, PREFIX_TOKENS)
+    longest_prompt: bool = True  # that the model takes
+    prompt_turns: int = 3  # of prompts shorter than PREFIX_TOKENS; the others, which take seconds, have one
     linear_seconds: float = 0.3
     mtp: speculation.Size = field(default_factory=speculation.Size)
     separate: bool = True
@@ -44,6 +45,7 @@ FULL: Size = Size()
 QUICK: Size = Size(
     decode=llama.Size(batches=(1, 32), new_tokens=32, turns=1),
     prompts=(1024,),
+    longest_prompt=False,
     prompt_turns=1,
     linear_seconds=0.1,
     mtp=speculation.Size(problems=2, fables=2, new_tokens=48, turns=2, peer_turns=1, passes=1, separate=False),
@@ -155,12 +157,12 @@ def first_token_part(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[st
     """Milliseconds to the first token of prompts of several lengths, cold and again with their prefix in the cache."""
     config = ModelConfig.from_hf(size.model)
     longest = config.max_position_embeddings - 1
-    lengths = [*(length for length in size.prompts if length < longest), longest]
+    lengths = [*(length for length in size.prompts if length < longest), *[longest] * size.longest_prompt]
     competitors: dict[str, Callable[[], Any]] = {
         "finback": partial(build_first_token, size.model),
         "transformers": partial(build_prefill, size.model),
     }
-    schedule = [length for length in lengths for _ in range(size.prompt_turns if length < longest else 1)]
+    schedule = [length for length in lengths for _ in range(size.prompt_turns if length < PREFIX_TOKENS else 1)]
     turns = alternate(competitors, schedule, separate=size.separate)
     rows = []
     for length in lengths:
