@@ -36,6 +36,7 @@ class Runner:
     Steps have about `max_rows` tokens at most, and logits of about `max_head_rows`: what the native back-end makes room for.
     """
 
+    @torch.inference_mode(False)  # what is made in that mode could not be written outside of it
     def __init__(
         self,
         model: Transformer,
