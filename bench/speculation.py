@@ -106,7 +106,7 @@ def run(size: Size) -> tuple[list[Row], list[str]]:
     for temperature in size.temperatures:
         kept = _kept(turns, schedule, Item(temperature, False), size.warm_up)
         clock = build_clock(size, prompts, kept[_name(0)][0].value.token_ids)
-        rows += [row for drafts in size.drafts for row in _rows(kept, temperature, drafts, clock)]
+        rows += [row for drafts in size.drafts for row in draft_rows(kept, temperature, drafts, clock)]
     beside = _kept(turns, schedule, Item(0.0, True), 0)
     for drafts in size.drafts:
         name = f"greedy, {_name(drafts)}"
@@ -221,7 +221,8 @@ def build_clock(size: Size, prompts: list[list[int]], written: list[list[int]]) 
     return lambda drafts, acceptance: min((once(drafts, acceptance) for _ in range(size.passes)), key=sum)
 
 
-def _rows(kept: dict[str, list[Turn]], temperature: float, drafts: int, clock: StepClock | None) -> list[Row]:
+def draft_rows(kept: dict[str, list[Turn]], temperature: float, drafts: int, clock: StepClock | None) -> list[Row]:
+    """Speed beside no drafts, with what the kernels alone would allow, and the acceptance."""
     mine, plain = kept[_name(drafts)], kept[_name(0)]
     acceptance = sum(turn.value.accepted for turn in mine) / sum(turn.value.drafted for turn in mine)
     what = f"{_sampling(temperature)}, {_name(drafts)}"

@@ -113,3 +113,26 @@ def test_the_curve_is_drawn(tmp_path: Path) -> None:
     assert width > height > 300
     report.draw_context([{"name": "a row of another kind"}], tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_what_the_kernels_allow_is_worked_out_at_the_measured_acceptance() -> None:
+    def turns(seconds: float, drafted: int, accepted: int) -> list[Turn]:
+        return [Turn(seconds, speculation.Written([], 100, drafted, accepted))] * 2
+
+    asked = []
+
+    def clock(drafts: int, acceptance: float) -> speculation.StepTimes:
+        asked.append((drafts, acceptance))
+        return speculation.StepTimes(2.0, 1.0) if drafts else speculation.StepTimes(1.5, 0.0)
+
+    kept = {"no drafts": turns(1.0, 0, 0), "1 draft by MTP": turns(0.8, 50, 40)}
+    speed, acceptance = speculation.draft_rows(kept, 0.0, 1, clock)
+    assert asked == [(0, 0.0), (1, 0.8)]
+    assert speed.ratio == pytest.approx(1.25)
+    assert speed.floor == {
+        "1_row_milliseconds": 1.5,
+        "2_rows_milliseconds": 2.0,
+        "MTP_milliseconds": 1.0,
+        "times_as_fast_by_the_kernels_alone": pytest.approx(1.8 * 1.5 / 3.0),
+    }
+    assert (acceptance.value, acceptance.target, acceptance.met) == (0.8, 0.7, True)
