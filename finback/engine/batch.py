@@ -23,7 +23,7 @@ class Group(NamedTuple):
     first: int
     end: int
     chunks: int  # B
-    blocks: Tensor  # int64 [B, n]: the blocks that hold positions 0 to `length`; 0 where a sequence has no more
+    blocks: Tensor  # int64 [B, n]: the blocks that hold positions 0 to `length`; the first again where a sequence has no more
     length: int  # positions that the longest sequence sees
     positions: Tensor  # int64 [B, T]
     mask: Tensor | None  # bool [B, T, length], True where a query may look; None: long chunks with nothing before them, causal
@@ -76,7 +76,8 @@ def _group(chunks: list[Chunk], first: int, end: int, positions: Tensor, block_s
     tokens = len(chunks[0].token_ids)
     length = max(chunk.start for chunk in chunks) + tokens
     count = -(-length // block_size)
-    tables = [[*chunk.block_table[:count], *[0] * (count - len(chunk.block_table))] for chunk in chunks]
+    # Filled up with a block of the sequence itself: what is masked counts 0 times, but in another's block that might be 0 times NaN.
+    tables = [[*t[:count], *t[:1] * (count - len(t))] for t in (list(chunk.block_table) for chunk in chunks)]
     positions = positions.view(len(chunks), tokens)
     mask = None
     if tokens <= SHORT or chunks[0].start > 0:

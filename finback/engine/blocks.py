@@ -65,6 +65,10 @@ class BlockManager:
         """Blocks that requests hold."""
         return self.num_blocks - self.num_available
 
+    def is_used(self, block: int) -> bool:
+        """Whether any request holds the block."""
+        return self._holders[block] > 0
+
     def admit(self, request: Request) -> bool:
         """Give a request without blocks all that its tokens need, cached prefix first; False, and nothing done, if they do not fit.
 

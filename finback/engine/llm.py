@@ -6,10 +6,11 @@ and `abort`.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +20,13 @@ from finback.data.files import read_json
 from finback.data.tokenizer import Tokenizer, load_tokenizer
 from finback.engine.batch import Chunk
 from finback.engine.blocks import BlockManager
-from finback.engine.config import SamplingParams
+from finback.engine.config import SamplingParams, is_integer
 from finback.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from finback.engine.grammar_config import Grammar
 from finback.engine.output import EngineStats, Increment, RequestOutput
 from finback.engine.request import FinishReason, Request
 from finback.engine.runner import Backend, Forward, Runner
-from finback.engine.sampler import SamplingRows, SamplingState, TokenLogprobs, accept, sample
+from finback.engine.sampler import NO_TOKEN, SamplingRows, SamplingState, TokenLogprobs, accept, sample
 from finback.engine.scheduler import ScheduledSequence, Scheduler, SchedulerStats
 from finback.engine.stops import StopStrings
 from finback.model.checkpoint import load
@@ -36,7 +37,7 @@ CACHE_SHARE = 0.25  # of the memory that is free, at most, unless num_blocks say
 
 logger = logging.getLogger("finback")
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray | Tensor
 
 
 class _Answer:
@@ -56,6 +57,7 @@ class _Answer:
         self.stops = StopStrings(params.stop, include=params.include_stop_str_in_output)
         self.sampling = SamplingState(params, request.seed, request.prompt_token_ids)
         self.matcher = matcher
+        self.error: str | None = None  # why it cannot go on
 
     def take(self, token_id: int) -> tuple[str, FinishReason | None]:
         """The text that has become certain with one more token, and why the answer ends with it, if it does."""
@@ -114,18 +116,23 @@ class LLM:
             end_token_ids.update(_generation_end(Path(directory)))
         assert model is not None
         config = model.config
+        for name, value in {"max_num_seqs": max_num_seqs, "block_size": block_size, "max_model_len": max_model_len}.items():
+            if value is not None and (not is_integer(value) or value < 1):
+                raise InputError(f"{name} is {value!r}, it must be a whole number of at least 1")
+        if backend not in get_args(Backend):
+            raise InputError(f"backend is {backend!r}, it must be 'auto', 'native' or 'torch'")
         self.model, self.tokenizer = model, tokenizer
         self.max_model_len = config.max_position_embeddings if max_model_len is None else max_model_len
-        if not 1 <= self.max_model_len <= config.max_position_embeddings:
+        if self.max_model_len > config.max_position_embeddings:
             context = config.max_position_embeddings
             raise InputError(f"max_model_len is {self.max_model_len}, it must be from 1 to the model's context ({context})")
         if kv_cache_dtype != "auto":
             raise InputError(f"kv_cache_dtype is {kv_cache_dtype!r}, it must be 'auto' (the dtype of the weights)")
-        if num_speculative_tokens < 0 or (num_speculative_tokens and not model.mtp_modules):
+        if not is_integer(num_speculative_tokens) or num_speculative_tokens < 0:
+            raise InputError(f"num_speculative_tokens is {num_speculative_tokens!r}, it must be a whole number of at least 0")
+        if num_speculative_tokens and not model.mtp_modules:
             raise InputError(
                 f"num_speculative_tokens is {num_speculative_tokens}, but this model has no MTP module to draft with; use 0"
-                if num_speculative_tokens > 0
-                else f"num_speculative_tokens is {num_speculative_tokens}, it must be at least 0"
             )
         self.num_speculative_tokens = num_speculative_tokens
         eos = config.eos_token_id
@@ -153,7 +160,7 @@ class LLM:
         """Answer all prompts, in one batch as far as there is room, and return the answers in their order.
 
         A prompt is a text or a list of token ids; `params` is one for all, or one for each. If one of them cannot be used, an
-        InputError says so and none is started.
+        InputError says so and none is started. An answer that cannot be finished has finish_reason "error" and says why in `error`.
         """
         listed = _listed(prompts)
         each = list(params) if isinstance(params, Sequence) else [params or SamplingParams()] * len(listed)
@@ -174,16 +181,25 @@ class LLM:
         return list(outputs.values())
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
-        """The answer to one prompt, piece by piece. Closing the iterator aborts the request. Other requests go on meanwhile."""
+        """The answer to one prompt, one piece for each step; those before its first token, of a long prompt, are empty.
+
+        Closing the iterator aborts the request. Other requests go on meanwhile. InputError if it cannot be finished.
+        """
         request_id = self.add(prompt, params or SamplingParams())
+        nothing = Increment(request_id, "", [], None, None, 0)
         try:
             while request_id in self._answers:
-                yield from (increment for increment in self.step() if increment.request_id == request_id)
+                part = next((increment for increment in self.step() if increment.request_id == request_id), nothing)
+                if part.error is not None:
+                    raise InputError(part.error)
+                yield part
         finally:
             self.abort(request_id)
 
     def add(self, prompt: Prompt, params: SamplingParams) -> int:
         """Queue a request and return its id. Raises InputError if it can never be answered; the others go on."""
+        if not isinstance(params, SamplingParams):
+            raise InputError(f"params is {params!r}, it must be SamplingParams")
         token_ids = self._token_ids(prompt)
         vocab = self.model.config.vocab_size
         for token in (*params.stop_token_ids, *(params.logit_bias or ())):
@@ -256,8 +272,11 @@ class LLM:
         for sequence, count in sampling:
             matcher = self._answers[sequence.request.request_id].matcher
             if matcher is not None:
-                masks.append(matcher.masks(sequence.request.draft_token_ids[: sequence.num_drafts]))
-                rows += range(first, first + count)
+                try:
+                    masks.append(matcher.masks(sequence.request.draft_token_ids[: sequence.num_drafts]))
+                    rows += range(first, first + count)
+                except InputError as error:  # too complex from here on
+                    self._answers[sequence.request.request_id].error = str(error)
             first += count
         return (torch.cat(masks) if masks else None), rows
 
@@ -266,8 +285,23 @@ class LLM:
         request = sequence.request
         answer = self._answers[request.request_id]
         room = request.max_tokens - len(request.output_token_ids)
-        text, reason, taken = "", None, 0
+        text, taken = "", 0
+        reason: FinishReason | None = None
         for token in new[:room]:
+            if token == NO_TOKEN and answer.error is None:
+                answer.error = (
+                    "no token can follow: the model's logits are NaN or infinite (damaged weights, or too large for their dtype), "
+                    "or the grammar allows none"
+                )
+            if answer.error is None and answer.matcher is not None:
+                try:
+                    answer.matcher.advance(token)
+                except InputError as error:
+                    answer.error = str(error)
+            if answer.error is not None:
+                reason = "error"
+                break
+            answer.sampling.append(token)
             piece, reason = answer.take(token)
             text += piece
             taken += 1
@@ -275,19 +309,25 @@ class LLM:
                 break
         if reason is None and taken == room:
             reason = "length"
+        failed = NO_TOKEN in new[: taken + 1]
         new = new[:taken]
-        self._scheduler.advance(sequence, new)
-        for token in new:
-            answer.sampling.append(token)
-            if answer.matcher is not None:
-                answer.matcher.advance(token)
+        if new:
+            self._scheduler.advance(sequence, new)
         self.stats.generated_tokens += taken
         if reason is not None:
             text += answer.rest()
+            blocks = list(request.block_table)
             self._scheduler.finish(request, reason)
             del self._answers[request.request_id]
+            if failed:
+                self._clear(blocks)
         asked = None if logprobs is None or request.params.logprobs is None else [one for one in logprobs[:taken] if one]
-        return Increment(request.request_id, text, new, asked, reason, request.num_cached_tokens)
+        return Increment(request.request_id, text, new, asked, reason, request.num_cached_tokens, answer.error)
+
+    def _clear(self, blocks: list[int]) -> None:
+        """Remove NaN from the cache: rows that are masked count 0 times, and 0 times NaN is NaN, for whoever gets the block next."""
+        self._blocks.reset_prefix_cache()
+        self._runner.cache[:, [block for block in blocks if not self._blocks.is_used(block)]] = 0
 
     def _draft(self, scheduled: list[ScheduledSequence], wanted: list[int], forward: Forward) -> None:
         """Guess the next tokens of the requests that go on. The MTP module sees every position once, with the hidden state that the
@@ -323,15 +363,16 @@ class LLM:
                 self._draft_rows = SamplingRows(states, device=str(result.logits.device))
             guesses = sample(result.logits, self._draft_rows, ahead=depth).token_ids.tolist()
             for request, guess in zip(live, guesses, strict=True):
-                request.draft_token_ids.append(guess)
+                request.draft_token_ids.append(max(guess, 0))  # NO_TOKEN: as good a guess as any
             if depth + 1 == self.num_speculative_tokens:
                 return
-            # A guess further on needs a cached row at the position of the last known token or beyond: only within blocks at hand.
+            # A guess further on needs a cached row at the position of the last known token or beyond: only within blocks at hand, and
+            # within the context, past which nothing is rotated.
             position = depth - 1
             going = [
                 i
                 for i, request in enumerate(live)
-                if request.num_tokens + position < len(request.block_table) * self._blocks.block_size
+                if request.num_tokens + position < min(len(request.block_table) * self._blocks.block_size, self.max_model_len)
             ]
             live = [live[i] for i in going]
             if not live:
@@ -344,11 +385,15 @@ class LLM:
     def _token_ids(self, prompt: Prompt) -> list[int]:
         vocab = self.model.config.vocab_size
         if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:  # surrogates
+                raise InputError("the prompt is not a text in Unicode; convert it first") from None
             if self.tokenizer is None:
                 raise InputError("the prompt is a text, but there is no tokenizer; give token ids, or LLM(tokenizer=...)")
             token_ids = self.tokenizer.encode(prompt, add_bos=self.tokenizer.add_bos_token)
         else:
-            token_ids = list(prompt)
+            token_ids = [int(token) if isinstance(token, np.integer) else token for token in _plain(prompt)]
         for token in token_ids:
             if type(token) is int and token >= vocab:
                 raise InputError(f"the prompt holds token {token}, outside the model's vocabulary ({vocab})")
@@ -398,11 +443,22 @@ class LLM:
         return min(per_request * max_num_seqs, fitting)
 
 
-def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _listed(prompts: Any) -> list[Any]:
     """One prompt, text or token ids, or several."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    if isinstance(prompts, str):
+        return [prompts]
+    listed = _plain(prompts)
+    several = bool(listed) and (isinstance(listed[0], str) or hasattr(listed[0], "__len__"))
+    return listed if several or not listed else [listed]
+
+
+def _plain(prompt: Any) -> list[Any]:
+    """A list of what a sequence, an array or a tensor holds."""
+    if isinstance(prompt, np.ndarray | Tensor):
+        prompt = prompt.tolist()
+    if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
+        raise InputError(f"the prompt is {prompt!r}, it must be a text or a list of token ids")
+    return list(prompt)
 
 
 def _dtype(directory: str | Path, dtype: torch.dtype | Literal["auto"], device: torch.device) -> torch.dtype:

@@ -16,6 +16,7 @@ class Increment(NamedTuple):
     logprobs: list[TokenLogprobs] | None  # of these tokens, where they were asked for
     finish_reason: FinishReason | None  # None until the last
     num_cached_tokens: int  # of the prompt, found in the prefix cache
+    error: str | None = None  # a sentence, where finish_reason is "error"
 
 
 @dataclass
@@ -28,6 +29,7 @@ class RequestOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    error: str | None = None
 
     def add(self, increment: Increment) -> None:
         self.text += increment.text
@@ -36,15 +38,14 @@ class RequestOutput:
             self.logprobs = [*(self.logprobs or []), *increment.logprobs]
         self.finish_reason = increment.finish_reason
         self.num_cached_tokens = increment.num_cached_tokens
+        self.error = increment.error
 
 
 @dataclass
 class EngineStats:
-    """Counters since the engine was made; drafts are MTP's guesses."""
+    """Counters since the engine was made; drafts are MTP's guesses. `LLM.scheduler_stats` counts prompts and prefix hits."""
 
     steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
     generated_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0

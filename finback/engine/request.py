@@ -6,7 +6,7 @@ from typing import Literal
 
 from finback.engine.config import DEFAULT_MAX_TOKENS, SamplingParams
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class RequestState(Enum):

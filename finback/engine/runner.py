@@ -34,6 +34,7 @@ class Forward(NamedTuple):
 class Runner:
     """One model over one cache [layers, num_blocks, block_size, W]; with `mtp`, the last layer is that of the MTP module."""
 
+    @torch.inference_mode(False)  # what is made in that mode could not be written outside of it
     def __init__(
         self, model: Transformer, num_blocks: int, block_size: int, max_model_len: int, max_rows: int, mtp: bool, backend: Backend
     ) -> None:

@@ -25,6 +25,8 @@ from torch import Tensor
 
 from finback.engine.config import SamplingParams
 
+NO_TOKEN = -1
+"""What a row gives from which no token can be taken."""
 GREEDY_BELOW = 1e-5
 """Temperatures below this are argmax: float32 quotients would overflow."""
 _LARGEST_TEMPERATURE = 1e30  # above, float32 makes it infinite, and the quotient of a forbidden token is no number
@@ -226,7 +228,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A token for each row, and for rows that asked for them their log-probabilities (None: no row asked)."""
+    """A token for each row, or NO_TOKEN, and for rows that asked for them their log-probabilities (None: no row asked)."""
 
     token_ids: Int64[Tensor, " N"]
     logprobs: list[TokenLogprobs | None] | None
@@ -247,7 +249,7 @@ def sample(
     `drafts[i]` are the draft tokens of request i; penalties count those before a row's position. `ahead` moves all positions on:
     a draft model that samples its d-th draft (from 0) for the position d after the next one passes ahead=d and its drafts so far.
     `mask` holds the allowed tokens of the rows `mask_rows` (all rows if None), as booleans or as bits in int32 words, the lowest
-    bit first; tokens past its end are forbidden. Raises FloatingPointError if a row to be drawn holds NaN or allows no token.
+    bit first; tokens past its end are forbidden. A row that holds NaN or infinity, or allows no token, gives NO_TOKEN.
     """
     adjusted = logits = logits.contiguous()
     if rows.penalised or rows.biased or mask is not None:
@@ -291,10 +293,11 @@ def _mix(z: Any) -> Any:  # an int, or an array of uint64
 
 
 def _argmax(logits: Float[Tensor, "N vocab"]) -> Int64[Tensor, " N"]:
-    """The likeliest token, the first of several."""
-    if logits.device.type != "cpu":
-        return logits.argmax(-1)
-    return torch.from_numpy(logits.float().numpy().argmax(-1))  # ten times as fast as torch's
+    """The likeliest token, the first of several; NO_TOKEN where it has no finite logit."""
+    # numpy's argmax is ten times as fast as torch's. To both, NaN is the largest of all.
+    on_cpu = logits.device.type == "cpu"
+    tokens = torch.from_numpy(logits.float().numpy().argmax(-1)) if on_cpu else logits.argmax(-1)
+    return torch.where(logits.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite(), tokens, NO_TOKEN)
 
 
 def _draw(logits: Float[Tensor, "N vocab"], group: _Group, uniforms: Float64[Tensor, "N 1"]) -> Int64[Tensor, " N"]:
@@ -309,8 +312,10 @@ def _draw_block(
 ) -> Int64[Tensor, " N"]:
     """Draw for the rows `part` of a group."""
     largest = logits.amax(-1, keepdim=True)
-    if not bool(largest.isfinite().all()):
-        raise FloatingPointError("logits hold NaN or infinity, or a mask allows no token")
+    finite = largest.isfinite()
+    if not bool(finite.all()):
+        tokens = _draw_block(logits.masked_fill(~finite, 0.0), group, part, uniforms)
+        return torch.where(finite.squeeze(1), tokens, NO_TOKEN)
     # Largest logit 0 first: otherwise a small temperature leaves few digits of the difference between two large quotients.
     probabilities = (logits - largest).div_(group.temperature[part]).softmax(-1)
     if not group.filtered:
@@ -426,7 +431,7 @@ def _logprobs(logits: Float[Tensor, "N vocab"], tokens: Int64[Tensor, " N"], row
     wanted = [rows.states[rows.owner[row]].params.logprobs or 0 for row in asked]
     index = torch.tensor(asked, device=logits.device)
     logprobs = (logits if len(asked) == rows.num_rows else logits[index]).float().log_softmax(-1)
-    chosen = logprobs.gather(1, tokens[index].unsqueeze(1)).squeeze(1).tolist()
+    chosen = logprobs.gather(1, tokens[index].clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
     likeliest = logprobs.topk(min(max(wanted), logits.shape[1]))
     result: list[TokenLogprobs | None] = [None] * rows.num_rows
     for row, count, logprob, ids, values in zip(

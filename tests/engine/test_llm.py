@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -309,10 +310,32 @@ def test_ends() -> None:
     assert (short.token_ids, short.finish_reason) == (tokens[:4], "length")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("block_size", [4, 64])
+def test_drafts_stay_within_the_context(backend: Backend, block_size: int) -> None:
+    """Blocks may reach past the last position that is rotated; the answer ends there whatever is drafted."""
+    model = build(V3_MTP)
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    expected = engine(model).generate([1, 2, 3], SamplingParams(temperature=0, max_tokens=7, ignore_eos=True))[0].token_ids
+    for context in range(4, 11):
+        llm = engine(model, max_model_len=context, block_size=block_size, num_speculative_tokens=4, backend=backend)
+        draft, ends = llm._runner.draft, []
+
+        def spy(chunks: Any, wanted: Any, hidden: Any, draft: Any = draft, ends: Any = ends) -> Any:
+            ends += [chunk.start + len(chunk.token_ids) for chunk in chunks]
+            return draft(chunks, wanted, hidden)
+
+        llm._runner.draft = spy  # type: ignore[method-assign]
+        assert llm.generate([1, 2, 3], params)[0].token_ids == expected[: context - 3]
+        assert max(ends, default=0) <= context  # the native kernels would read past their table
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"max_model_len": 0}, "max_model_len is 0"),
+        ({"max_num_seqs": 0, "num_blocks": None}, "max_num_seqs is 0"),
+        ({"block_size": 0, "num_blocks": None}, "block_size is 0"),
         ({"max_model_len": 10_000}, "to the model's context"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
@@ -354,6 +377,69 @@ def test_requests_that_cannot_be_answered_leave_the_others_alone(prompt: Any, pa
     assert [i.request_id for i in tokens] == [running, running]
     assert tokens[-1].finish_reason == "length"
     assert all_free(llm)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_request_that_fails_leaves_the_others_alone(backend: Backend, temperature: float, drafts: int) -> None:
+    """One token has an embedding of NaN. Its request ends with a sentence, and nothing of it stays in the cache."""
+    model = build(V3_MTP)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[50] = torch.nan
+    fine = [[token for token in prompt if token != 50] for prompt in random_prompts(model.config.vocab_size, (9, 2, 21))]
+    params = SamplingParams(temperature=temperature, seed=1, max_tokens=8, ignore_eos=True, logit_bias={50: -100.0})
+    expected = [output.token_ids for output in engine(model).generate(fine, params)]
+    llm = engine(model, backend=backend, num_speculative_tokens=drafts)
+    for _ in range(3):
+        outputs = llm.generate([[50, *fine[2]], *fine, [1, 50]], params)
+        assert [output.finish_reason for output in outputs] == ["error", "length", "length", "length", "error"]
+        assert "logits are NaN" in str(outputs[0].error)
+        assert outputs[0].token_ids == []
+        assert [output.token_ids for output in outputs[1:4]] == expected
+        assert outputs[1].error is None
+        assert all_free(llm)
+    with pytest.raises(InputError, match="logits are NaN"):
+        list(llm.stream([50], params))
+    assert all_free(llm)
+
+
+def test_a_stream_gives_an_empty_piece_for_each_step_of_a_long_prompt() -> None:
+    """So that whoever reads it can stop before the answer begins."""
+    llm = engine(build(CONFIGS["v3"]), max_num_batched_tokens=4)
+    parts = list(llm.stream([1] * 15, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)))
+    assert [len(part.token_ids) for part in parts] == [0, 0, 0, 1, 1]
+    assert [part.finish_reason for part in parts] == [None] * 4 + ["length"]
+
+
+def test_prompts_as_arrays_and_tensors() -> None:
+    llm = engine(build(CONFIGS["v3"]))
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    expected = [output.token_ids for output in llm.generate([[1, 2, 3], [4, 5, 6]], params)]
+    prompts: Any
+    for prompts in (
+        np.array([[1, 2, 3], [4, 5, 6]]),
+        torch.tensor([[1, 2, 3], [4, 5, 6]]),
+        ((1, 2, 3), (4, 5, 6)),
+        [torch.tensor([1, 2, 3], dtype=torch.int32), np.array([4, 5, 6])],
+    ):
+        assert [output.token_ids for output in llm.generate(prompts, params)] == expected
+        assert llm.generate(prompts[0], params)[0].token_ids == expected[0]
+    for prompts in ([True], np.array([1.0]), torch.tensor([True])):
+        with pytest.raises(InputError, match="which is no token id"):
+            llm.generate(prompts, params)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inference_mode_may_come_and_go(backend: Backend) -> None:
+    model = build(V3_MTP)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    with torch.inference_mode():
+        llm = engine(model, backend=backend, num_speculative_tokens=2)
+        first = llm.generate([1, 2, 3], params)
+    assert llm.generate([1, 2, 3], params) == first
+    with torch.inference_mode():
+        assert llm.generate([1, 2, 3], params) == first
 
 
 def test_either_a_directory_or_a_model() -> None:

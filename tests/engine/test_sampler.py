@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finback.engine import sampler
 from finback.engine.config import SamplingParams
-from finback.engine.sampler import SamplingRows, SamplingState, accept, sample, uniform
+from finback.engine.sampler import NO_TOKEN, SamplingRows, SamplingState, accept, sample, uniform
 
 PARAMS = [
     {"temperature": 0.0},
@@ -247,13 +247,16 @@ def test_logprobs_are_those_of_the_model() -> None:
     assert sample(logits[2:3], SamplingRows(states[2:3])).logprobs is None
 
 
-def test_a_row_without_an_allowed_token_is_an_error() -> None:
-    logits = torch.randn(1, 8)
-    for params in ({}, {"top_k": 3}):
-        with pytest.raises(FloatingPointError, match="allows no token"):
-            sample(logits, SamplingRows([make_state(**params)]), mask=torch.zeros(1, 8, dtype=torch.bool))
-        with pytest.raises(FloatingPointError, match="NaN"):
-            sample(logits * torch.nan, SamplingRows([make_state(**params)]))
+@pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"temperature": 0.0}])
+def test_a_row_from_which_nothing_can_be_taken_leaves_the_others_alone(params: dict[str, float]) -> None:
+    logits = torch.randn(4, 8)
+    mask = torch.ones(4, 8, dtype=torch.bool)
+    rows = SamplingRows([make_state(seed, logprobs=2, **params) for seed in range(4)])
+    expected = sample(logits, rows).token_ids
+    logits[1, 3], logits[3, 2] = torch.nan, torch.inf
+    mask[2] = False
+    tokens = sample(logits, rows, mask=mask).token_ids
+    assert tokens.tolist() == [expected[0], NO_TOKEN, NO_TOKEN, NO_TOKEN]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-6, 1e-4, 1e30, 1e300])
