@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from bench import engine, llama, report, speculation
+from bench import cli, engine, llama, report, speculation
 from bench.ceilings import Ceilings
 from bench.contest import Turn
 from bench.llama import OURS, Speed
@@ -136,3 +136,17 @@ def test_what_the_kernels_allow_is_worked_out_at_the_measured_acceptance() -> No
         "times_as_fast_by_the_kernels_alone": pytest.approx(1.8 * 1.5 / 3.0),
     }
     assert (acceptance.value, acceptance.target, acceptance.met) == (0.8, 0.7, True)
+
+
+def test_the_command_line_names_programs_and_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen = []
+    monkeypatch.setattr(cli, "run", lambda names, sizes, out, quick: seen.append((names, sizes["engine"])))
+    cli.main(("engine",), llama_bin=tmp_path / "bin", mtp_directory=tmp_path / "final")
+    cli.main(quick=True)
+    assert seen == [
+        (
+            ("engine",),
+            replace(engine.FULL, llama_bin=tmp_path / "bin", mtp=replace(engine.FULL.mtp, directory=tmp_path / "final")),
+        ),
+        (cli.NAMES, engine.QUICK),
+    ]
