@@ -158,7 +158,10 @@ def test_end_of_sentence_ends_the_text(tmp_path: Path, directory: Path, run: Cal
         (["--top-k", "-1"], "top_k is -1, it must be a whole number of at least 0"),
         (["--stop", ""], "must not hold an empty text"),
         (["--max-tokens", "9", "--num-speculative-tokens", "1"], "this model has no MTP module to draft with; use 0"),
-        (["--max-tokens", "9", "--num-speculative-tokens", "-1"], "num_speculative_tokens is -1, it must be a whole number of at least 0"),
+        (
+            ["--max-tokens", "9", "--num-speculative-tokens", "-1"],
+            "num_speculative_tokens is -1, it must be a whole number of at least 0",
+        ),
         (["--temprature", "1"], "the nearest is --temperature"),
         (["--prompt", "\udcff"], "the prompt is not UTF-8 text"),
     ],
