@@ -248,7 +248,7 @@ def test_readmes_link_to_each_other() -> None:
 def test_measured_parts_of_the_readmes_are_filled_and_agree(marker: str) -> None:
     parts = [between(read(document), marker) for document in READMES]
     assert all(parts), f"{marker} has no content between its markers"
-    numbers = [re.findall(r"\d[\d,.]*", part) for part in parts]
+    numbers = [re.findall(r"\d(?:[\d,.]*\d)?", part) for part in parts]
     assert numbers[0] == numbers[1] != []
 
 
