@@ -139,7 +139,7 @@ def _tar_members(archive: tarfile.TarFile, names: Sequence[str]) -> Files:
 
 def _package_file(name: str, package: Package, cache: Path) -> Path:
     """The package with the right checksum, from the cache or through the registry's client."""
-    packages = cache / "packages"
+    packages = cache.resolve() / "packages"  # the clients run in a directory of their own
     kept = packages / f"{package.name.rsplit('/', 1)[-1]}-{package.version}-{package.sha256[:8]}"
     if kept.is_file() and _sha256(kept) == package.sha256:
         return kept

