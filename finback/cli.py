@@ -21,6 +21,8 @@ VERBS = {
     "quickstart": ("the whole small run, then how to use what it made", "finback.commands.quickstart:main"),
     "fetch": ("list and get corpora, tokenizers and small models", "finback.commands.fetch:main"),
     "pretrain": ("train a model from a preset, or resume a run", "finback.commands.pretrain:main"),
+    "grpo": ("train a model on prompts and rewards by GRPO, or resume a run", "finback.commands.grpo:main"),
+    "r1-zero": ("GRPO on a base model by rules alone, as R1-Zero", "finback.commands.grpo:main_r1_zero"),
     "generate": ("continue a prompt with a trained model", "finback.commands.generate:main"),
     "chat": ("talk with a model in the terminal", "finback.commands.chat:main"),
     "convert": ("rewrite a checkpoint in another dtype or FP8", "finback.commands.convert:main"),
