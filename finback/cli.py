@@ -21,6 +21,7 @@ VERBS = {
     "quickstart": ("the whole small run, then how to use what it made", "finback.commands.quickstart:main"),
     "fetch": ("list and get corpora, tokenizers and small models", "finback.commands.fetch:main"),
     "pretrain": ("train a model from a preset, or resume a run", "finback.commands.pretrain:main"),
+    "sft": ("fine-tune a model on conversations or completions", "finback.commands.sft:main"),
     "generate": ("continue a prompt with a trained model", "finback.commands.generate:main"),
     "chat": ("talk with a model in the terminal", "finback.commands.chat:main"),
     "convert": ("rewrite a checkpoint in another dtype or FP8", "finback.commands.convert:main"),
