@@ -23,6 +23,7 @@ VERBS = {
     "pretrain": ("train a model from a preset, or resume a run", "finback.commands.pretrain:main"),
     "grpo": ("train a model on prompts and rewards by GRPO, or resume a run", "finback.commands.grpo:main"),
     "r1-zero": ("GRPO on a base model by rules alone, as R1-Zero", "finback.commands.grpo:main_r1_zero"),
+    "sft": ("fine-tune a model on conversations or completions", "finback.commands.sft:main"),
     "generate": ("continue a prompt with a trained model", "finback.commands.generate:main"),
     "chat": ("talk with a model in the terminal", "finback.commands.chat:main"),
     "convert": ("rewrite a checkpoint in another dtype or FP8", "finback.commands.convert:main"),

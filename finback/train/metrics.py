@@ -208,6 +208,7 @@ def describe_row(row: Mapping[str, float | int]) -> str:
         ("loss", "loss {:.4f}"),
         ("mtp_loss", "mtp {:.4f}"),
         ("validation_loss", "held-out {:.4f}"),
+        ("mtp_acceptance", "drafts accepted {:.1%}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
         ("max_violation", "max violation {:.2f}"),
     ):
