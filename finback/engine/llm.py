@@ -259,12 +259,16 @@ class LLM:
 
     def _compute(self) -> None:
         """One pass through the model, its increments put into the mailboxes."""
-        scheduled = self._scheduler.schedule().scheduled
-        if not scheduled:
-            return
-        chunks = [Chunk(s.token_ids, s.start, s.request.block_table) for s in scheduled]
-        wanted = [1 + s.num_drafts if s.samples else 0 for s in scheduled]
-        forward = self._runner.forward(chunks, wanted)
+        try:
+            scheduled = self._scheduler.schedule().scheduled
+            if not scheduled:
+                return
+            chunks = [Chunk(s.token_ids, s.start, s.request.block_table) for s in scheduled]
+            wanted = [1 + s.num_drafts if s.samples else 0 for s in scheduled]
+            forward = self._runner.forward(chunks, wanted)
+        except BaseException:  # interrupted, or out of memory: the cache knows blocks that may not have been written
+            self._scheduler.restart()
+            raise
         for increment in self._take(scheduled, wanted, forward):
             self._mailboxes.get(increment.request_id, self._mailbox).append(increment)
         self.stats.steps += 1
