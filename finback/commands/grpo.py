@@ -11,7 +11,7 @@ from finback.commands.parse import parse_arguments
 from finback.config import InputError
 from finback.rl.config import R1_ZERO_TEMPLATE, GRPOConfig
 
-R1_ZERO_REWARDS = ("finback.rewards.answers:answer_tag", "finback.rewards.format:r1_zero_format")
+R1_ZERO_REWARDS = ("finback.rewards.answers:exact_answer_tag", "finback.rewards.format:r1_zero_format")
 
 
 @dataclass(frozen=True)
