@@ -23,6 +23,7 @@ VERBS = {
     "pretrain": ("train a model from a preset, or resume a run", "finback.commands.pretrain:main"),
     "generate": ("continue a prompt with a trained model", "finback.commands.generate:main"),
     "chat": ("talk with a model in the terminal", "finback.commands.chat:main"),
+    "eval": ("measure a model on tasks: pass@1, cons@k, pass@k, with intervals", "finback.commands.eval:main"),
     "convert": ("rewrite a checkpoint in another dtype or FP8", "finback.commands.convert:main"),
 }
 
