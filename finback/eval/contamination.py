@@ -3,17 +3,18 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Sequence
 
 from finback.eval.task import AnyTask, Example, question
 
-_WORD = re.compile(r"[0-9]+(?:\.[0-9]+)?|[一-鿿]|[^\W\d_一-鿿]+|[-+*/=<>]")
+_PIECE = re.compile(r"([0-9]+(?:\.[0-9]+)?|[一-鿿]|[^\W\d_一-鿿]+|[-+*/=])|([?!.。;:\n])")
+_NUMBER_OR_SIGN = re.compile(r"[0-9]|[-+*/=]$")
 _ANCHOR = 4  # words at the start of a question that are looked up at each place of a text
 
 
 def words(text: str) -> list[str]:
     """The numbers, words, Chinese characters and signs of arithmetic of a text, in one case, without punctuation and spacing."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    return _cut(text)[0]
 
 
 def question_hash(text: str) -> str:
@@ -29,8 +30,9 @@ def overlap(task: AnyTask, training_hashes: Collection[str]) -> int:
 def occurrences(task: AnyTask, texts: Iterable[str]) -> list[Example]:
     """The task's examples whose question stands, word for word, anywhere in `texts`, in the task's order.
 
-    One pass over the texts; each is cut into words as a question is, so that spacing, case and punctuation hide nothing. A
-    question shorter than four words is found only where it is a text of its own.
+    One pass over the texts; each is cut into words as a question is, so that spacing, case and punctuation hide nothing. Where a
+    sum or a list goes on at an end of the question (3 + 5 inside 3 + 5 + 9) it is another question. One of fewer than four words
+    is found only where it is a text of its own.
     """
     wanted: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     short: set[tuple[str, ...]] = set()
@@ -42,16 +44,35 @@ def occurrences(task: AnyTask, texts: Iterable[str]) -> list[Example]:
             listed.append(key)
     found: set[tuple[str, ...]] = set()
     for text in texts:
-        cut = words(text)
+        cut, ends = _cut(text)
         if len(cut) < _ANCHOR:
             found.update(short.intersection([tuple(cut)]))
-            continue
-        for start, anchor in enumerate(_windows(cut)):
+        for start, anchor in enumerate(zip(*(cut[start:] for start in range(_ANCHOR)), strict=False)):
             for key in wanted.get(anchor, ()):
-                if key not in found and tuple(cut[start : start + len(key)]) == key:
+                if key not in found and tuple(cut[start : start + len(key)]) == key and not _goes_on(cut, ends, start, len(key)):
                     found.add(key)
     return [example for example in task.examples if tuple(words(question(example))) in found]
 
 
-def _windows(cut: list[str]) -> Iterator[tuple[str, ...]]:
-    return zip(*(cut[start:] for start in range(_ANCHOR)), strict=False)
+def _cut(text: str) -> tuple[list[str], set[int]]:
+    """The words, and the places of those behind which a sentence or a line ends."""
+    cut: list[str] = []
+    ends: set[int] = set()
+    for word, end in _PIECE.findall(unicodedata.normalize("NFKC", text).casefold()):
+        if word:
+            cut.append(word)
+        elif end:
+            ends.add(len(cut) - 1)
+    return cut, ends
+
+
+def _goes_on(cut: Sequence[str], ends: Collection[int], start: int, length: int) -> bool:
+    """Whether numbers or signs go on over an end of these words, with no end of a sentence between."""
+    borders = ((start - 1, start), (start + length - 1, start + length))
+    return any(
+        before >= 0
+        and after < len(cut)
+        and before not in ends
+        and bool(_NUMBER_OR_SIGN.match(cut[before]) and _NUMBER_OR_SIGN.match(cut[after]))
+        for before, after in borders
+    )

@@ -29,7 +29,7 @@ from finback.eval.config import DEFAULT_PROBLEMS
 from finback.eval.task import AnyTask, ChoiceTask, Example, RewardFunction, Task, distinct
 
 _FEW_SHOT = 16  # solved problems that a generated task can show
-_DRAWS = 20  # per problem asked for: easy families have few questions, and these draws find nearly all of them
+_DRAWS = 10  # per problem asked for: easy families have few questions, and these draws find nearly all of them
 _EVALUATION_SEED = 1_000_000_007  # far from the seeds of training, for families whose questions overlap little
 _STEP_BY_STEP = "\nPlease reason step by step, and put your final answer within \\boxed{}."  # R1's advice for maths
 
@@ -200,17 +200,12 @@ def _file_task(file: Path) -> Task:
     if not file.is_file():
         raise InputError(f"there is no task file {file}; give a .jsonl file with prompt and answer in each row, or a task's name")
     rows = _read(file, ("answer",))
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("prompt", row.get("question")), str):
-            raise InputError(f"{file}, row {number} has no text in field 'prompt' (or 'question')")
-        if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
-            raise InputError(f"{file}, row {number}: answer is {row['answer']!r}, it must be a text or a number")
     examples = distinct([{**row, "question": row.get("question", row.get("prompt"))} for row in rows])
     return Task(file.stem, examples, exact, final_answer)
 
 
 def _read(file: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, each with the given fields. InputError names the line that is wrong."""
+    """The rows of a JSON-lines file, each with the given fields and a question. InputError names the line that is wrong."""
     rows = []
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         if not line.strip():
@@ -222,6 +217,10 @@ def _read(file: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         missing = [field for field in fields if field not in row] if isinstance(row, dict) else list(fields)
         if missing:
             raise InputError(f"{file}, line {number} has no field {missing[0]!r}")
+        if not isinstance(row.get("prompt", row.get("question")), str):
+            raise InputError(f"{file}, line {number} has no text in field 'prompt' (or 'question')")
+        if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
+            raise InputError(f"{file}, line {number}: answer is {row['answer']!r}, it must be a text or a number")
         rows.append(row)
     if not rows:
         raise InputError(f"{file} holds no problem")
