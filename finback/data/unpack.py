@@ -173,6 +173,18 @@ def gsm8k(files: Files) -> Files:
     }
 
 
+def truthful_qa(files: Files) -> Files:
+    """TruthfulQA's questions with one right choice (MC1) as question, choices, and the place of the right one."""
+    (content,) = files.values()
+    records = (json.loads(line) for line in content.decode().splitlines())
+    return {
+        "problems.jsonl": json_lines(
+            {"question": record["question"], "choices": record["choices"], "answer": record["expected_index"]}
+            for record in records
+        )
+    }
+
+
 def human_eval(files: Files) -> Files:
     """HumanEval as it is: task_id, prompt, entry_point, canonical_solution, test."""
     (content,) = files.values()

@@ -1,3 +1,0 @@
-from finback.rewards.code import run_code
-
-__all__ = ["run_code"]

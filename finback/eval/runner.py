@@ -1,0 +1,192 @@
+"""One task through the engine: draw k answers to each problem, score them as they come, and say what they show (R1 section 3)."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import NamedTuple, TextIO
+
+from finback.config import InputError
+from finback.data.reasoning import opens_thought, parse_answer
+from finback.engine.config import SamplingParams
+from finback.engine.llm import LLM
+from finback.engine.output import RequestOutput
+from finback.eval.choices import evaluate_choices, require_tokenizer
+from finback.eval.config import Decoding, PromptForm
+from finback.eval.languages import mixes
+from finback.eval.progress import ProgressLine
+from finback.eval.prompts import Prompt, render, stop_texts
+from finback.eval.result import AnyResult, Sample, Tally, TaskResult
+from finback.eval.task import AnyTask, ChoiceTask, Example, Task, question, sample_seed
+
+KEPT_PROBLEMS = 8
+"""Problems whose first samples a result keeps with their texts."""
+_WAITING = 32  # requests that wait in the engine, so that it is never short of work
+_SCORERS = 4  # threads, each of which waits for a process
+_UNSCORED = 64  # samples that wait for their score, before the model does
+
+
+def evaluate(
+    llm: LLM,
+    task: AnyTask,
+    form: PromptForm | None = None,
+    decoding: Decoding | None = None,
+    *,
+    keep: int = KEPT_PROBLEMS,
+    out: TextIO | None = None,
+    progress: bool = False,
+) -> AnyResult:
+    """What a model does on a task: `evaluate_answers`, or for a ChoiceTask `evaluate_choices`, which draws nothing."""
+    form = form or PromptForm()
+    if isinstance(task, ChoiceTask):
+        return evaluate_choices(llm, task, form, progress=progress)
+    return evaluate_answers(llm, task, form, decoding or Decoding(), keep=keep, out=out, progress=progress)
+
+
+def evaluate_answers(
+    llm: LLM,
+    task: Task,
+    form: PromptForm,
+    decoding: Decoding,
+    *,
+    keep: int = KEPT_PROBLEMS,
+    out: TextIO | None = None,
+    progress: bool = False,
+) -> TaskResult:
+    """Draw `decoding.drawn` answers to every problem of a task and score them.
+
+    Only numbers are kept of a sample, and the texts of the first sample of the first `keep` problems; `out` gets every sample as
+    it comes, one JSON object a line. The engine may be in use by others; their requests go on.
+
+    Raises:
+        InputError: no tokenizer, no chat template, a prompt that leaves no room for an answer, a score that raises. Prompts are
+            checked before anything is generated.
+    """
+    start = time.monotonic()
+    tokenizer = require_tokenizer(llm, task)
+    prompts = [render(form, task, example, tokenizer) for example in task.examples]
+    _check_lengths(llm, task, prompts)
+    tally = Tally([str(example.get("family", "")) for example in task.examples], decoding.drawn)
+    kept: list[Sample] = []
+    total, done = len(prompts) * decoding.drawn, 0
+    with ProgressLine(f"{task.name} ({form.name})", total, shown=progress) as line:
+        for sample in draw_samples(llm, task, form, decoding, prompts):
+            tally.add(sample)
+            if out is not None:
+                _write(out, task, form, sample)
+            if sample.number == 0 and sample.problem < keep:
+                kept.append(sample)
+            done += 1
+            line.show(done, f"{tally.mean_score:.1%} right")
+    return tally.result(
+        task.name,
+        form,
+        decoding,
+        prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts) * decoding.drawn,
+        seconds=time.monotonic() - start,
+        kept=sorted(kept, key=lambda sample: sample.problem),
+    )
+
+
+class _Job(NamedTuple):
+    """One answer to be drawn."""
+
+    problem: int
+    number: int
+
+
+def draw_samples(llm: LLM, task: Task, form: PromptForm, decoding: Decoding, prompts: Sequence[Prompt]) -> Iterator[Sample]:
+    """The scored answers, each as soon as it is there, in no order. Closing the iterator aborts what is under way.
+
+    Every answer is a request of its own whose seed comes from (seed, question, number), so neither the order nor the company
+    changes it; those of one problem share the cached prompt. Scores that wait for a process overlap with generation.
+    """
+    jobs = iter([_Job(problem, number) for problem in range(len(prompts)) for number in range(decoding.drawn)])
+    running: dict[int, tuple[_Job, RequestOutput]] = {}
+    unscored: deque[Future[Sample]] = deque()
+    pool = ThreadPoolExecutor(_SCORERS, thread_name_prefix="score") if task.needs_pool else None
+    stop = stop_texts(form)
+    more = True
+    try:
+        while more or running:
+            while more and llm.scheduler_stats.num_waiting < _WAITING:
+                job = next(jobs, None)
+                more = job is not None
+                if job is not None:
+                    request_id = llm.add(prompts[job.problem].token_ids, _params(decoding, task.examples[job.problem], job, stop))
+                    running[request_id] = (job, RequestOutput(prompts[job.problem].token_ids))
+            for increment in llm.step():
+                if increment.request_id not in running:
+                    continue
+                job, output = running[increment.request_id]
+                output.add(increment)
+                if increment.finish_reason is None:
+                    continue
+                del running[increment.request_id]
+                if pool is None:
+                    yield _scored(task, job, prompts[job.problem].text, output)
+                else:
+                    unscored.append(pool.submit(_scored, task, job, prompts[job.problem].text, output))
+            while unscored and (unscored[0].done() or len(unscored) > _UNSCORED):
+                yield unscored.popleft().result()
+        while unscored:
+            yield unscored.popleft().result()
+    finally:
+        for request_id in running:
+            llm.abort(request_id)
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _params(decoding: Decoding, example: Example, job: _Job, stop: tuple[str, ...]) -> SamplingParams:
+    return SamplingParams(
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        max_tokens=decoding.max_tokens,
+        seed=sample_seed(decoding.seed, example, job.number),
+        stop=stop,
+    )
+
+
+def _scored(task: Task, job: _Job, prompt: str, output: RequestOutput) -> Sample:
+    example, completion = task.examples[job.problem], output.text
+    assert output.finish_reason is not None
+    parts = parse_answer(completion.lstrip(), starts_in_thought=opens_thought(prompt), tools=False)
+    failed = output.finish_reason == "error"
+    score = 0.0 if failed else float(task.score(prompt, completion, example))
+    answer = None if failed else task.extract(prompt, completion)
+    return Sample(
+        problem=job.problem,
+        number=job.number,
+        prompt=prompt,
+        completion=completion,
+        score=score,
+        answer=answer,
+        formatted=parts.thought == "closed" and bool(parts.content.strip()) and answer is not None,
+        mixes=mixes(completion if parts.thought == "absent" else parts.reasoning, question(example)),
+        tokens=len(output.token_ids),
+        finish_reason=output.finish_reason,
+    )
+
+
+def _write(out: TextIO, task: Task, form: PromptForm, sample: Sample) -> None:
+    example = task.examples[sample.problem]
+    row = {
+        "task": task.name,
+        "form": form.name,
+        "question": question(example),
+        "expected": example.get("answer"),
+        **asdict(sample),
+    }
+    out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _check_lengths(llm: LLM, task: Task, prompts: Sequence[Prompt]) -> None:
+    for number, prompt in enumerate(prompts):
+        if len(prompt.token_ids) >= llm.max_model_len:
+            raise InputError(
+                f"problem {number} of task {task.name} has a prompt of {len(prompt.token_ids)} tokens, which leaves no room for an "
+                f"answer in the model's context ({llm.max_model_len}); show fewer solved problems, or choose another task"
+            )
