@@ -46,6 +46,40 @@ def tiny() -> PretrainConfig:
     )
 
 
+def nano() -> PretrainConfig:
+    """V3's whole architecture at 2M active parameters, for the quickstart: the R1 ladder in minutes on two CPU cores."""
+    model = replace(
+        tiny().model,
+        vocab_size=2048,
+        hidden_size=192,
+        intermediate_size=480,
+        moe_intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        q_lora_rank=96,
+    )
+    return replace(tiny(), model=model, min_lr=3e-4, final_lr=1e-4)
+
+
+def nano_dense() -> PretrainConfig:
+    """A dense Qwen3 of 0.5M parameters: the student of the quickstart."""
+    model = ModelConfig(
+        model_type="qwen3",
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=2048,
+        initializer_range=0.02,
+        tie_word_embeddings=True,
+        pad_token_id=2,
+    )
+    return replace(tiny_dense(), model=model)
+
+
 def tiny_dense() -> PretrainConfig:
     """A dense Llama with as many parameters as `tiny` uses per token: what experts and latents are measured against."""
     model = ModelConfig(
@@ -225,6 +259,8 @@ def v3_671b() -> PretrainConfig:
 
 
 PRESETS: dict[str, Callable[[], PretrainConfig]] = {
+    "nano": nano,
+    "nano-dense": nano_dense,
     "tiny": tiny,
     "tiny-dense": tiny_dense,
     "small": small,

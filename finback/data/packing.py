@@ -92,3 +92,26 @@ def pack_samples(samples: Sequence[Sample], row_length: int, *, pad_token_id: in
             packed.loss_mask[row, start] = False
             start = span.stop
     return packed
+
+
+def pad_samples(samples: Sequence[Sample], pad_token_id: int) -> PackedSamples:
+    """One sample to a row, in the order given, padded at the end to the longest: what attention needs no mask for, since it is causal.
+
+    Rows of like lengths waste little: sort before cutting into batches.
+    """
+    width = max((len(sample.ids) for sample in samples), default=0)
+    shape = (len(samples), width)
+    padded = PackedSamples(
+        input_ids=np.full(shape, pad_token_id, dtype=np.int64),
+        sample_ids=np.full(shape, -1, dtype=np.int64),
+        position_ids=np.zeros(shape, dtype=np.int64),
+        loss_mask=np.zeros(shape, dtype=np.bool_),
+    )
+    for row, sample in enumerate(samples):
+        length = len(sample.ids)
+        padded.input_ids[row, :length] = sample.ids
+        padded.sample_ids[row, :length] = row
+        padded.position_ids[row, :length] = np.arange(length)
+        padded.loss_mask[row, :length] = sample.loss_mask
+        padded.loss_mask[row, 0] = False
+    return padded

@@ -10,13 +10,15 @@ tokens; a collision that somebody could make is one of SHA-256 itself.
 
 Two rules keep it simple:
 
-- A registered block is never written again, and a request registers or adopts blocks strictly from the front. So whoever holds a
-  registered block holds all blocks before it, too. The cache therefore never knows a block without its predecessors, the length of
-  a hit can be found by bisection, and releasing a request's blocks from its tail makes every chain's tail older than its head:
-  plain least-recently-used eviction takes tails first.
-- Two requests that compute the same block at once both write a copy of their own. The first to finish it registers it; the other
-  then adopts the registered block and gives its copy back. So an entry of a running request's `block_table` may change between two
-  steps, always to a block of the same content.
+- A registered block is written in the step that registers it or never again, and a request registers or adopts blocks strictly from
+  the front. So whoever holds a registered block holds all blocks before it, too. The cache therefore never knows a block without its
+  predecessors, the length of a hit can be found by bisection, and releasing a request's blocks from its tail makes every chain's
+  tail older than its head: plain least-recently-used eviction takes tails first.
+- A block may be registered by the step that computes it, before it has run (`announce`): the model writes a layer's rows for all
+  tokens of a step before any of them attends, so a request that starts in this very step can already adopt the block. Two requests
+  that run and come to the same block at once both write a copy of their own. The first to finish it registers it; the other then
+  adopts the registered block and gives its copy back. So an entry of a running request's `block_table` may change between two steps,
+  always to a block of the same content.
 """
 
 from array import array
@@ -97,6 +99,24 @@ class BlockManager:
     def grow(self, request: Request, num_blocks: int) -> None:
         """Append `num_blocks` blocks, of which there must be as many available."""
         self._take(request.block_table, num_blocks)
+
+    def announce(self, request: Request, num_tokens: int) -> None:
+        """Make known the full blocks among the first `num_tokens` tokens, all of which the step that is being put together computes.
+
+        Requests that are admitted after this and have the same prefix hold them, too; so the step must run, or the prefix cache be
+        reset.
+        """
+        first, end = request.num_registered_blocks, num_tokens // self.block_size
+        if end <= first or not self.enable_prefix_caching or request.cache_epoch != self._epoch:
+            return
+        hashes = self._hashes(request, end)
+        for index in range(first, end):
+            if hashes[index] in self._registered:
+                return  # somebody else's: `commit` exchanges them when this one is written
+            block = request.block_table[index]
+            self._registered[hashes[index]] = block
+            self._digests[block] = hashes[index]
+            request.num_registered_blocks += 1
 
     def commit(self, request: Request) -> None:
         """After a step: make known the full blocks of computed tokens, and take back blocks beyond the request's tokens.

@@ -1,11 +1,12 @@
 """The engine: requests in, tokens out (DESIGN section 4, "serve").
 
 One call of `LLM.step` is one pass through the model for whatever the scheduler picked: pieces of prompts, one next token of each
-running request, and, with speculation, the drafts that are verified along with it. Everything else here is built from `add`, `step`
-and `abort`.
+running request, and, with speculation, the drafts that are verified along with it. Everything else here is built from adding, such
+passes, and aborting. A pass computes for all requests: what it gives those of another stream or call is put into that one's mailbox.
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -155,6 +156,8 @@ class LLM:
             backend=backend,
         )
         self._answers: dict[int, _Answer] = {}
+        self._mailboxes: dict[int, deque[Increment]] = {}  # of requests of streams and of `generate`
+        self._mailbox: deque[Increment] = deque()  # of all others: for `step`
         self._compiler: GrammarCompiler | None = None  # made when the first grammar comes
         self._rows: SamplingRows | None = None  # kept while the same requests run
         self._draft_rows: SamplingRows | None = None
@@ -175,14 +178,19 @@ class LLM:
         if len(each) != len(listed):
             raise InputError(f"there are {len(listed)} prompts and {len(each)} params; give one for all, or one for each")
         outputs: dict[int, RequestOutput] = {}
+        mailbox: deque[Increment] = deque()
         try:
             for prompt, one in zip(listed, each, strict=True):
                 request_id = self.add(prompt, one)
+                self._mailboxes[request_id] = mailbox
                 outputs[request_id] = RequestOutput(self._answers[request_id].request.prompt_token_ids)
-            while any(output.finish_reason is None for output in outputs.values()):
-                for increment in self.step():
-                    if increment.request_id in outputs:
-                        outputs[increment.request_id].add(increment)
+            unfinished = len(outputs)
+            while unfinished:
+                self._compute()
+                while mailbox:
+                    increment = mailbox.popleft()
+                    outputs[increment.request_id].add(increment)
+                    unfinished -= increment.finish_reason is not None
         finally:
             for request_id in outputs:
                 self.abort(request_id)
@@ -191,13 +199,18 @@ class LLM:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Increment]:
         """The answer to one prompt, one piece for each step; those before its first token, of a long prompt, are empty.
 
-        Closing the iterator aborts the request. Other requests go on meanwhile. InputError if it cannot be finished.
+        The request is added when the first piece is asked for; closing the iterator aborts it. Other requests go on meanwhile, and any
+        number of streams may be read by turns: a piece that came while another was read is given at once. InputError if the answer
+        cannot be finished.
         """
         request_id = self.add(prompt, params or SamplingParams())
+        mailbox = self._mailboxes[request_id] = deque()
         nothing = Increment(request_id, "", [], None, None, 0)
         try:
-            while request_id in self._answers:
-                part = next((increment for increment in self.step() if increment.request_id == request_id), nothing)
+            while mailbox or request_id in self._answers:
+                if not mailbox:
+                    self._compute()
+                part = mailbox.popleft() if mailbox else nothing
                 if part.error is not None:
                     raise InputError(part.error)
                 yield part
@@ -223,26 +236,42 @@ class LLM:
         return request.request_id
 
     def abort(self, request_id: int) -> bool:
-        """End a request now; its blocks are free at once. False if it has ended already."""
+        """End a request now; its blocks are free at once, and nothing more comes of it. False if it has ended already."""
         self._answers.pop(request_id, None)
+        mailbox = self._mailboxes.pop(request_id, self._mailbox)
+        kept = [increment for increment in mailbox if increment.request_id != request_id]
+        mailbox.clear()
+        mailbox.extend(kept)
         return self._scheduler.abort(request_id) is not None
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether there is anything for `step` to do."""
-        return bool(self._answers)
+        """Whether there is anything for `step` to do or to give."""
+        return bool(self._answers or self._mailbox)
 
     def step(self) -> list[Increment]:
-        """One pass through the model; what it added to each answer."""
-        scheduled = self._scheduler.schedule().scheduled
-        if not scheduled:
-            return []
-        chunks = [Chunk(s.token_ids, s.start, s.request.block_table) for s in scheduled]
-        wanted = [1 + s.num_drafts if s.samples else 0 for s in scheduled]
-        forward = self._runner.forward(chunks, wanted)
-        increments = self._take(scheduled, wanted, forward)
+        """One pass through the model. Returns what was added to the answers of requests that came by `add`: in this pass, and before
+        it in those that streams and `generate` made since the last call."""
+        self._compute()
+        given = list(self._mailbox)
+        self._mailbox.clear()
+        return given
+
+    def _compute(self) -> None:
+        """One pass through the model, its increments put into the mailboxes."""
+        try:
+            scheduled = self._scheduler.schedule().scheduled
+            if not scheduled:
+                return
+            chunks = [Chunk(s.token_ids, s.start, s.request.block_table) for s in scheduled]
+            wanted = [1 + s.num_drafts if s.samples else 0 for s in scheduled]
+            forward = self._runner.forward(chunks, wanted)
+        except BaseException:  # interrupted, or out of memory: the cache knows blocks that may not have been written
+            self._scheduler.restart()
+            raise
+        for increment in self._take(scheduled, wanted, forward):
+            self._mailboxes.get(increment.request_id, self._mailbox).append(increment)
         self.stats.steps += 1
-        return increments
 
     def _take(self, scheduled: list[ScheduledSequence], wanted: list[int], forward: Forward) -> list[Increment]:
         """Sample, keep the drafts that were right, tell the scheduler, and make the next drafts."""

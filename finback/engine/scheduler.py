@@ -6,7 +6,8 @@ their arrival; the first that does not fit holds back those behind it, so that n
 
 A request gets the blocks of all its tokens when it starts, and one more whenever it has filled them. When none is left, the request
 that arrived last is preempted: its blocks go back, and later it computes its prompt and its answer so far again, from the prefix
-cache where that still has them. The request that arrived first is never preempted and makes progress in every step, so every request
+cache where that still has them. Requests that start in one step share the whole blocks of a common prefix: the first computes them
+for all. The request that arrived first is never preempted and makes progress in every step, so every request
 ends.
 """
 
@@ -80,7 +81,7 @@ class Scheduler:
     """Continuous batching over one `BlockManager`. Not for several threads. Raises InputError for sizes below 1.
 
     Each step: `schedule`, run the model, `advance` every scheduled sequence, `finish` those requests that are done. `add` and `abort`
-    may come at any time between these calls.
+    may come at any time between these calls, but that after `schedule` the model must run: if it fails, call `restart`.
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
@@ -152,6 +153,8 @@ class Scheduler:
         if drafts:
             budget = self._add_drafts(scheduled, budget)
         if self._waiting:
+            for sequence in scheduled:
+                self._announce(sequence)
             self._admit(scheduled, budget)
         return Schedule(scheduled, preempted)
 
@@ -175,6 +178,13 @@ class Scheduler:
             assert not new_token_ids
         request.num_computed_tokens = computed
         self.blocks.commit(request)
+
+    def restart(self) -> None:
+        """After a step in which the model failed: nothing that the cache holds is trusted, and every request that runs starts over
+        with its prompt and its answer so far."""
+        while self._running:
+            self._preempt_last()
+        self.blocks.reset_prefix_cache()
 
     def stats(self) -> SchedulerStats:
         """Numbers for a metrics page."""
@@ -220,19 +230,22 @@ class Scheduler:
     def _grow(self, request: Request, preempted: list[Request]) -> bool:
         """One more block for a running request, if need be from those that arrived last; False if that is the request itself."""
         while self.blocks.num_available == 0:
-            last_id, last = self._running.popitem()
-            self.blocks.release(last)
-            last.state = RequestState.WAITING
-            last.draft_token_ids = []
-            last.num_preemptions += 1
-            self._num_preemptions += 1
-            self._waiting[last_id] = last
-            self._waiting.move_to_end(last_id, last=False)
-            preempted.append(last)
-            if last is request:
+            preempted.append(self._preempt_last())
+            if preempted[-1] is request:
                 return False
         self.blocks.grow(request, 1)
         return True
+
+    def _preempt_last(self) -> Request:
+        last_id, last = self._running.popitem()
+        self.blocks.release(last)
+        last.state = RequestState.WAITING
+        last.draft_token_ids = []
+        last.num_preemptions += 1
+        self._num_preemptions += 1
+        self._waiting[last_id] = last
+        self._waiting.move_to_end(last_id, last=False)
+        return last
 
     def _add_drafts(self, scheduled: list[ScheduledSequence], budget: int) -> int:
         """Schedule draft tokens as far as they fit; returns the budget that is left. Drafts that do not fit are dropped."""
@@ -271,4 +284,9 @@ class Scheduler:
             remaining = len(request.token_ids) - start
             count = min(remaining, budget)
             scheduled.append(ScheduledSequence(request, start, count, count == remaining))
+            self._announce(scheduled[-1])
             budget -= count
+
+    def _announce(self, sequence: ScheduledSequence) -> None:
+        """Let those that start in this step share what `sequence` computes; drafts may turn out to be wrong."""
+        self.blocks.announce(sequence.request, sequence.start + sequence.count - sequence.num_drafts)

@@ -206,7 +206,7 @@ def write_checkpoint(
     specs = list(checkpoint_tensors(config))
     total = sum(map(tensor_bytes, specs))
     shards = plan_shards(specs, max_shard_bytes)
-    carried = _carried_files(None if tokenizer_from is None else Path(tokenizer_from))
+    carried = carried_files(None if tokenizer_from is None else Path(tokenizer_from))
 
     stale = {"config.json", GENERATION_CONFIG, SINGLE_FILE, INDEX_FILE}
     if any(file.name in TOKENIZER_FILES for file in carried):  # the files of two tokenizers must not mix
@@ -236,7 +236,7 @@ def write_checkpoint(
         _write_json(temporary / "config.json", config.to_dict())
 
 
-def _carried_files(source: Path | None) -> list[Path]:
+def carried_files(source: Path | None) -> list[Path]:
     """The tokenizer's files and the generation config that `source` has."""
     if source is None:
         return []

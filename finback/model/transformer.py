@@ -23,7 +23,7 @@ from finback.model.moe import MoE, Router, Routing
 from finback.model.recompute import rebuilt
 from finback.ops.attention import document_mask
 from finback.ops.rotary import rotary_table
-from finback.ops.router import sequence_balance
+from finback.ops.router import document_balance, sequence_balance
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -113,8 +113,8 @@ class TrainOutput(NamedTuple):
 
     hidden: Tensor  # [B, T, D], after the final norm
     mtp_hidden: list[Tensor]  # depth k: [B, T - 1 - k, D], after its shared_head.norm
-    expert_counts: Tensor  # int64 [routers, E]: tokens per expert in this micro-batch
-    balance_loss: Tensor  # scalar: V3 equation 17 summed over routers, without alpha
+    expert_counts: Tensor  # int64 [routers, E]: tokens per expert in this micro-batch, padding left out
+    balance_loss: Tensor  # scalar: V3 equation 17, mean over sequences (documents, where they are told), summed over routers
 
 
 class Transformer(nn.Module):
@@ -179,19 +179,28 @@ class Transformer(nn.Module):
         input_ids: Int[Tensor, "B T"],
         *,
         document_ids: Int[Tensor, "B T"] | None = None,
+        valid: Bool[Tensor, "B T"] | None = None,
         recompute: Recompute = "none",
         mtp: bool = True,
     ) -> TrainOutput:
         """Hidden states and balance terms of whole sequences. `document_ids` hides samples of one row from each other (and leaves
-        positions running on: rotary embedding is relative). `recompute` rebuilds RMSNorm, MLA up-projections and SwiGLU in
-        backward ("selective", V3 section 3.2.3) or whole blocks ("full"). Under autocast the residual stream is low-precision."""
+        positions running on: rotary embedding is relative); negative ids are padding. `valid`, in its place, is for rows of one
+        sample padded at their end: True where a token is none, and nothing needs to be hidden, since attention is causal. Padding,
+        and an MTP position whose next tokens are another sample's, count neither in `expert_counts` nor in `balance_loss`.
+        `recompute` rebuilds RMSNorm, MLA up-projections and SwiGLU in backward ("selective", V3 section 3.2.3) or whole blocks
+        ("full"). Under autocast the residual stream is low-precision."""
+        assert document_ids is None or valid is None, "packed rows have document_ids, padded rows have valid"
         mask = None if document_ids is None else document_mask(document_ids)
+        documents = document_ids
+        if valid is not None:
+            documents = torch.arange(len(valid), device=valid.device).unsqueeze(1).where(valid, -1)
         rotary = Rotary(*rotary_table(self.config, torch.arange(input_ids.shape[1], device=input_ids.device)))
         embedded = self.embed(input_ids)
-        x, routings = embedded, []
+        x, routings = embedded, list[tuple[Routing, Tensor | None]]()
         for block in self.blocks:
             x, routing = _run(block, x, rotary, mask, recompute)
-            routings.append(routing)
+            if routing is not None:
+                routings.append((routing, documents))
         hidden = self.model.norm(x)
         mtp_hidden: list[Tensor] = []
         for depth, module in enumerate(self.mtp_modules if mtp else []):
@@ -203,8 +212,9 @@ class Transformer(nn.Module):
             cut = Rotary(rotary.cos[:length], rotary.sin[:length])
             x, routing = _run(module, combined, cut, None if mask is None else mask[:, :, :length, :length], recompute)
             mtp_hidden.append(module.shared_head.norm(x))
-            routings.append(routing)
-        counts, balance = self._balance([routing for routing in routings if routing is not None], input_ids)
+            if routing is not None:
+                routings.append((routing, None if documents is None else _within(documents, depth + 1)))
+        counts, balance = self._balance(routings, input_ids, documents)
         if (
             mtp and len(mtp_hidden) < self.config.num_nextn_predict_layers
         ):  # the sequences end before the deeper predictions begin
@@ -213,19 +223,39 @@ class Transformer(nn.Module):
             counts = F.pad(counts, (0, 0, 0, missing))
         return TrainOutput(hidden, mtp_hidden, counts, balance)
 
-    def _balance(self, routings: list[Routing], input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Expert counts int64 [routers, E] and the summed balance terms."""
+    def _balance(
+        self, routings: list[tuple[Routing, Tensor | None]], input_ids: Tensor, documents: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Expert counts int64 [routers, E] and the summed balance terms; each routing comes with the document of each of its tokens,
+        negative where a token does not count."""
         n_experts, top_k = self.config.n_routed_experts, self.config.num_experts_per_tok
         if not routings:
             return input_ids.new_zeros(0, n_experts), torch.zeros((), device=input_ids.device)
-        counts = [torch.bincount(routing.indices.flatten(), minlength=n_experts) for routing in routings]
-        terms = [sequence_balance(routing.scores, input_ids.shape[0], top_k) for routing in routings]
-        return torch.stack(counts), torch.stack(terms).sum()
+        if documents is None:
+            counts = [torch.bincount(routing.indices.flatten(), minlength=n_experts) for routing, _ in routings]
+            terms = [sequence_balance(routing.scores, input_ids.shape[0], top_k) for routing, _ in routings]
+            return torch.stack(counts), torch.stack(terms).sum()
+        present = max(1, documents[documents >= 0].unique().numel())
+        num_documents = max(1, int(documents.max()) + 1)
+        counts, terms = [], []
+        for routing, own in routings:
+            assert own is not None
+            flat = own.flatten()
+            indices = routing.indices.where(flat.unsqueeze(1) >= 0, n_experts)  # what does not count goes to one expert too many
+            counts.append(torch.bincount(indices.flatten(), minlength=n_experts + 1)[:n_experts])
+            terms.append(document_balance(routing.scores, flat, num_documents, top_k))
+        return torch.stack(counts), torch.stack(terms).sum() / present
 
     def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         embedded = F.embedding(input_ids, self.model.embed_tokens.weight)
         device = embedded.device.type
         return embedded.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else embedded
+
+
+def _within(documents: Tensor, ahead: int) -> Tensor:
+    """The document of each position whose token `ahead` further is of the same one, else -1: [B, T] -> [B, T - ahead]."""
+    here, there = documents[:, :-ahead], documents[:, ahead:]
+    return here.where(here == there, -1)
 
 
 def _run(block: Block, x: Tensor, rotary: Rotary, mask: Tensor | None, recompute: Recompute) -> tuple[Tensor, Routing | None]:

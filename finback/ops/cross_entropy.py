@@ -1,5 +1,6 @@
 """The output head and its loss in one, so that the logits of a whole batch never exist at once."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -83,3 +84,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scaled = None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype)
         weight_scaled = None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype)
         return scaled, weight_scaled, None, None
+
+
+def linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(weight hidden)[target] of each row: hidden [N, D], weight [vocab, D], targets int64 [N] -> float32 [N].
+
+    As `linear_cross_entropy`, but each row's gradient may have its own weight, which is known only once the values are: backward
+    makes the logits again, chunk by chunk.
+    """
+    result: Tensor = _LinearLogProbs.apply(hidden, weight, targets)
+    return result
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        losses = [_chunk_losses(logits, target, False) for _, logits, target in _logits_by_chunk(hidden, weight, targets)]
+        return torch.cat(losses).neg() if losses else hidden.new_zeros(0, dtype=wide(hidden.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, weight, targets = ctx.saved_tensors
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        with torch.autocast(hidden.device.type, enabled=False):
+            matrix = weight.to(hidden.dtype)
+            grad_hidden = torch.empty_like(hidden) if want_hidden else None
+            grad_weight = torch.zeros_like(weight, dtype=wide(hidden.dtype)) if want_weight else None
+            for rows, logits, target in _logits_by_chunk(hidden, weight, targets):
+                _chunk_losses(logits, target, True)
+                logits.mul_(grad[rows].neg().unsqueeze(1).to(logits.dtype))
+                if grad_hidden is not None:
+                    rows_times(logits, matrix, out=grad_hidden[rows])
+                if grad_weight is not None:
+                    grad_weight += sum_of_outer(logits, hidden[rows])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
+
+
+def _logits_by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(rows, their logits, their targets) in a buffer that the next chunk overwrites."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        matrix = weight.to(hidden.dtype)
+        count = max(1, min(_CHUNK_ELEMENTS // weight.shape[0], hidden.shape[0]))
+        buffer = hidden.new_empty(count, weight.shape[0])
+        for start in range(0, hidden.shape[0], count):
+            rows = slice(start, min(start + count, hidden.shape[0]))
+            yield rows, rows_times(hidden[rows], matrix.T, out=buffer[: rows.stop - start]), targets[rows]
+
+
+def _chunk_losses(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    kernels = training_kernels_for(logits)
+    if kernels is None:
+        return softmax_gradient(logits, targets, -100, gradient)
+    return kernels.cross_entropy(logits, targets, -100, gradient)

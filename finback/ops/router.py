@@ -71,3 +71,20 @@ def sequence_balance(scores: Tensor, sequences: int, top_k: int) -> Tensor:
         frequency = hits * (n_experts / (top_k * tokens))
     share = (per_sequence / per_sequence.sum(-1, keepdim=True)).mean(1)
     return (frequency * share).sum(-1).mean()
+
+
+def document_balance(scores: Tensor, documents: Tensor, num_documents: int, top_k: int) -> Tensor:
+    """Sum over documents of sum_i f_i P_i, each as in `sequence_balance`: scores [N, E], documents int64 [N] -> scalar.
+
+    `documents` says whose token each row is, from 0 to `num_documents` - 1; negative rows are nobody's. A document without rows adds 0.
+    """
+    n_experts = scores.shape[-1]
+    index = documents.where(documents >= 0, num_documents)  # one more, for what is nobody's
+    tokens = torch.bincount(index, minlength=num_documents + 1).clamp(min=1).unsqueeze(1)
+    table = scores.new_zeros(num_documents + 1, n_experts)
+    with torch.no_grad():
+        chosen = select_experts(scores, None, top_k)
+        hits = torch.zeros_like(scores).scatter_(1, chosen, 1.0)
+        frequency = table.index_add(0, index, hits) * (n_experts / top_k) / tokens
+    share = table.index_add(0, index, scores / scores.sum(-1, keepdim=True)) / tokens
+    return (frequency * share)[:num_documents].sum()

@@ -1,9 +1,14 @@
 """Fields of the recipes: runs of several stages. No torch."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from finback.config import InputError
+from finback.eval.config import PromptForm
+from finback.rl.config import R1_ZERO_TEMPLATE, GRPOConfig
+from finback.train.sft_config import SFTConfig
 
 Text = Literal["auto", "fables", "docstrings", "none"]
 
@@ -37,3 +42,51 @@ class QuickstartConfig:
             raise InputError(f"field seed is {self.seed}, it must be at least 0")
         if self.problems < 100:
             raise InputError(f"field problems is {self.problems}, it must be at least 100, so that some can be held out")
+
+
+@dataclass(frozen=True)
+class LadderConfig:
+    """The R1 ladder: what it learns from, and how each stage trains. In the stages' own configs the model, the data, the rewards and
+    the seed are left open; the ladder fills them in."""
+
+    prompts: Path
+    """Rows with `prompt`, `answer` and, where it is known, `language`."""
+    held_out: Mapping[str, Path]
+    """Title -> rows of the same kind that no stage trains on; the gate looks at the first."""
+    zero_template: str = R1_ZERO_TEMPLATE
+    """Text around a prompt for the base and for R1-Zero."""
+    general: Path | None = None
+    """Conversations about other things, for fine-tuning."""
+    general_prompts: Path | None = None
+    """Prompts about other things, for the last reinforcement learning."""
+    general_rewards: tuple[str, ...] = ()
+    """What is rewarded in answers to these."""
+
+    zero: GRPOConfig = field(default_factory=lambda: GRPOConfig(model=""))
+    cold_start: SFTConfig = field(default_factory=SFTConfig)
+    reasoning: GRPOConfig = field(default_factory=lambda: GRPOConfig(model=""))
+    rejection: SFTConfig = field(default_factory=SFTConfig)
+    all_scenario: GRPOConfig = field(default_factory=lambda: GRPOConfig(model="", temperature=0.7))
+    student: SFTConfig = field(default_factory=SFTConfig)
+
+    cold_start_prompts: int = 400
+    """Prompts that R1-Zero answers for the cold start."""
+    cold_start_rows: int = 300
+    """Of its samples, at most so many are learnt from."""
+    rejection_prompts: int = 1000
+    """Prompts of the rejection sampling."""
+    student_prompts: int = 1000
+    """Prompts that the last model answers for the student."""
+    least_rows: int = 20
+    """A stage that would be fine-tuned on fewer samples stops the run."""
+
+    eval_problems: int = 200
+    """Held-out problems that each model is measured on."""
+    eval_samples: int = 16
+    """Samples of each, at temperature 0.6."""
+    eval_tokens: int = 512
+    """Longest sample, here and in rejection sampling."""
+
+    @property
+    def zero_form(self) -> PromptForm:
+        return PromptForm("zero", template=self.zero_template)

@@ -50,16 +50,6 @@ PACKAGES = ("finback", "torch", "numpy", "tokenizers", "safetensors")
 _NOT_SETTINGS = ("out", "cache", "fresh")
 
 
-class Run(NamedTuple):
-    """What every stage gets."""
-
-    directory: Path
-    config: QuickstartConfig
-    preset: PretrainConfig
-    manifest: dict[str, Any]
-    console: Console
-
-
 def quickstart(config: QuickstartConfig, preset: PretrainConfig) -> Path:
     """Run the recipe, or what is left of it, in `config.out`; returns the directory with the finished model.
 
@@ -314,63 +304,6 @@ def _pretrain_config(run: Run) -> PretrainConfig:
     )
 
 
-def _open_run(config: QuickstartConfig, preset: PretrainConfig) -> Run:
-    directory = Path(config.out)
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory} is a file; give another --out")
-    file = directory / MANIFEST
-    if directory.exists() and any(directory.iterdir()):
-        if not file.is_file() or read_json(file).get("recipe") != "quickstart":
-            raise InputError(f"{directory} is not empty and holds no quickstart run; give another --out")
-        if config.fresh:
-            shutil.rmtree(directory)
-    settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
-    if file.is_file():
-        manifest = read_json(file)
-        for name, value in settings.items():
-            before = manifest["settings"].get(name)
-            if before != value:
-                raise InputError(
-                    f"{directory} was started with {name} {before!r}, not {value!r}; "
-                    f"run it with --{name.replace('_', '-')} {before}, or with --fresh to start over"
-                )
-        return Run(directory, config, preset, manifest, Console(highlight=False))
-    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    manifest = {
-        "recipe": "quickstart",
-        "finished": False,
-        "settings": settings,
-        "versions": {"python": platform.python_version(), **packages},
-        "stages": {},
-        "files": {},
-    }
-    run = Run(directory, config, preset, manifest, Console(highlight=False))
-    _write_manifest(run)
-    return run
-
-
-def _write_manifest(run: Run) -> None:
-    write_atomic(run.directory / MANIFEST, json.dumps(run.manifest, indent=2, ensure_ascii=False) + "\n")
-
-
-def _finish(run: Run) -> None:
-    """Checksums into the manifest; then the times of the stages, and what to do with the model."""
-    skipped = ("checkpoints", "tensorboard")
-    files = (path for path in sorted(run.directory.rglob("*")) if path.is_file() and path.name != MANIFEST)
-    relative = [path.relative_to(run.directory) for path in files]
-    run.manifest["files"] = {str(path): _sha256(run.directory / path) for path in relative if path.parts[0] not in skipped}
-    run.manifest["finished"] = True
-    _write_manifest(run)
-    _heading(run.console, "Done")
-    total = 0.0
-    for name, title, _ in STAGES:
-        seconds = run.manifest["stages"][name]["seconds"]
-        total += seconds
-        print(f"{title:<24} {seconds:7.1f} s")
-    print(f"{'In all':<24} {total:7.1f} s")
-    _say_what_next(run)
-
-
 def _say_what_next(run: Run) -> None:
     final = run.directory / "final"
     print(
@@ -378,11 +311,6 @@ def _say_what_next(run: Run) -> None:
         f"\nRead what happened:      {run.directory / 'report.md'}"
         f"\nLoad it elsewhere:       transformers.AutoModelForCausalLM.from_pretrained({str(final)!r})"
     )
-
-
-def _heading(console: Console, words: str) -> None:
-    console.print()
-    console.rule(f"[bold]{words}", align="left", style="dim")
 
 
 def _groups(run: Run) -> list[str]:
@@ -418,13 +346,3 @@ def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return [rows[place] for place in places]
 
 
-def _link(source: str, destination: str) -> None:
-    try:
-        os.link(source, destination)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, destination)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

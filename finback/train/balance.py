@@ -24,9 +24,12 @@ def update_expert_bias(biases: Sequence[Float[Tensor, " E"]], counts: Int64[Tens
 
 
 def max_violation(counts: Int64[Tensor, "routers E"]) -> float:
-    """max over routers and experts of (load_i - mean load) / mean load: 0 is perfect balance, E / K - 1 the worst case."""
-    if counts.numel() == 0:
+    """max over routers and experts of (load_i - mean load) / mean load: 0 is perfect balance, E / K - 1 the worst case.
+
+    Routers that saw no token (of an MTP depth beyond the end of every sample) are left out.
+    """
+    loads = counts[counts.sum(dim=1) > 0].double()
+    if loads.numel() == 0:
         return 0.0
-    loads = counts.double()
     mean = loads.mean(dim=1)
     return float(((loads.amax(dim=1) - mean) / mean).max())

@@ -18,7 +18,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from finback.model.checkpoint import hf_tensors, load, save
 from finback.model.directory import replaced_directory, write_durably
 from finback.model.safetensors_io import TORCH_DTYPES, TensorReader, read_catalog, read_header, write_safetensors
 from finback.model.transformer import Transformer, init_weights
-from finback.train.config import PretrainConfig
+from finback.train.config import MomentsDtype, PretrainConfig
 from finback.train.ema import MovingAverage
 from finback.train.optimizer import AdamState, adam_tensors, init_adam_state
 
@@ -55,37 +55,58 @@ class Progress:
     """Steps in a row, up to now, that were not applied because their gradient norm was not finite."""
 
 
+@runtime_checkable
+class Stream(Protocol):
+    """Data with a position that can be kept and taken up again."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+StreamT = TypeVar("StreamT", bound=Stream)
+
+
 @dataclass
-class TrainingState:
+class TrainingState(Generic[StreamT]):
     """Everything that changes while a run goes on, and nothing else."""
 
     model: Transformer
     adam: AdamState
     average: MovingAverage | None
-    stream: TokenStream
+    stream: StreamT
     progress: Progress
 
     @property
     def parameters(self) -> dict[str, torch.nn.Parameter]:
-        return dict(self.model.named_parameters())
+        """Those that are trained."""
+        return trained_parameters(self.model)
 
 
-def fresh_state(config: PretrainConfig, stream: TokenStream, device: torch.device) -> TrainingState:
+def trained_parameters(model: Transformer) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are not frozen, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def fresh_state(config: PretrainConfig, stream: TokenStream, device: torch.device) -> TrainingState[TokenStream]:
     """A run before its first step: weights from `config.seed`, in float32."""
     torch.manual_seed(config.seed)
     model = Transformer(replace(config.model, torch_dtype="float32", fp8=False), device=device, dtype=torch.float32)
     init_weights(model, config.seed)
-    return _with_optimizer(config, model, stream)
+    return new_state(model, stream, moments_dtype=config.moments_dtype, ema_decay=config.ema_decay)
 
 
-def _with_optimizer(config: PretrainConfig, model: Transformer, stream: TokenStream) -> TrainingState:
-    parameters = dict(model.named_parameters())
-    moments = torch.bfloat16 if config.moments_dtype == "bf16" else torch.float32
-    average = None if config.ema_decay is None else MovingAverage(parameters, config.ema_decay)
+def new_state(
+    model: Transformer, stream: StreamT, *, moments_dtype: MomentsDtype, ema_decay: float | None
+) -> TrainingState[StreamT]:
+    """A model at its first step, with an optimizer for what is not frozen in it."""
+    parameters = trained_parameters(model)
+    moments = torch.bfloat16 if moments_dtype == "bf16" else torch.float32
+    average = None if ema_decay is None else MovingAverage(parameters, ema_decay)
     return TrainingState(model, init_adam_state(parameters, moments_dtype=moments), average, stream, Progress())
 
 
-def save_checkpoint(run: Path, state: TrainingState, *, tokenizer_from: str | None, keep: int) -> Path:
+def save_checkpoint(run: Path, state: TrainingState[Any], *, tokenizer_from: str | None, keep: int) -> Path:
     """Write `checkpoints/step-N`, then remove all but the newest `keep` (0: none is removed).
 
     Raises OSError or InputError when the disk is full; the checkpoints before are then untouched.
@@ -192,24 +213,31 @@ def newest_sound_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def load_checkpoint(checkpoint: Path, config: PretrainConfig, stream: TokenStream, device: torch.device) -> TrainingState:
+def load_checkpoint(
+    checkpoint: Path, config: PretrainConfig, stream: TokenStream, device: torch.device
+) -> TrainingState[TokenStream]:
     """The state that `save_checkpoint` wrote. `stream` is set to its position, torch's random states are set."""
-    trainer = read_json(checkpoint / _STATE)
     model = load(checkpoint, dtype=torch.float32, device=device)
-    state = _with_optimizer(config, model, stream)
+    state = new_state(model, stream, moments_dtype=config.moments_dtype, ema_decay=config.ema_decay)
+    restore_state(checkpoint, state)
+    return state
+
+
+def restore_state(checkpoint: Path, state: TrainingState[Any]) -> None:
+    """Everything that `save_checkpoint` wrote but the weights, into a state whose model has them. Sets torch's random states, too."""
+    trainer = read_json(checkpoint / _STATE)
     _read_tensors(checkpoint / _TENSORS, adam_tensors(state.adam))
     if state.average is not None:
         # The stacked experts are filled through views, one expert of the file at a time.
-        averaged = _averaged_model(model, state.average)
+        averaged = _averaged_model(state.model, state.average)
         catalog = read_catalog(checkpoint / _AVERAGE)
         with TensorReader() as reader:
             for name, tensor in hf_tensors(averaged):
                 reader.read_into(catalog[name], tensor)
     state.adam.updates = int(trainer["updates"])
     state.progress = Progress(**trainer["progress"])
-    stream.load_state_dict(trainer["stream"])
+    state.stream.load_state_dict(trainer["stream"])
     _set_random_states(trainer["random"])
-    return state
 
 
 def _read_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

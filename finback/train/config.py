@@ -1,7 +1,7 @@
 """What a pre-training run is told: `PretrainConfig`. No torch, so that `--help` and presets answer at once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -187,30 +187,51 @@ _CHOICES = {
     "moments_dtype": ("fp32", "bf16"),
     "recompute": ("none", "selective", "full"),
 }
-_MAY_BE_NONE = frozenset(field.name for field in fields(PretrainConfig) if "None" in str(field.type))
 
 
-def _check_numbers(c: PretrainConfig) -> None:
-    for name, least in _INTEGERS.items():
-        value = getattr(c, name)
-        if value is None and name in _MAY_BE_NONE:
+def check_numbers(
+    config: Any,
+    *,
+    integers: Mapping[str, int],
+    at_least_zero: Sequence[str],
+    above_zero: Sequence[str],
+    from_zero_below_one: Sequence[str],
+    choices: Mapping[str, Sequence[str]],
+) -> None:
+    """Check the fields of a config by name; InputError names the first that is wrong. `integers` gives their least values. A field
+    whose type allows None may be None."""
+    may_be_none = {field.name for field in fields(config) if "None" in str(field.type)}
+    for name, least in integers.items():
+        value = getattr(config, name)
+        if value is None and name in may_be_none:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"field {name} is {value!r}, it must be a whole number of at least {least}")
-    for name in (*_AT_LEAST_ZERO, *_ABOVE_ZERO, *_FROM_ZERO_BELOW_ONE):
-        value = getattr(c, name)
-        if value is None and name in _MAY_BE_NONE:
+    for name in (*at_least_zero, *above_zero, *from_zero_below_one):
+        value = getattr(config, name)
+        if value is None and name in may_be_none:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise InputError(f"field {name} is {value!r}, it must be a finite number")
-        if value < 0 or (value == 0 and name in _ABOVE_ZERO) or (value >= 1 and name in _FROM_ZERO_BELOW_ONE):
-            wanted = "above 0" if name in _ABOVE_ZERO else "at least 0"
+        if value < 0 or (value == 0 and name in above_zero) or (value >= 1 and name in from_zero_below_one):
+            wanted = "above 0" if name in above_zero else "at least 0"
             raise InputError(
-                f"field {name} is {value!r}, it must be {wanted}{' and below 1' if name in _FROM_ZERO_BELOW_ONE else ''}"
+                f"field {name} is {value!r}, it must be {wanted}{' and below 1' if name in from_zero_below_one else ''}"
             )
-    for name, choices in _CHOICES.items():
-        if getattr(c, name) not in choices:
-            raise InputError(f"field {name} is {getattr(c, name)!r}, it must be one of {', '.join(choices)}")
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise InputError(f"field {name} is {getattr(config, name)!r}, it must be one of {', '.join(allowed)}")
+
+
+def _check_numbers(c: PretrainConfig) -> None:
+    check_numbers(
+        c,
+        integers=_INTEGERS,
+        at_least_zero=_AT_LEAST_ZERO,
+        above_zero=_ABOVE_ZERO,
+        from_zero_below_one=_FROM_ZERO_BELOW_ONE,
+        choices=_CHOICES,
+    )
     if not isinstance(c.data_weights, tuple) or not all(isinstance(share, int | float) for share in c.data_weights):
         raise InputError(f"field data_weights is {c.data_weights!r}, it must be a list of numbers")
     if c.tokenizer is not None and not isinstance(c.tokenizer, str):

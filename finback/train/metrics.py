@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 EXPERT_LOAD_FILE = "expert_load.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 
 # JSON has no literals for these; a row must stay readable by every JSON reader, and a NaN loss must stay visible.
@@ -98,13 +99,19 @@ class MetricsWriter(AbstractContextManager["MetricsWriter"]):
         """
         append_line(self._expert_load, {"step": step, "counts": [list(row) for row in counts]})
 
+    def log_samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Keep samples of a step in samples.jsonl, a line each."""
+        with io.FileIO(self.directory / SAMPLES_FILE, "a") as file:
+            for sample in samples:
+                append_line(file, {"step": step, **sample})
+
     def say(self, sentence: str) -> None:
         """Print a line without disturbing the bar."""
         self._view.say(sentence)
 
     def truncate_after(self, step: int) -> None:
         """Drop what was recorded after `step`, half a last line included. A file that does not exist is left so."""
-        for name in (METRICS_FILE, EXPERT_LOAD_FILE):
+        for name in (METRICS_FILE, EXPERT_LOAD_FILE, SAMPLES_FILE):
             _cut_after(self.directory / name, step)
         self._last_step = step
 
@@ -194,9 +201,14 @@ def describe_row(row: Mapping[str, float | int]) -> str:
     """A row in words, for the terminal: the loss, then what else it holds of the things people watch."""
     words = []
     for key, form in (
+        ("reward", "reward {:.3f}"),
+        ("completion_length", "length {:.1f}"),
+        ("entropy", "entropy {:.3f}"),
+        ("logprob_gap", "gap {:.4f}"),
         ("loss", "loss {:.4f}"),
         ("mtp_loss", "mtp {:.4f}"),
         ("validation_loss", "held-out {:.4f}"),
+        ("mtp_acceptance", "drafts accepted {:.1%}"),
         ("tokens_per_second", "{:,.0f} tokens/s"),
         ("max_violation", "max violation {:.2f}"),
     ):

@@ -2,7 +2,6 @@
 
 import math
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ import torch
 from torch import Tensor
 
 from finback.config import InputError, count_params
+from finback.data.stream import TokenStream
 from finback.data.tokenizer import Tokenizer
-from finback.model.transformer import Transformer
-from finback.train.balance import max_violation, update_expert_bias
+from finback.train.balance import update_expert_bias
 from finback.train.budget import Plan, fixed_total_tokens, next_plan, planned_total, read_plans, write_plans
 from finback.train.checkpoint import (
-    Progress,
     TrainingState,
     fresh_state,
     list_checkpoints,
@@ -27,7 +25,8 @@ from finback.train.checkpoint import (
 )
 from finback.train.config import PretrainConfig
 from finback.train.evaluate import sample_texts, validation_metrics, validation_rows
-from finback.train.losses import BatchLosses, accumulate_gradients
+from finback.train.loop import Clock, diverged, due, expert_biases, machine_changes, not_applied, step_row, take_gradients
+from finback.train.losses import accumulate_gradients
 from finback.train.memory import available_memory, check_memory
 from finback.train.metrics import MetricsWriter
 from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
@@ -38,8 +37,6 @@ from finback.train.session import (
     cpu_threads,
     deferred_interrupts,
     describe_machine,
-    device_name,
-    kernels_name,
     locked,
     open_data,
     read_machine,
@@ -71,7 +68,7 @@ def pretrain(config: PretrainConfig, directory: str | Path, *, resume: bool = Fa
             machine = read_machine(run) if resume else None
             if machine is None:
                 machine = describe_machine(config, device, estimate)
-                write_run_config(run, config, machine)
+                write_run_config(run, config.to_dict(), machine)
             if checkpoint is None:
                 state = fresh_state(config, stream, device)
             else:
@@ -83,7 +80,7 @@ def pretrain(config: PretrainConfig, directory: str | Path, *, resume: bool = Fa
                 total_seconds=None if config.minutes is None else 60 * config.minutes,
                 resume_step=state.progress.step if resume else None,
             ) as metrics:
-                for sentence in (*_introduction(config, device, machine, validation), *_changes(machine, device), *notes):
+                for sentence in (*_introduction(config, device, machine, validation), *machine_changes(machine, device), *notes):
                     metrics.say(sentence)
                 return train(config, run, state, metrics, interrupted, machine, validation, tokenizer)
 
@@ -91,7 +88,7 @@ def pretrain(config: PretrainConfig, directory: str | Path, *, resume: bool = Fa
 def train(
     config: PretrainConfig,
     run: Path,
-    state: TrainingState,
+    state: TrainingState[TokenStream],
     metrics: MetricsWriter,
     interrupted: threading.Event,
     machine: dict[str, Any],
@@ -104,7 +101,7 @@ def train(
     plans = read_plans(run)
     total_tokens = fixed_total_tokens(config) or planned_total(plans, progress.step)
     finished = total_tokens is not None and progress.tokens >= total_tokens
-    clock = _Clock()
+    clock = Clock()
     while not finished:
         step = progress.step + 1
         ramps = resolve_ramps(config, total_tokens)
@@ -123,7 +120,7 @@ def train(
             precision=config.precision,
             recompute=config.recompute,
         )
-        gradients = _take_gradients(parameters)
+        gradients = take_gradients(parameters)
 
         # reduce: one process has seen the whole batch, so its gradients and expert counts are the sums already
 
@@ -151,7 +148,7 @@ def train(
 
         # router bias, once per step from the counts of the whole batch
         if applied and config.model.uses_expert_bias:
-            update_expert_bias(_expert_biases(model), losses.expert_counts, bias_update_speed(ramps, progress.tokens))
+            update_expert_bias(expert_biases(model), losses.expert_counts, bias_update_speed(ramps, progress.tokens))
         if applied and state.average is not None:
             state.average.start()
 
@@ -164,29 +161,29 @@ def train(
 
         # evaluate
         measured: dict[str, float] = {}
-        if validation is not None and (finished or step == 1 or _due(step, config.eval_every)):
+        if validation is not None and (finished or step == 1 or due(step, config.eval_every)):
             measured = validation_metrics(model, validation, config, tokenizer)
 
         # log
-        if finished or measured or not applied or _due(step, config.log_every):
-            row = _row(progress, losses, norm, lr, clock.tokens_per_second(), machine)
+        if finished or measured or not applied or due(step, config.log_every):
+            row = step_row(progress, losses, norm, lr, clock.tokens_per_second(), machine)
             row |= {"batch_size": rows.shape[0], "epoch": sum(stream.rows_taken) / sum(stream.rows_per_epoch)}
             metrics.log(row | measured)
             if losses.expert_counts.numel():
                 metrics.log_expert_load(step, losses.expert_counts.tolist())
         if not applied:
-            metrics.say(_not_applied(step, norm, config))
+            metrics.say(not_applied(step, norm, config.max_nonfinite_steps))
         if progress.nonfinite_steps >= config.max_nonfinite_steps:
-            raise InputError(_diverged(step, config))
+            raise InputError(diverged(step, config.lr, config.max_nonfinite_steps))
 
         # sample
-        if tokenizer is not None and config.sample_prompts and (finished or _due(step, config.sample_every)):
+        if tokenizer is not None and config.sample_prompts and (finished or due(step, config.sample_every)):
             samples = sample_texts(model, tokenizer, config)
             for prompt, text in samples:
                 metrics.say(f"sample: {prompt!r} -> {text!r}")
 
         # save
-        if finished or interrupted.is_set() or _due(step, config.save_every):
+        if finished or interrupted.is_set() or due(step, config.save_every):
             checkpoint = [save_checkpoint(run, state, tokenizer_from=config.tokenizer, keep=config.keep_checkpoints)]
         if interrupted.is_set() and not finished:
             metrics.say(f"stopped after step {step}; continue with: finback pretrain --resume {run}")
@@ -197,71 +194,7 @@ def train(
     return checkpoint[0]
 
 
-_DEEPSEEK_METRICS = ("mtp_loss", "balance_loss", "max_violation")
-
-
-class _Clock:
-    """Wall time since the last lap, and the speed of training alone since it was last asked for."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._tokens, self._seconds = 0, 0.0
-
-    def lap(self, *, trained_tokens: int = 0) -> float:
-        now = time.perf_counter()
-        passed, self._since = now - self._since, now
-        if trained_tokens:
-            self._tokens += trained_tokens
-            self._seconds += passed
-        return passed
-
-    def tokens_per_second(self) -> float:
-        speed = self._tokens / max(self._seconds, 1e-9)
-        self._tokens, self._seconds = 0, 0.0
-        return speed
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
-
-
-def _take_gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    """The gradients of all parameters, which then have none."""
-    gradients = {}
-    for name, parameter in parameters.items():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        gradients[name], parameter.grad = parameter.grad, None
-    return gradients
-
-
-def _expert_biases(model: Transformer) -> list[Tensor]:
-    """The bias of each router, in the order of the expert counts."""
-    biases = [router.e_score_correction_bias for router in model.routers()]
-    return [bias for bias in biases if bias is not None]
-
-
-def _row(
-    progress: Progress, losses: BatchLosses, norm: float, lr: float, speed: float, machine: dict[str, Any]
-) -> dict[str, float | int]:
-    """What metrics.jsonl says of a step, but for the data's and the evaluation's part. Of a dense model there is less to say."""
-    counts = losses.expert_counts
-    row = {
-        "step": progress.step,
-        "tokens": progress.tokens,
-        "seconds": progress.seconds,
-        "loss": losses.loss,
-        "mtp_loss": losses.mtp_loss,
-        "balance_loss": losses.balance_loss,
-        "grad_norm": norm,
-        "lr": lr,
-        "tokens_per_second": speed,
-        "mfu": speed * machine["training_flops_per_token"] / machine["matmul_flops_per_second"],
-        "max_violation": max_violation(counts),
-    }
-    return row if counts.shape[1] else {key: value for key, value in row.items() if key not in _DEEPSEEK_METRICS}
-
-
-def _plan(run: Path, plans: list[Plan], state: TrainingState, limit_seconds: float) -> int | None:
+def _plan(run: Path, plans: list[Plan], state: TrainingState[TokenStream], limit_seconds: float) -> int | None:
     """The end in tokens of a run of so many seconds, from the plans so far and a new one if it is due."""
     progress = state.progress
     plan = next_plan(plans, step=progress.step, tokens=progress.tokens, seconds=progress.seconds, limit_seconds=limit_seconds)
@@ -288,28 +221,3 @@ def _introduction(
     )
     if validation is None:
         yield "the validation split is shorter than one sequence: no held-out loss will be measured"
-
-
-def _changes(machine: dict[str, Any], device: torch.device) -> list[str]:
-    """What differs from the machine that the run started on and may change bits."""
-    now = {
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "kernels": kernels_name(device),
-    }
-    return [
-        f"{name} is {value} and was {machine.get(name, 'torch')} when the run started: losses may differ in their last bits"
-        for name, value in now.items()
-        if machine.get(name, "torch") != value
-    ]
-
-
-def _not_applied(step: int, norm: float, config: PretrainConfig) -> str:
-    limit = f"the run stops after {config.max_nonfinite_steps} in a row"
-    return f"step {step}: the gradient norm is {norm}, the step is not applied ({limit})"
-
-
-def _diverged(step: int, config: PretrainConfig) -> str:
-    times = f"{config.max_nonfinite_steps} times in a row"
-    return f"training has diverged: at step {step} the gradient norm is not finite, {times}; lower lr (now {config.lr})"

@@ -86,6 +86,18 @@ def learning_rate(ramps: Ramps, *, step: int, tokens: int) -> float:
     return rate * step / ramps.warmup_steps if step < ramps.warmup_steps else rate
 
 
+def cosine(*, step: int, total_steps: int, warmup_steps: int, lr: float, min_lr: float) -> float:
+    """Linear warm-up, then one cosine from `lr` to `min_lr` over steps (fine-tuning, V3 section 5.1).
+
+    `step` counts from 1: the last warm-up step is the first at full rate, the last step of the run is at `min_lr`.
+    """
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    first = max(1, warmup_steps)
+    share = min(1.0, (step - first) / max(1, total_steps - first))
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
 def batch_size(ramps: Ramps, tokens: int) -> int:
     """Sequences of the next step. V3 publishes the ends and the length of its ramp, not the shape: here it is linear in tokens."""
     if tokens >= ramps.batch_ramp_tokens:

@@ -38,6 +38,7 @@ _TABLE = (
     ("mtp_loss", "loss of the multi-token prediction module", "{:.4f}"),
     ("validation_loss", "held-out loss, nats per token", "{:.4f}"),
     ("validation_bits_per_byte", "held-out bits per byte", "{:.4f}"),
+    ("mtp_acceptance", "share of MTP drafts that the main head agrees with", "{:.1%}"),
     ("balance_loss", "sequence-wise balance loss", "{:.4f}"),
     ("max_violation", "max violation of expert balance", "{:.3f}"),
     ("grad_norm", "gradient norm", "{:.3f}"),
@@ -53,6 +54,7 @@ def write_report(
     samples: Sequence[tuple[str, str]] = (),
     sections: Sequence[tuple[str, str]] = (),
     reference_loss: Mapping[str, float] | None = None,
+    verb: str = "pretrain",
 ) -> None:
     """Write `report.md` and the plots of `run_directory` from config.json, metrics.jsonl and expert_load.jsonl.
 
@@ -60,6 +62,7 @@ def write_report(
         samples: (prompt, continuation) pairs to show.
         sections: (heading, Markdown text) of the caller's own, placed after the summary.
         reference_loss: other models' held-out losses in nats per token of the same tokens, drawn into the loss plot.
+        verb: the command that the run belongs to.
 
     Raises:
         InputError: a record is missing or broken.
@@ -75,7 +78,7 @@ def write_report(
     parts.append(_pictures(plots))
     if samples:
         parts.append("## Samples\n\n" + "\n\n".join(_sample(*sample) for sample in samples))
-    parts.append(f"## Go on\n\n{_go_on(run)}")
+    parts.append(f"## Go on\n\n{_go_on(run, verb)}")
     write_atomic(run / REPORT_FILE, "\n\n".join(parts) + "\n")
 
 
@@ -339,10 +342,11 @@ def _sample(prompt: str, continuation: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def _go_on(run: Path) -> str:
+def _go_on(run: Path, verb: str) -> str:
     steps = sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
     directory = next((path for path in (run / "final", *reversed(steps)) if path.is_dir()), run / "checkpoints" / "step-N")
-    return f"```\nfinback generate {directory} --prompt {json.dumps('Once upon a time')}\nfinback pretrain --resume {run}\n```"
+    use = f"generate {directory} --prompt {json.dumps('Once upon a time')}" if verb == "pretrain" else f"chat {directory}"
+    return f"```\nfinback {use}\nfinback {verb} --resume {run}\n```"
 
 
 def _duration(seconds: float) -> str:

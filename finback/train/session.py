@@ -35,15 +35,21 @@ _NEVER = (1 << 31) - 1
 
 def read_run_config(directory: str | Path) -> PretrainConfig:
     """The resolved config of the run in `directory`; InputError if there is none."""
-    path = Path(directory) / CONFIG_FILE
-    if not path.is_file():
-        raise InputError(f"{directory} holds no run (no {CONFIG_FILE}); start one with finback pretrain PRESET --out DIR")
-    data = read_json(path)
-    data.pop(_MACHINE, None)
+    data = read_config_file(directory, start="finback pretrain PRESET --out DIR")
     try:
         return PretrainConfig.from_dict(data)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{Path(directory) / CONFIG_FILE}: {error}") from None
+
+
+def read_config_file(directory: str | Path, *, start: str) -> dict[str, Any]:
+    """config.json of a run without its machine; InputError if there is none: `start` is the command that makes one."""
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"{directory} holds no run (no {CONFIG_FILE}); start one with {start}")
+    data = read_json(path)
+    data.pop(_MACHINE, None)
+    return data
 
 
 def resolve_config(config: PretrainConfig, directory: Path, resume: bool) -> PretrainConfig:
@@ -56,20 +62,28 @@ def resolve_config(config: PretrainConfig, directory: Path, resume: bool) -> Pre
         data=tuple(os.path.abspath(path) for path in config.data),
         tokenizer=None if config.tokenizer is None else os.path.abspath(config.tokenizer),
     )
+    check_directory(directory, resume, verb="pretrain")
+    if resume:
+        check_same_fields(directory, read_run_config(directory).to_dict(), absolute.to_dict())
+    return absolute
+
+
+def check_directory(directory: Path, resume: bool, *, verb: str) -> None:
+    """InputError if a run cannot be in `directory`, or a new one would overwrite the one that is there."""
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; give a directory for the run")
-    if not resume:
-        if (directory / CONFIG_FILE).exists():
-            again = f"continue it with finback pretrain --resume {directory}"
-            raise InputError(f"{directory} already holds a run; {again}, or give another --out")
-        return absolute
-    before, now = read_run_config(directory).to_dict(), absolute.to_dict()
+    if not resume and (directory / CONFIG_FILE).exists():
+        again = f"continue it with finback {verb} --resume {directory}"
+        raise InputError(f"{directory} already holds a run; {again}, or give another --out")
+
+
+def check_same_fields(directory: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """InputError if a run would be resumed with other fields than it was started with."""
     for name, value in before.items():
         if now[name] != value:
             raise InputError(
                 f"field {name} is {now[name]!r}, but the run in {directory} has {value!r}; resume it with its own fields"
             )
-    return absolute
 
 
 def describe_machine(config: PretrainConfig, device: torch.device, estimate: MemoryEstimate) -> dict[str, Any]:
@@ -108,9 +122,9 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
-def write_run_config(directory: Path, config: PretrainConfig, machine: dict[str, Any]) -> None:
+def write_run_config(directory: Path, fields: dict[str, Any], machine: dict[str, Any]) -> None:
     """config.json of the run: every field as resolved, and the machine it started on."""
-    write_atomic(directory / CONFIG_FILE, json.dumps(config.to_dict() | {_MACHINE: machine}, indent=2) + "\n")
+    write_atomic(directory / CONFIG_FILE, json.dumps(fields | {_MACHINE: machine}, indent=2) + "\n")
 
 
 def read_machine(directory: Path) -> dict[str, Any] | None:

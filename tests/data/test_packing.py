@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finback.config import InputError
-from finback.data.packing import Sample, pack_samples, row_count, row_slice
+from finback.data.packing import Sample, pack_samples, pad_samples, row_count, row_slice
 
 
 @given(st.integers(0, 500), st.integers(1, 60))
@@ -77,3 +77,18 @@ def test_bad_samples() -> None:
         pack_samples([Sample([1], [True]), long], 10, pad_token_id=0)
     assert pack_samples([long], 10, pad_token_id=0, truncate=True).input_ids.tolist() == [list(range(10))]
     assert pack_samples([], 10, pad_token_id=0).input_ids.shape == (0, 10)
+
+
+@given(SAMPLES)
+def test_padded_samples_keep_their_order_and_a_row_each(lengths: list[int]) -> None:
+    samples = [Sample(range(100 * i, 100 * i + n), [j % 2 == 0 for j in range(n)]) for i, n in enumerate(lengths)]
+    padded = pad_samples(samples, pad_token_id=-7)
+    width = max(lengths, default=0)
+    for name in ("input_ids", "sample_ids", "position_ids", "loss_mask"):
+        assert getattr(padded, name).shape == (len(lengths), width)
+    for index, n in enumerate(lengths):
+        rest = width - n
+        assert padded.input_ids[index].tolist() == [*samples[index].ids, *[-7] * rest]
+        assert padded.sample_ids[index].tolist() == [index] * n + [-1] * rest
+        assert padded.position_ids[index].tolist() == [*range(n), *[0] * rest]
+        assert padded.loss_mask[index].tolist() == [False, *samples[index].loss_mask[1:], *[False] * rest]

@@ -108,15 +108,36 @@ class SimulatedEngine:
         for request in self.requests.values():
             assert request.num_preemptions == self.preemptions.get(request.request_id, 0)
 
-        for sequence in scheduled:
-            self._check_sequence(sequence, asked.get(sequence.request.request_id, 0))
+        newcomers = [s for s in scheduled if s.request not in was_running]
         written = [b for s in scheduled for b in self._written_blocks(s)]
         assert len(written) == len(set(written))
-        for block in written:
-            assert self._holders(block) == 1  # one writer, and no reader
         for sequence in scheduled:
+            for block in self._written_blocks(sequence):  # one writer, and no reader but who starts in this step
+                readers = [r for r in running if block in r.block_table and r is not sequence.request]
+                assert all(any(s.request is reader for s in newcomers) for reader in readers)
+        if blocks.enable_prefix_caching:
+            self._check_sharing(newcomers)
+        for sequence in scheduled:  # what one shares, one before it has written
+            self._check_sequence(sequence, asked.get(sequence.request.request_id, 0))
             self._write(sequence)
         return scheduled
+
+    def fail_step(self) -> None:
+        """A step that the model does not finish."""
+        was_running = [r for r in self.requests.values() if r.state is RequestState.RUNNING]
+        preempted = self.scheduler.schedule().preempted
+        started = [r for r in self.requests.values() if r.state is RequestState.RUNNING]
+        self.scheduler.restart()
+        for request in {id(r): r for r in [*was_running, *started]}.values():
+            assert request.state is RequestState.WAITING
+        for request in [*preempted, *started]:
+            self.preemptions[request.request_id] = self.preemptions.get(request.request_id, 0) + 1
+        for request in started:
+            self.admitted.setdefault(request.request_id, request.num_cached_tokens)
+        assert self.blocks.num_available == self.blocks.num_blocks
+        assert self.blocks.num_cached == 0
+        for place in self.rows:
+            self.rows[place] = ("garbage", -1, ())
 
     def end_step(self, scheduled: list[ScheduledSequence]) -> None:
         """Verify drafts, hand the new tokens to the scheduler, finish what is done."""
@@ -200,6 +221,17 @@ class SimulatedEngine:
             if new[-1] != draft or new[-1] == END:
                 break
         return new
+
+    def _check_sharing(self, newcomers: list[ScheduledSequence]) -> None:
+        """Of those that start together, none computes a whole block that one before it computes."""
+        size, computed = self.blocks.block_size, set[tuple[str, tuple[int, ...]]]()
+        for sequence in newcomers:
+            request = sequence.request
+            limit = (request.num_tokens - 1) // size  # one token is computed in any case
+            ends = range(sequence.start + size, sequence.start + sequence.count + 1, size)
+            own = {(request.params.cache_key, tuple(request.token_ids[:end])) for end in ends if end <= limit * size}
+            assert not own & computed
+            computed |= {(request.params.cache_key, tuple(request.token_ids[:end])) for end in ends}
 
     def _check_sequence(self, sequence: ScheduledSequence, asked: int) -> None:
         request, size = sequence.request, self.blocks.block_size

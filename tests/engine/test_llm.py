@@ -221,6 +221,50 @@ def test_prefixes_are_shared_under_one_key_only() -> None:
     assert [off.generate([prompt], params)[0].num_cached_tokens for _ in range(2)] == [0, 0]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "block_size"), [("v3-mtp", 1), ("v3-mtp", 16), ("qwen3", 8)])
+def test_samples_of_one_prompt_compute_it_once(name: str, block_size: int, backend: Backend) -> None:
+    """Four answers to each of two prompts, as in a rollout: the tokens of each alone, and each prompt computed once but for its
+    last, unfinished block."""
+    model = build(CONFIGS[name])
+    prompts = [prompt for prompt in random_prompts(model.config.vocab_size, (35, 42)) for _ in range(4)]
+    params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=4, ignore_eos=True) for seed in range(8)]
+    settings: dict[str, Any] = {"block_size": block_size, "backend": backend, "num_blocks": 400, "max_num_batched_tokens": 400}
+    llm = engine(model, max_num_seqs=8, num_speculative_tokens=int(name == "v3-mtp"), **settings)
+    outputs = llm.generate(prompts, params)
+    tails = [(length - 1) % block_size + 1 for length in (35, 42)]
+    stats = llm.scheduler_stats
+    assert stats.prefix_query_tokens - stats.prefix_hit_tokens == 35 + 42 + 3 * sum(tails)
+    alone = engine(model, enable_prefix_caching=False, **settings)
+    for prompt, one, output in zip(prompts, params, outputs, strict=True):
+        assert output.token_ids == alone.generate(prompt, one)[0].token_ids
+    assert all_free(llm)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_interrupted_step_leaves_nothing_behind(backend: Backend) -> None:
+    """Ctrl-C in the middle of a prompt: what was not computed is not found in the prefix cache, and open streams go on."""
+    model = build(CONFIGS["v3"])
+    first, second = random_prompts(model.config.vocab_size, (13, 22))
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    expected = [output.token_ids for output in engine(model).generate([first, second], params)]
+    llm = engine(model, backend=backend, max_num_batched_tokens=64)
+    stream = llm.stream(first, params)
+    tokens = next(stream).token_ids
+    forward = llm._runner.forward
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    llm._runner.forward = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([second, second, first], params)
+    llm._runner.forward = forward  # type: ignore[method-assign]
+    assert llm.generate([second], params)[0].token_ids == expected[1]
+    assert tokens + [token for part in stream for token in part.token_ids] == expected[0]
+    assert all_free(llm)
+
+
 def test_answers_go_on_where_the_prompt_and_its_answer_were_cached() -> None:
     """The blocks of an answer are cached too: the next turn of a conversation finds them."""
     model = build(CONFIGS["v3"])

@@ -89,6 +89,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.add(prompt, 1)
         self.engine.end_step(scheduled)
 
+    @rule()
+    def fail(self) -> None:
+        self.engine.fail_step()
+
     @invariant()
     def every_rule_holds(self) -> None:
         if hasattr(self, "engine"):
@@ -251,6 +255,62 @@ def test_a_hit_counts_against_the_budget_only_where_it_computes() -> None:
     step(scheduler)
     scheduler.add(request_of(1, [1] * 12 + [2]))
     assert step(scheduler) == [(0, 8, 1, 0), (1, 8, 5, 0)]
+
+
+@pytest.mark.parametrize(("length", "block_size", "computed"), [(26, 4, 26 + 7 * 2), (24, 4, 24 + 7 * 4), (20, 16, 20 + 7 * 4)])
+def test_equal_prompts_that_start_together_are_computed_once(length: int, block_size: int, computed: int) -> None:
+    """But for what is left beyond whole blocks, of which the next token is sampled."""
+    scheduler = make(num_blocks=64, block_size=block_size, max_num_seqs=8, budget=512)
+    for number in range(8):
+        scheduler.add(request_of(number, list(range(length))))
+    rows = step(scheduler)
+    assert [row[0] for row in rows] == list(range(8))
+    assert sum(count for _, _, count, _ in rows) == computed
+    stats = scheduler.stats()
+    assert stats.prefix_query_tokens - stats.prefix_hit_tokens == computed
+    assert [count for _, _, count, _ in step(scheduler)] == [1] * 8
+
+
+def test_who_starts_shares_what_one_that_runs_computes_in_this_step() -> None:
+    scheduler = make(budget=10)
+    scheduler.add(early := request_of(0, [1] * 15))
+    assert step(scheduler) == [(0, 0, 10, 0)]
+    scheduler.add(late := request_of(1, [1] * 14))
+    scheduler.add(request_of(2, [1] * 14, cache_key="other"))
+    assert step(scheduler) == [(0, 10, 5, 0), (1, 12, 2, 0), (2, 0, 3, 0)]
+    assert late.block_table[:3] == early.block_table[:3]
+    assert late.block_table[3] != early.block_table[3]
+
+
+def test_rows_of_old_weights_are_not_shared() -> None:
+    scheduler = make(budget=10)
+    scheduler.add(request_of(0, [1] * 15))
+    step(scheduler)
+    scheduler.blocks.reset_prefix_cache()
+    scheduler.add(request_of(1, [1] * 14))
+    assert step(scheduler) == [(0, 10, 5, 0), (1, 0, 5, 0)]
+
+
+def test_drafts_are_not_shared() -> None:
+    """[1, 1, 1, 7] is what 1 begins with, but the 7 of 0 is only a guess."""
+    scheduler = make()
+    scheduler.add(early := request_of(0, [1, 1, 1], 20))
+    step(scheduler, token=5)
+    early.draft_token_ids = [7, 7, 7, 7]
+    scheduler.add(request_of(1, [1, 1, 1, 5, 7, 7, 7, 7, 9]))
+    assert [(s.request.request_id, s.start) for s in scheduler.schedule().scheduled] == [(0, 3), (1, 4)]
+
+
+def test_after_a_failure_everybody_starts_over() -> None:
+    scheduler = make()
+    for number in range(3):
+        scheduler.add(request_of(number, [1] * 8))
+    step(scheduler)
+    scheduler.add(request_of(3, [1] * 8))
+    scheduler.schedule()  # the model fails
+    scheduler.restart()
+    assert scheduler.stats().blocks_free == scheduler.blocks.num_blocks
+    assert step(scheduler) == [(0, 0, 9, 0), (1, 8, 1, 0), (2, 8, 1, 0), (3, 4, 4, 0)]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finback.ops import cross_entropy
-from finback.ops.cross_entropy import linear_cross_entropy
+from finback.ops.cross_entropy import linear_cross_entropy, linear_log_probs
 from tests.ops.rule import assert_low_precision_rule, assert_repeatable, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -99,3 +99,38 @@ def test_autocast_does_not_reach_inside() -> None:
 def test_it_is_repeatable(dtype: torch.dtype) -> None:
     hidden, weight, targets = draw(40, 3)
     assert_repeatable(linear_cross_entropy, hidden.to(dtype), weight.to(dtype), targets)
+
+
+def naive_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight.to(hidden.dtype))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+@pytest.mark.parametrize("chunk", [37, 37 * 8, 37 * 50, 1 << 22])
+@pytest.mark.parametrize("rows", [1, 50])
+def test_log_probs_and_their_gradients_equal_the_two_steps(rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row with a gradient of its own, as a policy's loss gives it."""
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", chunk)
+    inputs = draw(rows)
+    ours = outputs_and_gradients(linear_log_probs, inputs)
+    exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
+    expected = outputs_and_gradients(naive_log_probs, exact)
+    assert ours[0].dtype == torch.float32
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=2e-6)
+
+
+def test_log_probs_obey_the_low_precision_rule() -> None:
+    hidden, weight, targets = draw(64)
+    assert_low_precision_rule(linear_log_probs, naive_log_probs, hidden.bfloat16(), weight, targets)
+
+
+def test_log_probs_pass_gradcheck() -> None:
+    hidden, weight, targets = draw(6)
+    inputs = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *tensors: linear_log_probs(*tensors, targets), inputs)
+
+
+def test_log_probs_of_no_rows() -> None:
+    hidden, weight, targets = draw(0)
+    assert linear_log_probs(hidden, weight, targets).shape == (0,)

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finback.ops.router import gate_values, router_scores, select_experts, sequence_balance
+from finback.ops.router import document_balance, gate_values, router_scores, select_experts, sequence_balance
 
 UNIT = 2.0**-20
 
@@ -164,6 +164,31 @@ SECOND = [[0.9, 0.6, 0.3, 0.2], [0.5, 0.3, 0.1, 0.1]]
 def test_sequence_balance_by_hand() -> None:
     assert sequence_balance(torch.tensor(FIRST), 1, 2).item() == pytest.approx(1.0)
     assert sequence_balance(torch.tensor(SECOND), 1, 2).item() == pytest.approx(1.55)
+
+
+def test_document_balance_by_hand() -> None:
+    """The two documents mixed, with a token in between that is nobody's, and a document number that nobody has."""
+    scores = torch.tensor([FIRST[0], SECOND[0], [0.9, 0.0, 0.0, 0.0], SECOND[1], FIRST[1]])
+    documents = torch.tensor([0, 2, -1, 2, 0])
+    assert document_balance(scores, documents, 3, 2).item() == pytest.approx(1.0 + 1.55)
+    assert document_balance(scores, torch.full((5,), -1), 1, 2).item() == 0.0
+
+
+@settings(max_examples=50)
+@given(case=routing(biased=False), seed=st.integers(0, 9))
+def test_document_balance_is_that_of_each_document_alone(case: tuple[Tensor, Tensor | None, int, int, int], seed: int) -> None:
+    scores, top_k = case[0] + 0.01, case[2]
+    scores.requires_grad_(True)
+    documents = torch.randint(-1, 4, (len(scores),), generator=torch.Generator().manual_seed(seed))
+    ours = document_balance(scores, documents, 4, top_k)
+    (gradient,) = torch.autograd.grad(ours, scores)
+    alone = sum(
+        (sequence_balance(scores[documents == d], 1, top_k) for d in range(4) if bool((documents == d).any())),
+        scores.sum() * 0,
+    )
+    (expected,) = torch.autograd.grad(alone, scores)
+    torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sequence_balance_is_per_sequence_and_not_per_batch() -> None:

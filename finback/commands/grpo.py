@@ -1,0 +1,73 @@
+"""`finback grpo`: reinforcement learning from rewards, or a run that is continued; `finback r1-zero` is the same from a base model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from finback.commands.parse import parse_arguments
+from finback.config import InputError
+from finback.rl.config import R1_ZERO_TEMPLATE, GRPOConfig
+
+R1_ZERO_REWARDS = ("finback.rewards.answers:exact_answer_tag", "finback.rewards.format:r1_zero_format")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Words of `finback grpo MODEL`; the fields of the run's config stand beside them."""
+
+    config: Annotated[GRPOConfig, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Directory of the run: config, metrics, samples, checkpoints, report."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """`finback grpo MODEL --data FILE --reward module:function[:weight] --out DIR`."""
+    description = (
+        "Train a model on prompts by GRPO: samples of its own, scored by rewards.\n"
+        "Continue a run with: finback grpo --resume DIR."
+    )
+    return _run(argv, "grpo", description, GRPOConfig(model=""))
+
+
+def main_r1_zero(argv: Sequence[str]) -> int:
+    """`finback r1-zero BASE --data FILE --out DIR`."""
+    description = (
+        "R1-Zero: GRPO on a base model, with R1's template and rules alone as rewards (an exact answer, and the form).\n"
+        "Rows need a prompt and an answer. Continue a run with: finback r1-zero --resume DIR."
+    )
+    return _run(argv, "r1-zero", description, GRPOConfig(model="", template=R1_ZERO_TEMPLATE, reward=R1_ZERO_REWARDS))
+
+
+def _run(argv: Sequence[str], verb: str, description: str, default: GRPOConfig) -> int:
+    if any(word.split("=")[0] == "--resume" for word in argv):
+        words = [word for argument in argv for word in argument.split("=", 1)]
+        if len(words) != 2 or words[0] != "--resume":
+            raise InputError("--resume DIR stands alone: a run is continued with the fields that it was started with")
+        from finback.rl.session import read_run_config
+
+        _train(read_run_config(words[1]), Path(words[1]), resume=True)
+        return 0
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        raise InputError(f"a model directory comes first, not {argv[0]!r}; see finback {verb} --help")
+    arguments = parse_arguments(
+        Arguments, argv, verb=verb, description=description, default=Arguments(config=replace(default, model=tyro.MISSING))
+    )
+    if arguments.out is None:
+        raise InputError("--out is missing; give a directory for the run")
+    _train(arguments.config, arguments.out, resume=False)
+    return 0
+
+
+def _train(config: GRPOConfig, out: Path, *, resume: bool) -> None:
+    from finback.rl.report import write_report
+    from finback.rl.train import grpo
+    from finback.train.session import keep_freed_memory
+
+    keep_freed_memory()
+    checkpoint = grpo(config, out, resume=resume)
+    write_report(out)
+    print(f"done: {checkpoint}")
+    print(f"report: {out / 'report.md'}")

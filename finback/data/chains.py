@@ -1,0 +1,201 @@
+"""Sums of several terms, and the many ways in which a text from the web would work them out: the small ladder's task.
+
+A pre-training corpus of these shows a model good and bad habits side by side: answers without a thought, leaps, slips, thoughts in
+two languages at once, answers without their tags. Reinforcement learning then has something to choose from, as it has in a large
+model's corpus (R1 section 2.2). Clean traces, for supervised fine-tuning, are one way of writing among them.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from finback.config import InputError
+from finback.data.problems import Language, is_held_out
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A signed sum, all of whose partial sums are at least zero."""
+
+    terms: tuple[int, ...]
+    language: Language
+
+    @property
+    def question(self) -> str:
+        written = _written(self.terms)
+        return f"计算{written}。" if self.language == "zh" else f"What is {written}?"
+
+    @property
+    def answer(self) -> str:
+        return str(sum(self.terms))
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """Which sums are asked for."""
+
+    least_terms: int = 3
+    most_terms: int = 6
+    largest: int = 9
+    """Terms are drawn from 1 to this number."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.least_terms <= self.most_terms:
+            given = f"{self.least_terms} and {self.most_terms}"
+            raise InputError(f"fields least_terms and most_terms are {given}, they must be at least 2 and not fall")
+        if self.largest < 1:
+            raise InputError(f"field largest is {self.largest}, it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Habits:
+    """Shares of the ways of writing in a corpus of chains; what the first four leave is clutter."""
+
+    facts: float = 0.12
+    """Lists of single sums, all right."""
+    direct: float = 0.26
+    """An answer without a thought."""
+    leaps: float = 0.36
+    """A thought that adds two or three terms at a time."""
+    steps: float = 0.16
+    """A thought that adds one term at a time."""
+    tagged: float = 0.6
+    """Of the answers, wear <answer> tags, with the thought between think tokens."""
+    slip: float = 0.07
+    """Of the steps, have a wrong result, with which the thought goes on."""
+    slip_direct: float = 0.3
+    """Of the answers without a thought, are wrong."""
+    slip_answer: float = 0.08
+    """Of the answers after a thought, are not what the thought ended with."""
+    noticed: float = 0.3
+    """Of the slips, are noticed in the next line and mended."""
+    own_language: float = 0.4
+    """Of the thoughts, are in the question's language throughout."""
+    other_language: float = 0.2
+    """Of the thoughts, are in the other language throughout; the rest switch between lines."""
+
+
+def generate_chains(count: int, settings: ChainSettings, *, seed: int, held_out: bool = False) -> Iterator[Chain]:
+    """`count` sums, half of them asked for in Chinese: with `held_out` only held-out questions, without it never one."""
+    generator = random.Random(f"chains/{seed}/{held_out}")
+    produced = 0
+    while produced < count:
+        chain = _draw(generator, settings)
+        if is_held_out(chain.question) == held_out:
+            produced += 1
+            yield chain
+
+
+def _draw(generator: random.Random, settings: ChainSettings) -> Chain:
+    terms = [generator.randint(1, settings.largest)]
+    for _ in range(generator.randint(settings.least_terms, settings.most_terms) - 1):
+        term = generator.randint(1, settings.largest)
+        terms.append(-term if generator.random() < 0.4 and term <= sum(terms) else term)
+    return Chain(tuple(terms), "zh" if generator.random() < 0.5 else "en")
+
+
+def prompt_text(question: str) -> str:
+    """What stands before an answer in the corpus."""
+    return f"User: {question}\nAssistant:"
+
+
+def clean_answer(chain: Chain) -> str:
+    """The reference: one term a step, in the question's language, tagged, without a slip."""
+    generator = random.Random(0)  # nothing is drawn where every share is 0 or 1
+    thought, result = _thought(chain, generator, _FLAWLESS, leaps=False)
+    return _answer(thought, str(result), tagged=True)
+
+
+def chain_documents(count: int, settings: ChainSettings, habits: Habits, *, seed: int) -> Iterator[str]:
+    """`count` documents, whole dialogues, as `habits` have them; never a held-out question."""
+    generator = random.Random(f"chain documents/{seed}")
+    for chain in generate_chains(count, settings, seed=seed):
+        place = generator.random()
+        if place < habits.facts:
+            yield _facts(generator, settings)
+        elif place < habits.facts + habits.direct:
+            wrong = generator.random() < habits.slip_direct
+            result = _wrong(generator, sum(chain.terms)) if wrong else sum(chain.terms)
+            yield prompt_text(chain.question) + _answer("", str(result), tagged=generator.random() < habits.tagged)
+        elif place < habits.facts + habits.direct + habits.leaps + habits.steps:
+            leaps = place < habits.facts + habits.direct + habits.leaps
+            thought, result = _thought(chain, generator, habits, leaps=leaps)
+            if generator.random() < habits.slip_answer:
+                result = _wrong(generator, result)
+            yield prompt_text(chain.question) + _answer(thought, str(result), tagged=generator.random() < habits.tagged)
+        else:
+            yield _clutter(generator, settings, chain)
+
+
+_FLAWLESS = Habits(slip=0, slip_answer=0, own_language=1, other_language=0, tagged=1)
+_WORDS = {
+    "en": {"first": "first ", "then": "then ", "wait": "wait, that is wrong: "},
+    "zh": {"first": "先得", "then": "再得", "wait": "等等，不对："},
+}
+
+
+def _thought(chain: Chain, generator: random.Random, habits: Habits, *, leaps: bool) -> tuple[str, int]:
+    """Lines of working, each the sum with its first terms added up, and the result that they arrive at."""
+    spoken = _languages(chain.language, generator, habits)
+    total, rest, lines = chain.terms[0], list(chain.terms[1:]), list[str]()
+    while rest:
+        taken, rest = rest[: (count := generator.randint(2, 3) if leaps else 1)], rest[count:]
+        right = total + sum(taken)
+        # A leap is as likely to slip for each term that it skips.
+        slipped = any(generator.random() < habits.slip for _ in taken)
+        total = _wrong(generator, right) if slipped else right
+        lines.append(next(spoken)["then" if lines else "first"] + _written((total, *rest)))
+        if slipped and generator.random() < habits.noticed:
+            total = right
+            lines.append(next(spoken)["wait"] + _written((total, *rest)))
+    return "\n".join(lines), total
+
+
+def _languages(own: Language, generator: random.Random, habits: Habits) -> Iterator[dict[str, str]]:
+    """The words of each line to come."""
+    other = "en" if own == "zh" else "zh"
+    place = generator.random()
+    while True:
+        if place < habits.own_language:
+            yield _WORDS[own]
+        elif place < habits.own_language + habits.other_language:
+            yield _WORDS[other]
+        else:
+            yield _WORDS[own if generator.random() < 0.5 else other]
+
+
+def _answer(thought: str, result: str, *, tagged: bool) -> str:
+    if tagged:
+        return f" <think>\n{thought}\n</think>\n<answer>{result}</answer>" if thought else f" <answer>{result}</answer>"
+    return f" {thought}\n{result}" if thought else f" {result}"
+
+
+def _facts(generator: random.Random, settings: ChainSettings) -> str:
+    """Single sums as they occur in the middle of a chain."""
+    lines = []
+    for _ in range(generator.randint(4, 10)):
+        total, term = generator.randint(0, settings.largest * settings.most_terms // 2), generator.randint(1, settings.largest)
+        subtracts = generator.random() < 0.4 and term <= total
+        lines.append(f"{total}-{term}={total - term}" if subtracts else f"{total}+{term}={total + term}")
+    return "\n".join(lines)
+
+
+def _clutter(generator: random.Random, settings: ChainSettings, chain: Chain) -> str:
+    """A dialogue that leads nowhere."""
+    kind = generator.randrange(3)
+    if kind == 0:
+        return prompt_text(chain.question) + " " + "?" * generator.randint(1, 8)
+    if kind == 1:
+        return prompt_text(chain.question) + " " + _draw(generator, settings).question
+    return prompt_text(chain.question) + " " + " ".join(str(generator.randint(0, 99)) for _ in range(generator.randint(1, 8)))
+
+
+def _wrong(generator: random.Random, number: int) -> int:
+    """A number near `number` that is not it, and not below zero."""
+    offset = generator.choice((1, 1, 2, 3, 10))
+    return number + offset if number < offset or generator.random() < 0.5 else number - offset
+
+
+def _written(terms: Sequence[int]) -> str:
+    """7, -3, 12 -> 7-3+12."""
+    return str(terms[0]) + "".join(f"{term:+d}" for term in terms[1:])

@@ -1,0 +1,279 @@
+"""The R1 ladder (R1 section 2, table 3 of its second version) as stages over a run directory.
+
+    base -> r1-zero                                  GRPO from the base, rules alone
+    base -> cold-start -> reasoning-rl               SFT on R1-Zero's readable traces, then GRPO with a reward for one language
+    base -> rejection-sft -> all-scenario-rl         SFT from the base on sampled and judged traces and general data, then GRPO on all
+    student-base -> student                          SFT of a dense model of another family on the last model's verified traces
+
+Every stage is a function of the run and of the settings. It trains in `training/NAME/`, leaves a Hugging Face directory `NAME/`,
+measures that model on held-out problems, and stops the run, with a reason, if the model is not what the next stage needs.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finback.data.files import write_atomic
+from finback.data.reasoning import parse_answer
+from finback.data.tokenizer import load_tokenizer
+from finback.engine.config import SamplingParams
+from finback.engine.llm import LLM
+from finback.eval.config import Decoding, PromptForm
+from finback.eval.result import TaskResult
+from finback.eval.runner import evaluate_answers
+from finback.eval.task import Task
+from finback.model.checkpoint import load, save
+from finback.recipes.config import LadderConfig
+from finback.recipes.stages import Run, StageFailed
+from finback.rewards.answers import answer_tag, final_answer
+from finback.rewards.pool import RewardPool
+from finback.rewards.reward import load_reward
+from finback.rl.config import GRPOConfig
+from finback.rl.prompts import read_prompts
+from finback.rl.rejection import Check, kept_rows, rejection_sample
+from finback.rl.report import write_report as write_rl_report
+from finback.rl.train import grpo
+from finback.train.sft import sft
+from finback.train.sft_config import SFTConfig
+
+TRAINING = "training"
+ANSWER_WORDS = {"en": "Answer: ", "zh": "答案："}
+ZERO_REWARDS = ("finback.rewards.answers:exact_answer_tag", "finback.rewards.format:r1_zero_format:0.1")
+CHAT_REWARDS = (
+    "finback.rewards.answers:exact",
+    "finback.rewards.format:think_then_answer:0.1",
+    "finback.rewards.language:language_consistency:0.2",
+)
+
+
+def r1_zero(run: Run, ladder: LadderConfig) -> dict[str, Any]:
+    """GRPO from the base with an exact answer and the form as rewards, nothing else (R1 section 2.2)."""
+    before = measure(run, ladder, "base", ladder.zero_form)
+    settings = replace(ladder.zero, data=(str(ladder.prompts),), reward=ZERO_REWARDS, template=ladder.zero_template)
+    facts = _train_by_grpo(run, "r1-zero", "base", settings)
+    after = measure(run, ladder, "r1-zero", ladder.zero_form)
+    _tell_rise("base", before, "r1-zero", after)
+    _must_rise("r1-zero", before, after)
+    return {"base": before, **after, **facts}
+
+
+def cold_start(run: Run, ladder: LadderConfig) -> dict[str, Any]:
+    """SFT from the base on a few hundred of R1-Zero's samples: right, in form, in the question's language, as chat turns (R1 2.3.1)."""
+    checks = [
+        *(Check(load_reward(spec)) for spec in ("finback.rewards.answers:exact_answer_tag", "finback.rewards.format:r1_zero_format")),
+        Check(load_reward("finback.rewards.language:language_consistency")),
+    ]
+    rows, funnel = sample_and_keep(
+        run, ladder, "r1-zero", ladder.zero_template, checks, ladder.cold_start_prompts, samples=4, keep=1, seed=1
+    )
+    rows = rows[: ladder.cold_start_rows]
+    if len(rows) < ladder.least_rows:
+        raise StageFailed(
+            f"only {len(rows)} of R1-Zero's samples are right, in form and in one language, fewer than {ladder.least_rows}: "
+            "there is nothing to start from; train R1-Zero for longer, or give more cold_start_prompts"
+        )
+    file = write_rows(run, "cold-start", (chat_row(row, answer_tag) for row in rows))
+    facts = _train_by_sft(run, "cold-start", "base", replace(ladder.cold_start, data=(str(file),)))
+    return {"funnel": funnel, "rows": len(rows), **measure(run, ladder, "cold-start", CHAT), **facts}
+
+
+def reasoning_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
+    """GRPO on the reasoning prompts, with a reward for keeping to one language (R1 section 2.3.2)."""
+    settings = replace(ladder.reasoning, data=(str(ladder.prompts),), reward=CHAT_REWARDS, template=None)
+    facts = _train_by_grpo(run, "reasoning-rl", "cold-start", settings)
+    after = measure(run, ladder, "reasoning-rl", CHAT)
+    _tell_rise("cold-start", run.facts("cold-start"), "reasoning-rl", after)
+    return {**after, **facts}
+
+
+def rejection_sft(run: Run, ladder: LadderConfig) -> dict[str, Any]:
+    """Sample from the reasoning model, keep what passes, add general data, and fine-tune the BASE on it (R1 section 2.3.3)."""
+    checks = [
+        Check(load_reward(spec))
+        for spec in (
+            "finback.rewards.answers:exact",
+            "finback.rewards.format:think_then_answer",
+            "finback.rewards.language:language_consistency",
+        )
+    ]
+    rows, funnel = sample_and_keep(run, ladder, "reasoning-rl", None, checks, ladder.rejection_prompts, samples=4, keep=2, seed=2)
+    general = read_rows(ladder.general) if ladder.general else []
+    file = write_rows(run, "rejection", (*(chat_row(row, final_answer_text) for row in rows), *general))
+    facts = _train_by_sft(run, "rejection-sft", "base", replace(ladder.rejection, data=(str(file),)))
+    after = measure(run, ladder, "rejection-sft", CHAT)
+    return {"funnel": funnel, "rows": len(rows), "general_rows": len(general), **after, **facts}
+
+
+def all_scenario_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
+    """GRPO on reasoning and general prompts together, at a lower temperature (R1 section 2.3.4)."""
+    data = [str(ladder.prompts)]
+    if ladder.general_prompts:
+        data.append(str(ladder.general_prompts))
+    settings = replace(ladder.all_scenario, data=tuple(data), reward=(*SCENARIO_REWARDS, *ladder.general_rewards), template=None)
+    facts = _train_by_grpo(run, "all-scenario-rl", "rejection-sft", settings)
+    after = measure(run, ladder, "all-scenario-rl", CHAT)
+    _tell_rise("rejection-sft", run.facts("rejection-sft"), "all-scenario-rl", after)
+    return {**after, **facts}
+
+
+def student(run: Run, ladder: LadderConfig) -> dict[str, Any]:
+    """SFT of the dense student on the last model's verified traces, and nothing else (R1 section 2.4)."""
+    checks = [Check(load_reward(spec)) for spec in ("finback.rewards.answers:exact", "finback.rewards.format:think_then_answer")]
+    rows, funnel = sample_and_keep(run, ladder, "all-scenario-rl", None, checks, ladder.student_prompts, samples=2, keep=1, seed=3)
+    file = write_rows(run, "student", (chat_row(row, final_answer_text) for row in rows))
+    facts = _train_by_sft(run, "student", "student-base", replace(ladder.student, data=(str(file),)))
+    after = measure(run, ladder, "student", CHAT)
+    before = measure(run, ladder, "student-base", ladder.zero_form)
+    _tell_rise("student-base", before, "student", after)
+    return {"base": before, "funnel": funnel, "rows": len(rows), **after, **facts}
+
+
+CHAT = PromptForm()
+SCENARIO_REWARDS = (
+    "finback.recipes.scenario:rule",
+    "finback.rewards.format:think_then_answer:0.1",
+    "finback.rewards.language:language_consistency:0.2",
+)
+
+
+def measure(run: Run, ladder: LadderConfig, name: str, form: PromptForm) -> dict[str, Any]:
+    """The model `name` on every held-out set: k samples at R1's temperature, and greedily; printed in a line each."""
+    results: dict[str, Any] = {}
+    llm = LLM(run.directory / name, dtype=torch.float32, max_num_seqs=128, max_num_batched_tokens=1024, block_size=16)
+    for title, file in ladder.held_out.items():
+        examples = read_rows(Path(file))[: ladder.eval_problems]
+        task = Task(title, examples, load_reward("finback.rewards.answers:exact"), final_answer)
+        drawn = Decoding(samples=ladder.eval_samples, max_tokens=ladder.eval_tokens, seed=run.manifest["settings"]["seed"])
+        sampled = evaluate_answers(llm, task, form, drawn, keep=2)
+        greedy = evaluate_answers(llm, task, form, replace(drawn, temperature=0.0))
+        results[title] = _numbers(sampled, greedy)
+        print(describe(name, title, results[title]))
+    return {"results": results, "samples": []}
+
+
+def _numbers(sampled: TaskResult, greedy: TaskResult) -> dict[str, Any]:
+    most = max(sampled.pass_at_k)
+    return {
+        "problems": sampled.problems,
+        "samples": sampled.samples,
+        "temperature": sampled.decoding.temperature,
+        "pass_at_1": list(sampled.pass_at_1),
+        "greedy": list(greedy.pass_at_1),
+        "cons": list(sampled.cons_at_k),
+        "pass_at_k": list(sampled.pass_at_k[most]),
+        "format_rate": sampled.format_rate,
+        "mixing_rate": sampled.mixing_rate,
+        "mean_tokens": sampled.mean_tokens,
+        "scores": [round(score, 4) for score in sampled.scores],
+        "shown": [[sample.prompt, sample.completion] for sample in sampled.kept],
+    }
+
+
+def describe(name: str, title: str, numbers: Mapping[str, Any]) -> str:
+    """One line about a model on a set of problems."""
+    value, low, high = numbers["pass_at_1"]
+    return (
+        f"{name} on {title}: pass@1 {value:.1%} ({low:.1%} to {high:.1%}) at T {numbers['temperature']:g} over {numbers['samples']} samples, "
+        f"pass@{numbers['samples']} {numbers['pass_at_k'][0]:.1%}, greedy {numbers['greedy'][0]:.1%}, "
+        f"mixed thoughts {numbers['mixing_rate']:.0%}, {numbers['mean_tokens']:.0f} tokens"
+    )
+
+
+def sample_and_keep(
+    run: Run,
+    ladder: LadderConfig,
+    name: str,
+    template: str | None,
+    checks: Sequence[Check],
+    num_prompts: int,
+    *,
+    samples: int,
+    keep: int,
+    seed: int,
+) -> tuple[list[dict[str, Any]], list[list[Any]]]:
+    """Rows of the model `name`'s own samples that pass the checks, and the funnel, which is printed."""
+    directory = run.directory / name
+    tokenizer = load_tokenizer(directory)
+    llm = LLM(directory, dtype=torch.float32, max_num_seqs=128, max_num_batched_tokens=1024, block_size=16)
+    prompts = read_prompts([str(ladder.prompts)], tokenizer, template, longest=llm.max_model_len - ladder.eval_tokens)
+    # From the end of the file: reinforcement learning begins at its front.
+    chosen = prompts[-num_prompts * seed :][:num_prompts]
+    params = SamplingParams(temperature=1.0, max_tokens=ladder.eval_tokens, skip_special_tokens=False)
+    with RewardPool([check.reward for check in checks]) as pool:
+        kept, funnel = rejection_sample(
+            llm, pool, chosen, checks, params, num_samples=samples, keep_per_prompt=keep, seed=run.manifest["settings"]["seed"] + seed
+        )
+    print("\n".join(funnel.lines()))
+    return list(kept_rows(kept)), [list(stage) for stage in funnel.stages]
+
+
+def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None]) -> dict[str, Any]:
+    """A sample as a conversation: the thought as it was, the answer in a sentence of the question's language."""
+    example = row["example"]
+    parts = parse_answer(row["completion"], starts_in_thought=row["prompt"].endswith("<think>\n"), tools=False)
+    answer = answer_of(parts.content)
+    assert answer is not None, "only samples with an answer are kept"
+    content = ANSWER_WORDS.get(example.get("language", "en"), ANSWER_WORDS["en"]) + answer
+    reply = {"role": "assistant", "reasoning_content": parts.reasoning.strip("\n"), "content": content}
+    return {"messages": [{"role": "user", "content": example["prompt"]}, reply]}
+
+
+def final_answer_text(content: str) -> str | None:
+    """The answer in what stands behind a thought."""
+    return final_answer("", content)
+
+
+def write_rows(run: Run, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """data/NAME.jsonl of the run."""
+    file = run.directory / "data" / f"{name}.jsonl"
+    write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return file
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file of the run."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _train_by_grpo(run: Run, name: str, start: str, settings: GRPOConfig) -> dict[str, Any]:
+    directory = run.directory / TRAINING / name
+    config = replace(settings, model=str(run.directory / start), seed=run.manifest["settings"]["seed"])
+    checkpoint = grpo(config, directory, resume=(directory / "config.json").exists())
+    write_rl_report(directory)
+    return {"trained_from": start, "checkpoint": _publish(run, name, checkpoint)}
+
+
+def _train_by_sft(run: Run, name: str, start: str, settings: SFTConfig) -> dict[str, Any]:
+    directory = run.directory / TRAINING / name
+    config = replace(settings, seed=run.manifest["settings"]["seed"])
+    checkpoint = sft(run.directory / start, config, directory, resume=(directory / "config.json").exists())
+    return {"trained_from": start, "checkpoint": _publish(run, name, checkpoint)}
+
+
+def _publish(run: Run, name: str, checkpoint: Path) -> str:
+    """The model of a checkpoint, without the optimizer's state, as the run's directory `name`."""
+    save(load(checkpoint, dtype=torch.float32), run.directory / name)
+    return str(checkpoint.relative_to(run.directory))
+
+
+def _tell_rise(before_name: str, before: Mapping[str, Any], name: str, after: Mapping[str, Any]) -> None:
+    for title, numbers in after["results"].items():
+        old = before["results"][title]
+        rise = numbers["pass_at_1"][0] - old["pass_at_1"][0]
+        greedy = numbers["greedy"][0] - old["greedy"][0]
+        print(f"from {before_name} to {name} on {title}: {100 * rise:+.1f} points of pass@1, {100 * greedy:+.1f} greedy")
+
+
+def _must_rise(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """The gate: by more than the intervals, on the first set."""
+    title = next(iter(after["results"]))
+    old, new = before["results"][title]["pass_at_1"], after["results"][title]["pass_at_1"]
+    if new[1] <= old[2]:
+        raise StageFailed(
+            f"stage {name} did not improve what it must: pass@1 on {title} was {old[0]:.1%} ({old[1]:.1%} to {old[2]:.1%}) and is "
+            f"{new[0]:.1%} ({new[1]:.1%} to {new[2]:.1%}); look at training/{name}/report.md. What was finished stays"
+        )

@@ -1,0 +1,196 @@
+"""What a GRPO run is told: `GRPOConfig`. No torch, so that `--help` and recipes answer at once."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from finback.config import InputError, nearest
+
+Objective = Literal["token", "sequence", "global-token"]
+RLPrecision = Literal["fp32", "bf16"]
+DEFAULT_GAP = {"fp32": 0.02, "bf16": 0.05}
+R1_ZERO_TEMPLATE = (
+    "A conversation between User and Assistant. The User asks a question and the Assistant solves it. The Assistant first thinks about "
+    "the reasoning in its mind and then gives the User the answer. The reasoning stands within <think> </think> and the answer within "
+    "<answer> </answer> tags, like this: <think> reasoning here </think> <answer> answer here </answer>.\nUser: {prompt}\nAssistant:"
+)
+"""After R1's table 1: it asks for the form and says nothing about how to reason."""
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """One GRPO run (DeepSeekMath section 4.1; R1). Names are TRL's where it has one; defaults are R1's where they are published, but
+    for `lr`, `epsilon` (R1 clips at 10) and the lengths, which suit smaller models."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """Directory of the policy to start from, any that finback loads. On the command line it comes first."""
+    data: tuple[str, ...] = ()
+    """Files of prompts, .jsonl or .parquet: rows with a `prompt` (a text or a list of messages), and what the rewards read."""
+    reward: tuple[str, ...] = ()
+    """Rewards as module:function[:weight] or file.py:function[:weight]; their weighted sum is what is learnt from."""
+    template: str | None = None
+    """Text around a prompt, with {prompt} in it; None: the model's own chat template."""
+    seed: int = 0
+    """Seed of the order of prompts, of every sample and of the minibatches."""
+    steps: int = 100
+    """Rollouts; each is followed by `num_iterations` times `minibatches` updates."""
+
+    prompts_per_step: int = 32
+    """Prompts of one rollout."""
+    num_generations: int = 16
+    """Samples for each prompt: the size G of a group."""
+    max_completion_length: int = 256
+    """Longest sample in tokens."""
+    temperature: float = 1.0
+    """Of sampling; the log-probabilities of the loss are those at this temperature."""
+    max_num_seqs: int = 128
+    """Samples that the engine writes at the same time."""
+
+    minibatches: int = 1
+    """Parts into which a rollout is cut at random, with an update for each (R1: 16)."""
+    num_iterations: int = 1
+    """Times that a rollout is gone through."""
+    micro_batch_tokens: int = 8192
+    """Tokens of one forward and backward pass, padding included; changes memory and speed, not the result."""
+    loss: Objective = "token"
+    """The objective: token (DeepSeekMath), sequence (V3, R1), or global-token (a mean over all tokens)."""
+    epsilon: float = 0.2
+    """Ratios are clipped from below at 1 - epsilon."""
+    epsilon_high: float | None = None
+    """Ratios are clipped from above at 1 + epsilon_high; None: epsilon."""
+    beta: float = 0.001
+    """Weight of the divergence from the reference in the loss; 0: no reference is kept."""
+    reference_steps: int = 400
+    """Steps after which the reference becomes the policy as it is then."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    final_lr: float | None = None
+    """Learning rate of the last step, reached linearly; None: `lr` throughout."""
+    warmup_steps: int = 3
+    """Updates over which the learning rate rises linearly from 0."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.95
+    """Decay of AdamW's second moment."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of AdamW's second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    bias_update_speed: float = 0.0
+    """Gamma: router biases move by this much per update; 0 freezes them."""
+    mtp_loss_coef: float = 0.1
+    """Weight of the multi-token prediction loss, which trains the MTP modules only, on the samples; 0 freezes them."""
+
+    precision: RLPrecision = "bf16"
+    """Matrix products of training; the engine uses the weights as they are, in fp32."""
+    max_logprob_gap: float | None = None
+    """The run stops when trainer's and engine's log-probabilities differ by more on average; None: 0.02 in fp32, 0.05 in bf16."""
+    reward_processes: int = 1
+    """Processes that compute rewards while the engine samples."""
+    reward_deadline: float = 10.0
+    """Seconds after which a reward that has not answered counts 0."""
+    device: str = "auto"
+    """"cpu", "cuda", ...; auto: the first GPU if there is one."""
+    threads: int | None = None
+    """CPU threads of torch; None: torch's own choice. A resumed run is bitwise the same with the same number only."""
+
+    save_every: int | None = 50
+    """Steps between checkpoints; None: only at the end."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay on the disk, newest first; 0: all."""
+    samples_per_step: int = 4
+    """Samples of each step that are kept in samples.jsonl."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        if self.template is not None and "{prompt}" not in self.template:
+            raise InputError("field template has no {prompt} in it; put it where the prompt belongs")
+        if self.minibatches > self.prompts_per_step * self.num_generations:
+            samples = self.prompts_per_step * self.num_generations
+            raise InputError(f"field minibatches is {self.minibatches}, above the samples of a step ({samples}); lower it")
+        if self.final_lr is not None and self.final_lr > self.lr:
+            raise InputError(f"field final_lr is {self.final_lr}, above lr ({self.lr}); lower it")
+
+    @property
+    def gap_limit(self) -> float:
+        return DEFAULT_GAP[self.precision] if self.max_logprob_gap is None else self.max_logprob_gap
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, tuples as lists."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "GRPOConfig":
+        """What `to_dict` gives. InputError for a field that is unknown, missing or of the wrong kind."""
+        names = [field.name for field in fields(cls)]
+        for name in data:
+            if name not in names:
+                raise InputError(f"field {name} is not known{nearest(name, names)}")
+        if not isinstance(data.get("model"), str):
+            raise InputError("field model is missing; it must be a directory")
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+        return cls(**values)
+
+
+_INTEGERS = {
+    "seed": 0,
+    "steps": 1,
+    "prompts_per_step": 1,
+    "num_generations": 2,
+    "max_completion_length": 1,
+    "max_num_seqs": 1,
+    "minibatches": 1,
+    "num_iterations": 1,
+    "micro_batch_tokens": 1,
+    "reference_steps": 1,
+    "warmup_steps": 0,
+    "reward_processes": 1,
+    "threads": 1,
+    "save_every": 1,
+    "keep_checkpoints": 0,
+    "samples_per_step": 0,
+}
+_AT_LEAST_ZERO = ("beta", "final_lr", "weight_decay", "bias_update_speed", "mtp_loss_coef", "adam_beta1", "adam_beta2")
+_ABOVE_ZERO = (
+    "temperature",
+    "epsilon",
+    "epsilon_high",
+    "lr",
+    "adam_epsilon",
+    "max_grad_norm",
+    "max_logprob_gap",
+    "reward_deadline",
+)
+_CHOICES = {"loss": ("token", "sequence", "global-token"), "precision": ("fp32", "bf16")}
+_MAY_BE_NONE = frozenset(field.name for field in fields(GRPOConfig) if "| None" in str(field.type))
+
+
+def _check_numbers(c: GRPOConfig) -> None:
+    for name, least in _INTEGERS.items():
+        value = getattr(c, name)
+        if value is None and name in _MAY_BE_NONE:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"field {name} is {value!r}, it must be a whole number of at least {least}")
+    for name in (*_AT_LEAST_ZERO, *_ABOVE_ZERO):
+        value = getattr(c, name)
+        if value is None and name in _MAY_BE_NONE:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(f"field {name} is {value!r}, it must be a finite number")
+        if value < 0 or (value == 0 and name in _ABOVE_ZERO) or (value >= 1 and name.startswith("adam_beta")):
+            wanted = "above 0" if name in _ABOVE_ZERO else "at least 0"
+            raise InputError(f"field {name} is {value!r}, it must be {wanted}")
+    for name, choices in _CHOICES.items():
+        if getattr(c, name) not in choices:
+            raise InputError(f"field {name} is {getattr(c, name)!r}, it must be one of {', '.join(choices)}")
+    for name in ("data", "reward"):
+        if not isinstance(getattr(c, name), tuple) or not all(isinstance(item, str) for item in getattr(c, name)):
+            raise InputError(f"field {name} is {getattr(c, name)!r}, it must be a list of texts")

@@ -1,0 +1,104 @@
+"""Samples from the policy, scored while others are still being written."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from finback.engine.config import SamplingParams
+from finback.engine.llm import LLM
+from finback.engine.request import FinishReason
+from finback.rewards.pool import RewardPool
+from finback.rewards.reward import Score
+from finback.rl.prompts import Prompt
+
+
+@dataclass
+class Completion:
+    """One sample of a prompt; `log_probs` are the engine's, of its tokens, at temperature 1."""
+
+    prompt: Prompt
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    score: Score | None = None
+
+    @property
+    def reward(self) -> float:
+        assert self.score is not None, "not scored yet"
+        return self.score.total
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The samples of one step: `groups[i]` are those of prompt i."""
+
+    groups: list[list[Completion]]
+    seconds: float
+    """Of sampling and scoring together."""
+    waited: float
+    """Of these, with nothing left to sample: what the rewards cost the trainer."""
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [completion for group in self.groups for completion in group]
+
+
+def roll_out(
+    llm: LLM,
+    pool: RewardPool,
+    prompts: Sequence[Prompt],
+    num_generations: int,
+    params: SamplingParams,
+    *,
+    seed: int,
+    step: int,
+) -> Rollout:
+    """`num_generations` samples of each prompt and their scores.
+
+    A sample's draws depend on (seed, step, its prompt's place, its own place) and nothing else. Finished samples go to the
+    reward processes at once; one that no reward can score by its deadline comes back with 0 and the reason, so that none
+    is waited for without end. A sample that the engine itself cannot finish counts as it is.
+    """
+    start = time.perf_counter()
+    groups = [[Completion(prompt) for _ in range(num_generations)] for prompt in prompts]
+    places: dict[int, tuple[int, int]] = {}
+    try:
+        for i, prompt in enumerate(prompts):
+            for j in range(num_generations):
+                drawn = SamplingParams(**(vars(params) | {"seed": sample_seed(seed, step, i, j), "logprobs": 0}))
+                places[llm.add(prompt.token_ids, drawn)] = (i, j)
+        unfinished = set(places)
+        while unfinished:
+            for increment in llm.step():
+                i, j = places[increment.request_id]
+                completion = groups[i][j]
+                completion.token_ids += increment.token_ids
+                completion.log_probs += [entry.logprob for entry in increment.logprobs or ()]
+                completion.text += increment.text
+                if increment.finish_reason is not None:
+                    completion.finish_reason = increment.finish_reason
+                    unfinished.discard(increment.request_id)
+                    pool.submit((i, j), completion.prompt.text, completion.text, completion.prompt.example)
+            _collect(pool, groups, wait=False)
+    finally:
+        for request_id in places:
+            llm.abort(request_id)
+    sampled = time.perf_counter()
+    while pool.outstanding:
+        _collect(pool, groups, wait=True)
+    end = time.perf_counter()
+    return Rollout(groups, end - start, end - sampled)
+
+
+def _collect(pool: RewardPool, groups: list[list[Completion]], *, wait: bool) -> None:
+    for key, score in pool.collect(wait=wait):
+        i, j = key
+        groups[i][j].score = score
+
+
+def sample_seed(*parts: int) -> int:
+    """63 bits that depend on all of `parts`."""
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,124 @@
+"""Where a GRPO run lives on the disk, and what it starts from."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from finback.config import InputError
+from finback.data.files import read_json, write_atomic
+from finback.data.stream import permute
+from finback.model.checkpoint import load
+from finback.model.transformer import Transformer
+from finback.rl.config import GRPOConfig
+from finback.rl.prompts import Prompt
+from finback.train.checkpoint import TrainingState, new_state, restore_state
+from finback.train.session import CONFIG_FILE
+
+REFERENCES = "references"
+
+
+class PromptStream:
+    """Every prompt once per epoch, in an order that the seed and the epoch give; batches go on into the next epoch."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.taken = seed, 0
+        self.prompts: Sequence[Prompt] = ()
+
+    def next_batch(self, size: int) -> list[Prompt]:
+        return [self._at(place) for place in self._advance(size)]
+
+    def _advance(self, size: int) -> range:
+        self.taken += size
+        return range(self.taken - size, self.taken)
+
+    def _at(self, place: int) -> Prompt:
+        epoch, within = divmod(place, len(self.prompts))
+        return self.prompts[permute(within, len(self.prompts), key=(self.seed, epoch))]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = int(state["taken"])
+
+
+def minibatch_order(config: GRPOConfig, count: int, step: int) -> list[list[int]]:
+    """The samples of a rollout in `config.minibatches` random parts of nearly the same size."""
+    order = np.random.default_rng([config.seed, 1, step]).permutation(count)
+    return [sorted(part.tolist()) for part in np.array_split(order, config.minibatches)]
+
+
+def read_run_config(directory: str | Path) -> GRPOConfig:
+    """The resolved config of the run in `directory`; InputError if there is none."""
+    path = Path(directory) / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"{directory} holds no run (no {CONFIG_FILE}); start one with finback grpo MODEL --data FILE --out DIR")
+    try:
+        return GRPOConfig.from_dict(read_json(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def resolve_config(config: GRPOConfig, directory: Path, resume: bool) -> GRPOConfig:
+    """`config` with absolute paths, checked against what is in `directory`."""
+    if not config.reward:
+        raise InputError("field reward is empty; give module:function[:weight], such as finback.rewards.answers:exact")
+    if not config.data:
+        raise InputError("field data is empty; give .jsonl or .parquet files of prompts")
+    absolute = replace(config, model=os.path.abspath(config.model), data=tuple(os.path.abspath(path) for path in config.data))
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; give a directory for the run")
+    if not resume:
+        if (directory / CONFIG_FILE).exists():
+            again = f"continue it with finback grpo --resume {directory}"
+            raise InputError(f"{directory} already holds a run; {again}, or give another --out")
+        return absolute
+    before, now = read_run_config(directory).to_dict(), absolute.to_dict()
+    for name, value in before.items():
+        if now[name] != value:
+            raise InputError(
+                f"field {name} is {now[name]!r}, but the run in {directory} has {value!r}; resume it with its own fields"
+            )
+    return absolute
+
+
+def write_run_config(directory: Path, config: GRPOConfig) -> None:
+    write_atomic(directory / CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def new_policy(config: GRPOConfig, stream: PromptStream, device: torch.device) -> TrainingState[PromptStream]:
+    """The model to start from, in float32, with a fresh optimizer. MTP modules are frozen: the policy's loss does not reach them."""
+    return _policy(Path(config.model), stream, device)
+
+
+def load_policy(checkpoint: Path, config: GRPOConfig, stream: PromptStream, device: torch.device) -> TrainingState[PromptStream]:
+    """A policy as `save_checkpoint` wrote it."""
+    state = _policy(checkpoint, stream, device)
+    restore_state(checkpoint, state)
+    return state
+
+
+def _policy(directory: Path, stream: PromptStream, device: torch.device) -> TrainingState[PromptStream]:
+    model = load(directory, dtype=torch.float32, device=device)
+    for module in model.mtp_modules:
+        module.requires_grad_(False)
+    return new_state(model, stream, moments_dtype="fp32", ema_decay=None)
+
+
+def reference_directory(run: Path, step: int) -> Path:
+    return run / REFERENCES / f"step-{step}"
+
+
+def load_reference(config: GRPOConfig, run: Path, step: int, device: torch.device) -> Transformer | None:
+    """The reference that holds after step `step`; None where the loss has none."""
+    if config.beta == 0:
+        return None
+    refreshed = step // config.reference_steps * config.reference_steps
+    directory = reference_directory(run, refreshed) if refreshed else Path(config.model)
+    return load(directory, dtype=torch.float32, device=device).requires_grad_(False)

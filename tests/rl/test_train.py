@@ -1,0 +1,220 @@
+"""The GRPO loop: it learns, it resumes bit for bit, its gradient does not depend on the cut, and it says what is wrong."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import finback
+from finback.config import InputError
+from finback.data.tokenizer import load_tokenizer
+from finback.engine.config import SamplingParams
+from finback.engine.llm import LLM
+from finback.rewards.reward import Score
+from finback.rl.batch import Batch, cut_batches, sample_log_probs
+from finback.rl.config import GRPOConfig
+from finback.rl.prompts import Prompt, read_prompts
+from finback.rl.rollout import Completion
+from finback.rl.session import PromptStream, minibatch_order
+from finback.rl.train import grpo, learning_rate
+from finback.train.metrics import read_metrics
+from tests.rl.policies import TIMES, dense, grpo_config
+
+
+def _rows(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run / "metrics.jsonl")]
+
+
+def _weights(directory: Path) -> dict[str, torch.Tensor]:
+    model = finback.load(directory, dtype=torch.float32)
+    return {name: tensor.clone() for name, tensor in finback.hf_tensors(model)}
+
+
+def _same_weights(left: Path, right: Path) -> bool:
+    a, b = _weights(left), _weights(right)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("model", [None, dense()], ids=["v3", "qwen3"])
+def test_the_reward_rises(tmp_path, model):
+    config = grpo_config(tmp_path, model=model, steps=12, num_generations=8)
+    grpo(config, tmp_path / "run")
+    rewards = [row["reward"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15, rewards
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"beta": 0.05, "reference_steps": 2, "minibatches": 2, "num_iterations": 2, "temperature": 0.8, "loss": "sequence"}],
+    ids=["plain", "reference"],
+)
+def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(tmp_path, changes):
+    config = grpo_config(tmp_path, steps=4, save_every=1, keep_checkpoints=0, **changes)
+    whole = grpo(config, tmp_path / "whole")
+    grpo(config, tmp_path / "cut")
+    for step in (4, 3):  # the run as it was after step 2: killed before it could write the next checkpoint
+        _remove(tmp_path / "cut" / "checkpoints" / f"step-{step}")
+    resumed = grpo(config, tmp_path / "cut", resume=True)
+    assert _rows(tmp_path / "whole") == _rows(tmp_path / "cut")
+    assert _same_weights(whole, resumed)
+    samples = [(tmp_path / name / "samples.jsonl").read_text(encoding="utf-8") for name in ("whole", "cut")]
+    assert samples[0] == samples[1]
+
+
+def _remove(directory: Path) -> None:
+    for file in sorted(directory.rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    directory.rmdir()
+
+
+@pytest.mark.parametrize("loss", ["token", "sequence", "global-token"])
+def test_micro_batches_do_not_change_the_run(tmp_path, loss):
+    changes = {"loss": loss, "steps": 2, "minibatches": 2, "beta": 0.02}
+    config = grpo_config(tmp_path, **changes)
+    runs = []
+    for tokens in (64, 4096):
+        checkpoint = grpo(replace(config, micro_batch_tokens=tokens), tmp_path / f"run-{tokens}")
+        runs.append(_weights(checkpoint))
+    moved = _weights(tmp_path / "model")
+    for name, tensor in runs[0].items():
+        torch.testing.assert_close(tensor, runs[1][name], rtol=1e-4, atol=2e-5)
+    assert any(not torch.equal(moved[name], runs[0][name]) for name in moved)
+
+
+def test_trainer_and_engine_agree_in_fp32(tmp_path):
+    grpo(grpo_config(tmp_path), tmp_path / "run")
+    for row in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert row["logprob_gap"] < 1e-5
+
+
+def test_a_gap_above_the_limit_stops_the_run_and_says_why(tmp_path):
+    config = grpo_config(tmp_path, precision="bf16", max_logprob_gap=1e-9)
+    with pytest.raises(InputError, match=r"step 1: .*differ by .* max_logprob_gap"):
+        grpo(config, tmp_path / "run")
+
+
+def test_rewards_that_are_always_zero_are_told(tmp_path, capsys):
+    before = _weights(grpo_config(tmp_path).model and tmp_path / "model")
+    checkpoint = grpo(grpo_config(tmp_path, reward="never", steps=4), tmp_path / "run")
+    assert "the reward has been 0 for every sample" in capsys.readouterr().out
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["zero_variance"] for row in rows] == [1.0] * 4
+    after = _weights(checkpoint)
+    assert all(torch.equal(before[name], after[name]) for name in before)  # nothing to learn, nothing learnt
+
+
+def test_log_probs_of_the_batch_are_those_of_the_model_alone(tmp_path):
+    config = grpo_config(tmp_path)
+    model = finback.load(config.model, dtype=torch.float32)
+    tokenizer = load_tokenizer(config.model)
+    prompts = read_prompts(config.data, tokenizer, config.template, longest=100)
+    llm = LLM(model=model, tokenizer=tokenizer)
+    completions = []
+    for seed, prompt in enumerate(prompts[:5]):
+        (out,) = llm.generate([prompt.token_ids], SamplingParams(max_tokens=2 + 3 * seed, seed=seed, logprobs=0, ignore_eos=True))
+        log_probs = [entry.logprob for entry in out.logprobs]
+        completions.append(Completion(prompt, out.token_ids, log_probs, out.text, out.finish_reason, Score(0.0, {}, {})))
+    for batch in cut_batches(completions, [0.0] * 5, 60, 2, torch.device("cpu")):
+        got, at_one, _ = sample_log_probs(model, batch, temperature=0.7, precision="fp32")
+        assert batch.num_tokens <= 60 or len(batch.completions) == 1
+        for row, completion in enumerate(batch.completions):
+            ids = torch.tensor([completion.prompt.token_ids + completion.token_ids])
+            with torch.no_grad():
+                logits = model(ids)[0, len(completion.prompt.token_ids) - 1 : -1]
+            targets = torch.tensor(completion.token_ids).unsqueeze(1)
+            length = len(completion.token_ids)
+            for scale, values in ((0.7, got), (1.0, at_one)):
+                expected = (logits / scale).log_softmax(-1).gather(1, targets).squeeze(1)
+                torch.testing.assert_close(values[row, :length].detach(), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(batch.engine_log_probs[row, :length], at_one[row, :length], rtol=1e-4, atol=1e-5)
+            assert not got[row, length:].any()
+
+
+def test_every_sample_is_in_one_batch_and_like_lengths_stand_together():
+    prompt = read_only_prompt(4)
+    completions = [Completion(prompt, list(range(n)), [0.0] * n, "", "stop", Score(0.0, {}, {})) for n in (1, 9, 2, 8, 30, 3)]
+    batches = cut_batches(completions, [float(i) for i in range(6)], 30, 0, torch.device("cpu"))
+    assert sorted(a for batch in batches for a in batch.advantages.tolist()) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [len(batch.completions) for batch in batches] == [1, 2, 3]
+
+
+def read_only_prompt(length: int) -> Prompt:
+    return Prompt("", list(range(length)), {})
+
+
+def test_the_rows_of_a_run_hold_each_step_once_and_what_is_watched(tmp_path):
+    config = grpo_config(tmp_path, steps=3, beta=0.01, minibatches=2, samples_per_step=2)
+    grpo(config, tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    watched = {"reward", "reward/vowels", "completion_length", "kl", "clip_fraction", "entropy", "zero_variance", "reflection",
+               "logprob_gap", "rollout_tokens_per_second", "tokens_per_second", "failed_rewards", "truncated", "lr"}  # fmt: skip
+    for row in rows:
+        assert watched <= row.keys()
+        assert all(math.isfinite(value) for value in row.values())
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [sample["step"] for sample in samples] == [1, 1, 2, 2, 3, 3]
+    assert samples[0]["prompt"].startswith("Q: count")
+
+
+def test_each_prompt_comes_once_an_epoch_and_orders_differ():
+    stream = PromptStream(3)
+    stream.prompts = [read_only_prompt(length) for length in range(1, 8)]
+    first, second = ([stream.next_batch(1)[0] for _ in range(7)] for _ in range(2))
+    assert sorted(len(p.token_ids) for p in first) == sorted(len(p.token_ids) for p in second) == list(range(1, 8))
+    assert first != second
+    again = PromptStream(3)
+    again.prompts = stream.prompts
+    again.load_state_dict({"taken": 5})
+    assert again.next_batch(4) == [*first[5:], *second[:2]]
+
+
+def test_minibatches_cut_a_rollout_into_random_parts():
+    config = GRPOConfig(model="", minibatches=4)
+    parts = minibatch_order(config, 18, step=2)
+    assert sorted(i for part in parts for i in part) == list(range(18))
+    assert {len(part) for part in parts} == {4, 5}
+    assert parts != minibatch_order(config, 18, step=3)
+    assert parts == minibatch_order(config, 18, step=2)
+
+
+def test_the_learning_rate_by_hand():
+    config = GRPOConfig(model="", lr=1.0, final_lr=0.1, steps=10, warmup_steps=4, minibatches=2)
+    assert learning_rate(config, 1, 0) == 0.25
+    assert learning_rate(config, 1, 1) == 0.5
+    assert learning_rate(config, 4, 0) == pytest.approx(0.7)
+    assert learning_rate(config, 10, 1) == pytest.approx(0.1)
+    assert learning_rate(replace(config, final_lr=None), 10, 1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reward": ()}, "field reward is empty"),
+        ({"data": ()}, "field data is empty"),
+        ({"data": ("/nowhere/prompts.jsonl",)}, "which is no file"),
+        ({"max_completion_length": 127}, "the prompt has"),
+    ],
+)
+def test_what_cannot_be_run_is_told_before_anything_is_written(tmp_path, changes, words):
+    config = replace(grpo_config(tmp_path), **changes)
+    with pytest.raises(InputError, match=words):
+        grpo(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_and_not_resumed_with_other_fields(tmp_path):
+    config = grpo_config(tmp_path, steps=1)
+    grpo(config, tmp_path / "run")
+    with pytest.raises(InputError, match="already holds a run"):
+        grpo(config, tmp_path / "run")
+    with pytest.raises(InputError, match=r"field lr is 0\.5"):
+        grpo(replace(config, lr=0.5), tmp_path / "run", resume=True)
+
+
+def test_batches_without_tokens_are_refused_by_nobody():
+    batch = Batch([Completion(read_only_prompt(3), [], [], "", "stop", Score(0.0, {}, {}))], [0.0], 0, torch.device("cpu"))
+    assert batch.mask.sum() == 0
