@@ -128,7 +128,7 @@ def _compare(given: str | None, example: Example) -> float:
 
 
 def _plain(answer: str) -> str:
-    text = " ".join(unicodedata.normalize("NFKC", answer).split())
+    text = " ".join(unicodedata.normalize("NFKC", answer).replace("−", "-").split())
     if len(text) > 1 and text[-1] in ".。":
         text = text[:-1]
     if len(text) > 2 and text[0] == text[-1] == "$":
