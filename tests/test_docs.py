@@ -352,7 +352,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", *(f"docs/howto/{name}.md" for name in ("load-and-convert", "run-the-engine", "students"))],
+    ["README.md", *(f"docs/howto/{name}.md" for name in ("evaluate", "load-and-convert", "run-the-engine", "students"))],
 )
 @pytest.mark.usefixtures("run_directory")
 def test_python_examples_run(document: str) -> None:

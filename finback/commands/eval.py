@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from io import TextIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -48,7 +49,7 @@ class EvalFields:
     template: str | None = None
     """Plain text with {prompt} in place of the chat template, or document: the form of the built-in problems in training text."""
     reward: str | None = None
-    """A score of your own for every task, module:function(prompt, completion, example) -> 1.0 where it is right."""
+    """A score of your own for every task, as module:function; (prompt, completion, example) -> 1.0 where it is right."""
     out: Path | None = None
     """File that gets every sample, one JSON object a line."""
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -132,17 +133,22 @@ def _forms(fields: EvalFields) -> list[PromptForm]:
 
 def _tasks(fields: EvalFields) -> "list[AnyTask]":
     from finback.eval.tasks import find_task, split_names
+    from finback.rewards.reward import load_reward
 
     names = split_names(fields.tasks)
     if not names:
         raise InputError("--tasks names no task; see finback eval --help")
     if fields.limit is not None and fields.limit < 1:
         raise InputError(f"--limit is {fields.limit}, it must be at least 1")
-    return [find_task(name, problems=fields.limit, seed=fields.seed, cache=fields.cache) for name in dict.fromkeys(names)]
+    reward = None if fields.reward is None else load_reward(fields.reward)
+    return [
+        find_task(name, problems=fields.limit, seed=fields.seed, cache=fields.cache, reward=reward)
+        for name in dict.fromkeys(names)
+    ]
 
 
 @contextmanager
-def _sample_file(target: Path | None) -> Iterator[TextIO | None]:
+def _sample_file(target: Path | None) -> Iterator[TextIOBase | None]:
     """A file beside `target` that takes its place when all is written; None where no samples are asked for."""
     if target is None:
         yield None
@@ -227,6 +233,11 @@ def _print_tables(results: "Sequence[AnyResult]") -> None:
         ],
     )
     console.print("Intervals are of 95%, over problems.", style="dim")
+    for result in written:
+        for sentence, count in list(result.failures.items())[:3]:
+            console.print(
+                f"{result.task}: {count:,} of {result.problems * result.samples:,} samples count 0: {sentence}", markup=False
+            )
 
 
 _ANSWER_HEADINGS = (

@@ -15,6 +15,30 @@ def gym_problems(family: str, count: int, *, seed: int = 0, held_out: bool = Fal
     InputError if the package is missing, the family or a difficulty field is unknown, or the family has no single
     answer as text.
     """
+    for entry in _entries(family, count, seed, held_out, difficulty):
+        yield _problem(family, entry)
+
+
+def gym_rows(family: str, count: int, *, seed: int = 0, held_out: bool = False, **difficulty: Any) -> Iterator[dict[str, Any]]:
+    """The same problems as rows for the family's own scorer (`finback.rewards.gym`), families with many right answers included.
+
+    A row has question, prompt, answer (None where the family gives none), language, family, and under "gym" the family's name and the
+    entry as reasoning-gym made it.
+    """
+    for entry in _entries(family, count, seed, held_out, difficulty):
+        question = entry["question"].strip()
+        yield {
+            "question": question,
+            "prompt": question,
+            "answer": entry["answer"],
+            "language": "en",
+            "family": f"gym/{family}",
+            "gym": {"family": family, "entry": entry},
+        }
+
+
+def _entries(family: str, count: int, seed: int, held_out: bool, difficulty: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """`count` entries as reasoning-gym makes them, held-out ones or others."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
@@ -32,10 +56,10 @@ def gym_problems(family: str, count: int, *, seed: int = 0, held_out: bool = Fal
             raise InputError(f"reasoning-gym family {family} does not take {difficulty}: {error}") from None
         block += 1
         for index in range(size):
-            problem = _problem(family, dataset[index])
-            if is_held_out(problem.question) == held_out and produced < count:
+            entry = dataset[index]
+            if is_held_out(entry["question"].strip()) == held_out and produced < count:
                 produced += 1
-                yield problem
+                yield entry
 
 
 def _problem(family: str, entry: dict[str, Any]) -> Problem:

@@ -14,8 +14,9 @@ from finback.eval.progress import ProgressLine
 from finback.eval.prompts import render
 from finback.eval.result import ChoiceResult
 from finback.eval.statistics import wilson_interval
-from finback.eval.task import AnyTask, ChoiceTask, Example
+from finback.eval.task import AnyTask, ChoiceTask
 from finback.model.transformer import Transformer
+from finback.rewards.reward import Example
 
 
 class Continuation(NamedTuple):

@@ -5,7 +5,8 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 
-from finback.eval.task import AnyTask, Example, question
+from finback.eval.task import AnyTask, question
+from finback.rewards.reward import Example
 
 _PIECE = re.compile(r"([0-9]+(?:\.[0-9]+)?|[一-鿿]|[^\W\d_一-鿿]+|[-+*/=])|([?!.。;:\n])")
 _NUMBER_OR_SIGN = re.compile(r"[0-9]|[-+*/=]$")

@@ -8,7 +8,8 @@ from finback.data.chat import Message
 from finback.data.reasoning import opens_thought
 from finback.data.tokenizer import THINK_TOKEN, Tokenizer
 from finback.eval.config import PromptForm
-from finback.eval.task import AnyTask, Example, asked
+from finback.eval.task import AnyTask, asked
+from finback.rewards.reward import Example
 
 
 class Prompt(NamedTuple):

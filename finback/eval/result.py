@@ -7,7 +7,8 @@ from statistics import fmean
 from typing import Any, Literal
 
 from finback.eval.config import Decoding, PromptForm
-from finback.eval.statistics import Estimate, clustered_interval, cons_at_k, pass_at_k, wilson_interval
+from finback.eval.statistics import Estimate, clustered_interval, cons_at_k, wilson_interval
+from finback.rewards.code import pass_at_k
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Sample:
     answer: str | None
     """What was read from it; None where nothing could be."""
     formatted: bool
-    """A closed thought, and behind it an answer that could be read."""
+    """A thought between its tags, and something behind it (`finback.rewards.format.think_then_answer`)."""
     mixes: bool
     """Whether its thought mixes languages."""
     tokens: int
     finish_reason: Literal["stop", "length", "abort", "error"]
+    failure: str = ""
+    """Why it has no score, in a sentence; it then counts 0."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class TaskResult:
     """k -> the chance that one of k samples is right, unbiased, for the powers of two and all samples. A score of 0.5 or more
     counts as right."""
     format_rate: float
-    """Samples with a closed thought and a readable answer behind it."""
+    """Samples that are a thought between its tags with something behind it."""
     mixing_rate: float
     """Samples whose thought mixes languages."""
     mean_tokens: float
@@ -65,7 +68,9 @@ class TaskResult:
     truncated: float
     """Samples that ended at the length limit."""
     failed: int
-    """Samples that the engine could not finish; they score 0."""
+    """Samples that the engine could not finish, or whose score failed; they count 0."""
+    failures: Mapping[str, int]
+    """Why -> how many, the commonest first."""
     families: Mapping[str, FamilyResult]
     prompt_tokens: int
     generated_tokens: int
@@ -125,6 +130,7 @@ class Tally:
         self._scores = [[0.0] * samples for _ in families]
         self._answers: list[list[str | None]] = [[None] * samples for _ in families]
         self._counts: Counter[str] = Counter()
+        self._failures: Counter[str] = Counter()
 
     def add(self, sample: Sample) -> None:
         self._scores[sample.problem][sample.number] = sample.score
@@ -135,8 +141,14 @@ class Tally:
             formatted=sample.formatted,
             mixes=sample.mixes,
             truncated=sample.finish_reason == "length",
-            failed=sample.finish_reason == "error",
         )
+        if sample.failure:
+            self._failures[sample.failure] += 1
+
+    @property
+    def failed(self) -> int:
+        """Samples without a score so far."""
+        return self._failures.total()
 
     @property
     def mean_score(self) -> float:
@@ -174,7 +186,8 @@ class Tally:
             mixing_rate=self._counts["mixes"] / total,
             mean_tokens=self._counts["tokens"] / total,
             truncated=self._counts["truncated"] / total,
-            failed=self._counts["failed"],
+            failed=self.failed,
+            failures=dict(self._failures.most_common()),
             families={family: self._family(family, means) for family in named},
             prompt_tokens=prompt_tokens,
             generated_tokens=self._counts["tokens"],

@@ -1,12 +1,12 @@
 """One task through the engine: draw k answers to each problem, score them as they come, and say what they show (R1 section 3)."""
 
 import json
+import os
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict
-from typing import NamedTuple, TextIO
+from io import TextIOBase
+from typing import NamedTuple
 
 from finback.config import InputError
 from finback.data.reasoning import opens_thought, parse_answer
@@ -19,13 +19,17 @@ from finback.eval.languages import mixes
 from finback.eval.progress import ProgressLine
 from finback.eval.prompts import Prompt, render, stop_texts
 from finback.eval.result import AnyResult, Sample, Tally, TaskResult
-from finback.eval.task import AnyTask, ChoiceTask, Example, Task, question, sample_seed
+from finback.eval.task import AnyTask, ChoiceTask, Task, question, sample_seed
+from finback.rewards.format import think_then_answer
+from finback.rewards.pool import RewardPool
+from finback.rewards.reward import Example, Outcome, outcome_of
 
 KEPT_PROBLEMS = 8
 """Problems whose first samples a result keeps with their texts."""
 _WAITING = 32  # requests that wait in the engine, so that it is never short of work
-_SCORERS = 4  # threads, each of which waits for a process
-_UNSCORED = 64  # samples that wait for their score, before the model does
+_PROCESSES = max(1, (os.cpu_count() or 1) // 2)  # that score
+_SCORE_SECONDS = 30.0  # for one score; code has shorter limits of its own
+_MOST_UNSCORED = 64  # samples that wait for their score, before the model does
 
 
 def evaluate(
@@ -35,7 +39,7 @@ def evaluate(
     decoding: Decoding | None = None,
     *,
     keep: int = KEPT_PROBLEMS,
-    out: TextIO | None = None,
+    out: TextIOBase | None = None,
     progress: bool = False,
 ) -> AnyResult:
     """What a model does on a task: `evaluate_answers`, or for a ChoiceTask `evaluate_choices`, which draws nothing."""
@@ -52,7 +56,7 @@ def evaluate_answers(
     decoding: Decoding,
     *,
     keep: int = KEPT_PROBLEMS,
-    out: TextIO | None = None,
+    out: TextIOBase | None = None,
     progress: bool = False,
 ) -> TaskResult:
     """Draw `decoding.drawn` answers to every problem of a task and score them.
@@ -61,8 +65,8 @@ def evaluate_answers(
     it comes, one JSON object a line. The engine may be in use by others; their requests go on.
 
     Raises:
-        InputError: no tokenizer, no chat template, a prompt that leaves no room for an answer, a score that raises. Prompts are
-            checked before anything is generated.
+        InputError: no tokenizer, no chat template, or a prompt that leaves no room for an answer, told before anything is generated;
+            or not one answer could be scored.
     """
     start = time.monotonic()
     tokenizer = require_tokenizer(llm, task)
@@ -79,6 +83,8 @@ def evaluate_answers(
             if sample.number == 0 and sample.problem < keep:
                 kept.append(sample)
             done += 1
+            if sample.failure and done == total == tally.failed:
+                raise InputError(f"no answer of task {task.name} could be scored: {task.score.name} {sample.failure}")
             line.show(done, f"{tally.mean_score:.1%} right")
     return tally.result(
         task.name,
@@ -101,43 +107,59 @@ def draw_samples(llm: LLM, task: Task, form: PromptForm, decoding: Decoding, pro
     """The scored answers, each as soon as it is there, in no order. Closing the iterator aborts what is under way.
 
     Every answer is a request of its own whose seed comes from (seed, question, number), so neither the order nor the company
-    changes it; those of one problem share the cached prompt. Scores that wait for a process overlap with generation.
+    changes it; those of one problem share the cached prompt. Where the task needs a pool, scores are computed while the model goes on.
     """
+    if not task.needs_pool:
+        for job, output in _answers(llm, task, form, decoding, prompts):
+            if output is not None:
+                example, text = task.examples[job.problem], prompts[job.problem].text
+                yield _sample(task, job, text, output, outcome_of(task.score.function, text, output.text, example))
+        return
+    waiting: dict[Hashable, tuple[_Job, RequestOutput]] = {}
+    with RewardPool([task.score], processes=_PROCESSES, deadline=_SCORE_SECONDS) as pool:
+
+        def collected(*, wait: bool) -> Iterator[Sample]:
+            for key, score in pool.collect(wait=wait):
+                job, output = waiting.pop(key)
+                failure = score.failures.get(task.score.name, "")
+                outcome = Outcome(score.components[task.score.name], "raised" if failure else None, failure)
+                yield _sample(task, job, prompts[job.problem].text, output, outcome)
+
+        for job, output in _answers(llm, task, form, decoding, prompts):
+            if output is not None:
+                waiting[job] = (job, output)
+                pool.submit(job, prompts[job.problem].text, output.text, task.examples[job.problem])
+            yield from collected(wait=len(waiting) > _MOST_UNSCORED)
+        while waiting:
+            yield from collected(wait=True)
+
+
+def _answers(
+    llm: LLM, task: Task, form: PromptForm, decoding: Decoding, prompts: Sequence[Prompt]
+) -> Iterator[tuple[_Job, RequestOutput | None]]:
+    """Each job with its answer when it is there, and with None after each step of the engine, so that others can look around."""
     jobs = iter([_Job(problem, number) for problem in range(len(prompts)) for number in range(decoding.drawn)])
     running: dict[int, tuple[_Job, RequestOutput]] = {}
-    unscored: deque[Future[Sample]] = deque()
-    pool = ThreadPoolExecutor(_SCORERS, thread_name_prefix="score") if task.needs_pool else None
     stop = stop_texts(form)
-    more = True
+    job: _Job | None = next(jobs, None)
     try:
-        while more or running:
-            while more and llm.scheduler_stats.num_waiting < _WAITING:
+        while job is not None or running:
+            while job is not None and llm.scheduler_stats.num_waiting < _WAITING:
+                token_ids = prompts[job.problem].token_ids
+                request_id = llm.add(token_ids, _params(decoding, task.examples[job.problem], job, stop))
+                running[request_id] = (job, RequestOutput(token_ids))
                 job = next(jobs, None)
-                more = job is not None
-                if job is not None:
-                    request_id = llm.add(prompts[job.problem].token_ids, _params(decoding, task.examples[job.problem], job, stop))
-                    running[request_id] = (job, RequestOutput(prompts[job.problem].token_ids))
             for increment in llm.step():
-                if increment.request_id not in running:
-                    continue
-                job, output = running[increment.request_id]
-                output.add(increment)
-                if increment.finish_reason is None:
-                    continue
-                del running[increment.request_id]
-                if pool is None:
-                    yield _scored(task, job, prompts[job.problem].text, output)
-                else:
-                    unscored.append(pool.submit(_scored, task, job, prompts[job.problem].text, output))
-            while unscored and (unscored[0].done() or len(unscored) > _UNSCORED):
-                yield unscored.popleft().result()
-        while unscored:
-            yield unscored.popleft().result()
+                if increment.request_id in running:
+                    done, output = running[increment.request_id]
+                    output.add(increment)
+                    if increment.finish_reason is not None:
+                        del running[increment.request_id]
+                        yield done, output
+            yield _Job(-1, -1), None
     finally:
         for request_id in running:
             llm.abort(request_id)
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
 
 
 def _params(decoding: Decoding, example: Example, job: _Job, stop: tuple[str, ...]) -> SamplingParams:
@@ -150,28 +172,27 @@ def _params(decoding: Decoding, example: Example, job: _Job, stop: tuple[str, ..
     )
 
 
-def _scored(task: Task, job: _Job, prompt: str, output: RequestOutput) -> Sample:
+def _sample(task: Task, job: _Job, prompt: str, output: RequestOutput, outcome: Outcome) -> Sample:
     example, completion = task.examples[job.problem], output.text
     assert output.finish_reason is not None
     parts = parse_answer(completion.lstrip(), starts_in_thought=opens_thought(prompt), tools=False)
-    failed = output.finish_reason == "error"
-    score = 0.0 if failed else float(task.score(prompt, completion, example))
-    answer = None if failed else task.extract(prompt, completion)
+    failure = output.error or outcome.sentence
     return Sample(
         problem=job.problem,
         number=job.number,
         prompt=prompt,
         completion=completion,
-        score=score,
-        answer=answer,
-        formatted=parts.thought == "closed" and bool(parts.content.strip()) and answer is not None,
+        score=0.0 if failure else outcome.value,
+        answer=None if failure else task.extract(prompt, completion),
+        formatted=think_then_answer(prompt, completion, example) == 1.0,
         mixes=mixes(completion if parts.thought == "absent" else parts.reasoning, question(example)),
         tokens=len(output.token_ids),
         finish_reason=output.finish_reason,
+        failure=failure,
     )
 
 
-def _write(out: TextIO, task: Task, form: PromptForm, sample: Sample) -> None:
+def _write(out: TextIOBase, task: Task, form: PromptForm, sample: Sample) -> None:
     example = task.examples[sample.problem]
     row = {
         "task": task.name,

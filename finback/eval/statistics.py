@@ -23,16 +23,6 @@ class Estimate(NamedTuple):
     high: float
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that at least one of `k` answers is right, from `n` answers of which `c` are: 1 - C(n - c, k) / C(n, k).
-
-    Unbiased: the share of the subsets of size k of those n answers that hold a right one.
-    """
-    if not 1 <= k <= n or not 0 <= c <= n:
-        raise InputError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, not n {n}, c {c}, k {k}")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
 def consensus(answers: Sequence[Hashable | None]) -> int | None:
     """The place of the first answer among those that agree most; None where no sample has an answer.
 

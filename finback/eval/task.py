@@ -1,12 +1,11 @@
 """What can be evaluated: a `Task` is answered in words and scored, a `ChoiceTask` is decided by likelihood."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-Example = Mapping[str, Any]
-RewardFunction = Callable[[str, str, Example], float]
+from finback.rewards.reward import Example, Reward
+
 Extract = Callable[[str, str], str | None]
 
 
@@ -20,14 +19,14 @@ class Task:
 
     name: str
     examples: Sequence[Example]
-    score: RewardFunction
-    """(prompt, completion, example) -> 1.0 where the completion is right."""
+    score: Reward
+    """Its function gives 1.0 where the completion is right; its weight is not used."""
     extract: Extract
     """(prompt, completion) -> the answer in it, in a form in which equal answers are equal texts, for the vote of cons@k."""
     few_shot: Sequence[tuple[str, str]] = ()
     """Solved problems, (question, reply), none of them among the examples."""
     needs_pool: bool = False
-    """Whether `score` waits for another process, so that it is called in threads while the model goes on."""
+    """Whether `score` is called in processes that can be killed, while the model goes on: it is slow, may hang, or runs code."""
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,15 @@ from finback.data.fetch import default_cache, fetched_file
 from finback.data.gym import gym_problems
 from finback.data.problems import Problem, family_names, generate_problems
 from finback.data.tokenizer import END_THINK_TOKEN, THINK_TOKEN
-from finback.eval.answers import exact, final_answer, final_number, same_number
+from finback.eval.answers import vote
 from finback.eval.config import DEFAULT_PROBLEMS
-from finback.eval.task import AnyTask, ChoiceTask, Example, RewardFunction, Task, distinct
+from finback.eval.task import AnyTask, ChoiceTask, Task, distinct
+from finback.rewards import answers, code
+from finback.rewards.reward import Example, Reward
+from finback.rewards.sandbox import require
 
+_EXACT = Reward("exact", answers.exact, spec="finback.rewards.answers:exact")
+_UNIT_TESTS = Reward("unit_tests", code.unit_tests, spec="finback.rewards.code:unit_tests")
 _FEW_SHOT = 16  # solved problems that a generated task can show
 _DRAWS = 10  # per problem asked for: easy families have few questions, and these draws find nearly all of them
 _EVALUATION_SEED = 1_000_000_007  # far from the seeds of training, for families whose questions overlap little
@@ -35,7 +40,7 @@ _STEP_BY_STEP = "\nPlease reason step by step, and put your final answer within 
 
 
 def find_task(
-    name: str, *, problems: int | None = None, seed: int = 0, cache: Path | None = None, reward: RewardFunction | None = None
+    name: str, *, problems: int | None = None, seed: int = 0, cache: Path | None = None, reward: Reward | None = None
 ) -> AnyTask:
     """The task of that name (see the module).
 
@@ -56,6 +61,8 @@ def find_task(
         task = _FETCHED[name](default_cache() if cache is None else cache)
     else:
         task = _generated_task(_parse(name), DEFAULT_PROBLEMS if problems is None else problems, seed)
+    if reward is None and isinstance(task, Task) and task.score is _UNIT_TESTS:
+        require("bubblewrap")
     if reward is not None:
         if isinstance(task, ChoiceTask):
             raise InputError(f"task {name} is decided by likelihood, not by a reward; leave --reward out")
@@ -119,7 +126,7 @@ def _generated_task(name: _Name, count: int, seed: int) -> Task:
     few_shot = [
         (problem.question, _reply(problem)) for problem in islice(draw(_EVALUATION_SEED - 1, False, _FEW_SHOT), _FEW_SHOT)
     ]
-    return Task(name.whole, evaluated, exact, final_answer, few_shot)
+    return Task(name.whole, evaluated, _EXACT, vote, few_shot)
 
 
 _Draw = Callable[[int, bool, int], Iterator[Problem]]  # (seed, held_out, about how many are needed)
@@ -170,12 +177,31 @@ def _gsm8k(cache: Path) -> Task:
     # The set has no training part here: word problems of our own show the form.
     shown = generate_problems(_FEW_SHOT, seed=1, families=["word_problem"], languages=["en"], levels=[2, 3])
     few_shot = [(p.question + _STEP_BY_STEP, f"{p.reasoning}\nThe answer is \\boxed{{{p.answer}}}.") for p in shown]
-    return Task("gsm8k", distinct(examples), same_number, final_number, few_shot)
+    return Task("gsm8k", distinct(examples), _EXACT, vote, few_shot)
 
 
 def _human_eval(cache: Path) -> Task:
-    fetched_file("humaneval", "problems.jsonl", cache)
-    raise InputError("task humaneval runs code that a model wrote, and this version has no sandbox for it")
+    rows = _read(fetched_file("humaneval", "problems.jsonl", cache), ("prompt", "test", "entry_point"))
+    examples = [
+        {
+            "question": row["prompt"],
+            "prompt": f"Complete this Python function. Answer with the whole of it in one code block.\n\n```python\n{row['prompt']}```",
+            "tests": row["test"],
+            "entry_point": row["entry_point"],
+            "language": "python",
+        }
+        for row in rows
+    ]
+    return Task("humaneval", distinct(examples), _UNIT_TESTS, _code, needs_pool=True)
+
+
+def _code(prompt: str, completion: str) -> str | None:
+    """Code as a vote: programs agree where their text does, but for comments and layout."""
+    source = code.extract_code(prompt, completion)
+    try:
+        return None if source is None else ast.unparse(ast.parse(source))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return source
 
 
 def _truthful_qa(cache: Path) -> ChoiceTask:
@@ -201,7 +227,7 @@ def _file_task(file: Path) -> Task:
         raise InputError(f"there is no task file {file}; give a .jsonl file with prompt and answer in each row, or a task's name")
     rows = _read(file, ("answer",))
     examples = distinct([{**row, "question": row.get("question", row.get("prompt"))} for row in rows])
-    return Task(file.stem, examples, exact, final_answer)
+    return Task(file.stem, examples, _EXACT, vote)
 
 
 def _read(file: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
@@ -219,7 +245,7 @@ def _read(file: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
             raise InputError(f"{file}, line {number} has no field {missing[0]!r}")
         if not isinstance(row.get("prompt", row.get("question")), str):
             raise InputError(f"{file}, line {number} has no text in field 'prompt' (or 'question')")
-        if not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool):
+        if "answer" in row and (not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool)):
             raise InputError(f"{file}, line {number}: answer is {row['answer']!r}, it must be a text or a number")
         rows.append(row)
     if not rows:

@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("reasoning_gym")
 
 from finback.config import InputError
-from finback.data.gym import gym_problems
+from finback.data.gym import gym_problems, gym_rows
 from finback.data.problems import is_held_out
 
 
@@ -22,6 +22,16 @@ def test_problems() -> None:
     held_out = list(gym_problems("chain_sum", 20, seed=3, max_terms=3, held_out=True))
     assert len(held_out) == 20  # more than one block of entries was needed
     assert all(is_held_out(problem.question) for problem in held_out)
+
+
+def test_rows_are_the_same_problems_with_their_entries() -> None:
+    rows = list(gym_rows("chain_sum", 12, seed=3, held_out=True))
+    problems = list(gym_problems("chain_sum", 12, seed=3, held_out=True))
+    assert [(row["question"], row["answer"], row["family"]) for row in rows] == [(p.question, p.answer, p.family) for p in problems]
+    assert all(row["gym"]["entry"]["question"].strip() == row["prompt"] for row in rows)
+    (cube,) = gym_rows("rubiks_cube", 1)  # many right answers
+    assert cube["answer"] is None
+    assert cube["gym"]["family"] == "rubiks_cube"
 
 
 def test_worked_solutions_where_the_family_has_them() -> None:

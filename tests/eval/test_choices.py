@@ -15,7 +15,7 @@ from tests.eval.models import engine, small_model
 
 FORM = PromptForm("qa", template="Q: {prompt}\nA:")
 CHOICES = ["yes, it is", "no", "it depends on the weather 天气", "nobody knows"]
-QUESTIONS = [f"Is {number} odd?" for number in range(12)]
+QUESTIONS = [f"Is {number} odd?" for number in range(4)]
 
 
 def task(answers: list[int]) -> ChoiceTask:
@@ -32,6 +32,13 @@ def one_by_one(llm: LLM, before: list[int], after: list[int]) -> tuple[float, bo
         total += float(logprobs[token])
         greedy = greedy and int(logprobs.argmax()) == token
     return total, greedy
+
+
+def alone(llm: LLM, before: list[int], after: list[int]) -> float:
+    """One forward pass, without padding."""
+    with torch.no_grad():
+        logprobs = llm.model(torch.tensor([[*before, *after]]))[0].float().log_softmax(-1)
+    return sum(float(logprobs[len(before) + place - 1, token]) for place, token in enumerate(after))
 
 
 def test_likelihoods_are_those_of_a_loop_over_tokens(llm: LLM, tokenizer: Tokenizer) -> None:
@@ -52,18 +59,18 @@ def test_the_likeliest_choice_is_taken(shown: int, llm: LLM, tokenizer: Tokenize
     best, best_per_byte = [], []
     for question in QUESTIONS:
         pairs = [split_tokens(tokenizer, f"{before}Q: {question}\nA:", f" {choice}", add_bos=True) for choice in CHOICES]
-        logprobs = [one_by_one(llm, *pair)[0] for pair in pairs]
+        logprobs = [alone(llm, *pair) for pair in pairs]
         best.append(logprobs.index(max(logprobs)))
         per_byte = [value / len(choice.encode()) for value, choice in zip(logprobs, CHOICES, strict=True)]
         best_per_byte.append(per_byte.index(max(per_byte)))
     right = evaluate_choices(llm, task(best), form)
     assert right.accuracy.value == 1.0
-    assert right.scores == (1.0,) * 12
+    assert right.scores == (1.0,) * 4
     assert right.accuracy.low < 0.9
     other = [(place + 1) % 4 for place in best]
     assert evaluate_choices(llm, task(other), form).accuracy.value == 0.0
     assert evaluate_choices(llm, task(best_per_byte), form).accuracy_per_byte.value == 1.0
-    assert right.accuracy_per_byte.value == sum(a == b for a, b in zip(best, best_per_byte, strict=True)) / 12
+    assert right.accuracy_per_byte.value == sum(a == b for a, b in zip(best, best_per_byte, strict=True)) / 4
 
 
 def test_a_tie_is_missed(llm: LLM) -> None:
@@ -75,13 +82,13 @@ def test_a_damaged_model_is_not_right(tokenizer: Tokenizer) -> None:
     model = small_model(tokenizer)
     with torch.no_grad():
         model.lm_head.weight.fill_(math.nan)
-    result = evaluate_choices(engine(model, tokenizer), task([0] * 12), FORM)
+    result = evaluate_choices(engine(model, tokenizer), task([0] * 4), FORM)
     assert (result.accuracy.value, result.accuracy_per_byte.value) == (0.0, 0.0)
 
 
 def test_a_chat_answers_behind_an_empty_thought(llm: LLM, tokenizer: Tokenizer) -> None:
     text = "<｜begin▁of▁sentence｜><｜User｜>Is 0 odd?<｜Assistant｜><think>\n</think>\n\n"
-    logprobs = [one_by_one(llm, *split_tokens(tokenizer, text, choice, add_bos=False))[0] for choice in CHOICES]
+    logprobs = [alone(llm, *split_tokens(tokenizer, text, choice, add_bos=False)) for choice in CHOICES]
     best = logprobs.index(max(logprobs))
     rows = [{"question": QUESTIONS[0], "choices": CHOICES, "answer": best}]
     assert evaluate_choices(llm, ChoiceTask("chat", rows), PromptForm()).accuracy.value == 1.0
@@ -99,6 +106,6 @@ def test_tokens_are_cut_where_the_model_reads_them(tokenizer: Tokenizer) -> None
 def test_what_does_not_fit_is_told(tokenizer: Tokenizer) -> None:
     model = small_model(tokenizer, context=16)
     with pytest.raises(InputError, match=r"a question of task choices with a choice has \d+ tokens, .* context \(16\)"):
-        evaluate_choices(engine(model, tokenizer), task([0] * 12), FORM)
+        evaluate_choices(engine(model, tokenizer), task([0] * 4), FORM)
     with pytest.raises(InputError, match="has no tokenizer"):
-        evaluate_choices(engine(model, None), task([0] * 12), FORM)
+        evaluate_choices(engine(model, None), task([0] * 4), FORM)

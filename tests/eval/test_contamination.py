@@ -4,13 +4,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finback.data.problems import generate_problems
-from finback.eval.answers import exact, final_answer
 from finback.eval.contamination import occurrences, overlap, question_hash, words
 from finback.eval.task import Task
+from finback.rewards.answers import exact, final_answer
+from finback.rewards.reward import Reward
+
+EXACT = Reward("exact", exact)
 
 
 def task_of(*questions: str) -> Task:
-    return Task("t", [{"question": question, "answer": ""} for question in questions], exact, final_answer)
+    return Task("t", [{"question": question, "answer": ""} for question in questions], EXACT, final_answer)
 
 
 def test_a_hash_sees_through_spelling() -> None:

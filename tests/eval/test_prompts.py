@@ -6,14 +6,16 @@ import pytest
 
 from finback.config import InputError
 from finback.data.tokenizer import Tokenizer
-from finback.eval.answers import exact, final_answer
 from finback.eval.config import DOCUMENT_FORM, Decoding, PromptForm
 from finback.eval.prompts import render, stop_texts
 from finback.eval.task import Task
+from finback.rewards.answers import exact, final_answer
+from finback.rewards.reward import Reward
 
+EXACT = Reward("exact", exact)
 SHOWN = (("1 + 1?", "<think>\n1 + 1 = 2\n</think>\nAnswer: 2"), ("2 + 2?", "Answer: 4"))
 EXAMPLE = {"question": "3 + 3?", "answer": "6", "language": "en"}
-TASK = Task("sums", [EXAMPLE], exact, final_answer, SHOWN)
+TASK = Task("sums", [EXAMPLE], EXACT, final_answer, SHOWN)
 
 
 def test_chat_is_a_users_message_and_earlier_turns(tokenizer: Tokenizer) -> None:

@@ -15,25 +15,19 @@ from finback.eval.config import Decoding, PromptForm
 from finback.eval.prompts import render
 from finback.eval.result import Sample, Tally, TaskResult
 from finback.eval.runner import draw_samples, evaluate_answers
-from finback.eval.statistics import clustered_interval, pass_at_k
-from finback.eval.task import Example, Task, sample_seed
+from finback.eval.statistics import clustered_interval
+from finback.eval.task import Task, sample_seed
+from finback.rewards.code import pass_at_k
+from finback.rewards.reward import Example, Reward
 from tests.eval.models import engine, small_model
+from tests.eval.scores import always_raises, is_a, letter, raises_on_sorting
 
 QUESTIONS = ["What is 3 + 5?", "数列1, 2, 3的下一个数是多少？", "Sort 9, 2.", "Why?", "What is 4 * 7?"]
 
 
-def letter(prompt: str, completion: str) -> str | None:
-    """What stands for an answer in the noise of a random model: nothing, or one of a few letters."""
-    place = sum(completion.encode()) % 4
-    return None if place == 3 else "abc"[place]
-
-
-def is_a(prompt: str, completion: str, example: Example) -> float:
-    return float(letter(prompt, completion) == "a")
-
-
 EXAMPLES = [{"question": question, "answer": "a", "family": "odd" if i % 2 else "even"} for i, question in enumerate(QUESTIONS)]
-TASK = Task("noise", EXAMPLES, is_a, letter)
+IS_A = Reward("is_a", is_a, spec="tests.eval.scores:is_a")
+TASK = Task("noise", EXAMPLES, IS_A, letter)
 FORM = PromptForm("plain", template="{prompt}\n")
 DECODING = Decoding(samples=6, temperature=1.0, top_p=1.0, max_tokens=12, seed=3)
 
@@ -50,14 +44,15 @@ def run(
 def test_every_answer_is_the_engines_own(llm: LLM, tokenizer: Tokenizer) -> None:
     _, rows = run(llm)
     assert [(row["problem"], row["number"]) for row in rows] == [(i, j) for i in range(5) for j in range(6)]
-    for row, example in zip(rows, (example for example in EXAMPLES for _ in range(6)), strict=True):
-        prompt = render(FORM, TASK, example, tokenizer)
-        params = SamplingParams(temperature=1, max_tokens=12, seed=sample_seed(3, example, int(str(row["number"]))))
-        (expected,) = llm.generate(prompt.token_ids, params)
+    asked = [(example, number) for example in EXAMPLES for number in range(6)]
+    prompts = [render(FORM, TASK, example, tokenizer) for example, _ in asked]
+    params = [SamplingParams(temperature=1, max_tokens=12, seed=sample_seed(3, *one)) for one in asked]
+    outputs = llm.generate([prompt.token_ids for prompt in prompts], params)
+    for row, (example, _), prompt, output in zip(rows, asked, prompts, outputs, strict=True):
         assert (row["completion"], row["tokens"], row["finish_reason"]) == (
-            expected.text,
-            len(expected.token_ids),
-            expected.finish_reason,
+            output.text,
+            len(output.token_ids),
+            output.finish_reason,
         )
         assert (row["question"], row["expected"], row["prompt"]) == (example["question"], "a", prompt.text)
     assert len({row["completion"] for row in rows}) > 25
@@ -91,7 +86,7 @@ def test_the_numbers_are_those_of_a_count(llm: LLM) -> None:
 
 def test_neither_order_nor_company_changes_an_answer(llm: LLM, tokenizer: Tokenizer) -> None:
     _, rows = run(llm)
-    alone = Task("noise", [EXAMPLES[3], EXAMPLES[1]], is_a, letter)
+    alone = Task("noise", [EXAMPLES[3], EXAMPLES[1]], IS_A, letter)
     other = engine(small_model(tokenizer), tokenizer, max_num_seqs=2)
     _, fewer = run(other, alone)
     assert [row["completion"] for row in fewer] == [row["completion"] for i in (3, 1) for row in rows if row["problem"] == i]
@@ -127,7 +122,7 @@ def test_what_cannot_be_asked_is_told_before_anything_is_generated(llm: LLM, tok
     with pytest.raises(InputError, match="task noise is text, and the model has no tokenizer"):
         run(engine(model, None))
     small = engine(model, tokenizer)
-    long = Task("noise", [*EXAMPLES, {"question": "word " * 40, "answer": "a"}], is_a, letter)
+    long = Task("noise", [*EXAMPLES, {"question": "word " * 40, "answer": "a"}], IS_A, letter)
     with pytest.raises(InputError, match=r"problem 5 of task noise has a prompt of \d+ tokens, .* context \(24\)"):
         run(small, long)
     assert small.stats.steps == 0
@@ -135,9 +130,34 @@ def test_what_cannot_be_asked_is_told_before_anything_is_generated(llm: LLM, tok
 
 def test_the_context_bounds_an_answer(tokenizer: Tokenizer) -> None:
     small = engine(small_model(tokenizer, context=24), tokenizer)
-    result, rows = run(small, Task("noise", EXAMPLES[3:4], is_a, letter), decoding=Decoding(samples=2, temperature=1.0))
+    result, rows = run(small, Task("noise", EXAMPLES[3:4], IS_A, letter), decoding=Decoding(samples=2, temperature=1.0))
     assert all(len(tokenizer.encode(str(row["prompt"]), add_bos=True)) + int(str(row["tokens"])) <= 24 for row in rows)
     assert result.truncated > 0
+
+
+@pytest.mark.parametrize("needs_pool", [False, True])
+def test_a_score_that_raises_counts_0_and_is_told(needs_pool: bool, llm: LLM) -> None:
+    reward = Reward("mine", raises_on_sorting, spec="tests.eval.scores:raises_on_sorting")
+    expected, _ = run(llm)
+    result, rows = run(llm, Task("noise", EXAMPLES, reward, letter, needs_pool=needs_pool))
+    assert (result.failed, result.failures) == (6, {"raised ValueError: no sorting today": 6})
+    assert {row["problem"] for row in rows if row["failure"]} == {2}
+    assert result.scores == (*expected.scores[:2], 0.0, *expected.scores[3:])
+
+
+@pytest.mark.parametrize("needs_pool", [False, True])
+def test_a_score_that_always_raises_is_an_error(needs_pool: bool, llm: LLM) -> None:
+    reward = Reward("mine", always_raises, spec="tests.eval.scores:always_raises")
+    with pytest.raises(InputError, match="no answer of task noise could be scored: mine raised KeyError: 'missing'"):
+        run(llm, Task("noise", EXAMPLES, reward, letter, needs_pool=needs_pool))
+    assert not llm.has_unfinished
+
+
+def test_scores_of_a_pool_are_those_of_this_process(llm: LLM) -> None:
+    plain, rows = run(llm)
+    pooled, others = run(llm, Task("noise", EXAMPLES, IS_A, letter, needs_pool=True))
+    assert others == rows
+    assert (pooled.pass_at_1, pooled.cons_at_k) == (plain.pass_at_1, plain.cons_at_k)
 
 
 def sample(problem: int, number: int, **changes: object) -> Sample:
@@ -151,14 +171,24 @@ def test_a_tally_by_hand() -> None:
     for number, (score, answer) in enumerate([(1.0, "5"), (1.0, "5"), (0.0, None), (1.0, "5")]):
         tally.add(sample(0, number, score=score, answer=answer, formatted=answer is not None, tokens=20))
     for number, (score, answer) in reversed(list(enumerate([(0.0, "3"), (1.0, "4"), (0.0, "3"), (0.0, "9")]))):
-        tally.add(sample(1, number, score=score, answer=answer, mixes=number == 1, finish_reason="length" if number else "error"))
+        tally.add(
+            sample(
+                1,
+                number,
+                score=score,
+                answer=answer,
+                mixes=number == 1,
+                finish_reason="length" if number else "error",
+                failure="" if number else "why",
+            )
+        )
     assert tally.mean_score == 0.5
     result = tally.result("t", FORM, DECODING, prompt_tokens=0, seconds=1.0)
     assert result.pass_at_1.value == 0.5
     assert result.cons_at_k.value == 0.5
     assert {k: estimate.value for k, estimate in result.pass_at_k.items()} == {1: 0.5, 2: 0.75, 4: 1.0}  # (1 + 1/2) / 2 of two
     assert (result.format_rate, result.mixing_rate, result.mean_tokens) == (3 / 8, 1 / 8, 15.0)
-    assert (result.truncated, result.failed, dict(result.families)) == (3 / 8, 1, {})
+    assert (result.truncated, result.failed, result.failures, dict(result.families)) == (3 / 8, 1, {"why": 1}, {})
     plain = json.loads(json.dumps(result.to_dict()))
     assert plain["pass_at_1"]["value"] == 0.5
     assert plain["pass_at_k"]["2"]["value"] == 0.75
@@ -175,7 +205,9 @@ def test_a_right_model_is_right(llm: LLM) -> None:
         return float(completion == known[example["question"]])
 
     result, _ = run(
-        llm, Task("known", EXAMPLES, repeats, lambda _, completion: completion), decoding=Decoding(temperature=0, max_tokens=12)
+        llm,
+        Task("known", EXAMPLES, Reward("repeats", repeats), lambda _, completion: completion),
+        decoding=Decoding(temperature=0, max_tokens=12),
     )
     assert result.pass_at_1.value == result.cons_at_k.value == 1.0
     assert result.pass_at_1.low < 0.6  # five problems prove little

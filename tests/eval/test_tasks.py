@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,6 +12,9 @@ from finback.data.items import find_item
 from finback.data.problems import family_names, generate_problems, is_held_out
 from finback.eval.task import AnyTask, ChoiceTask, Task, distinct, sample_seed
 from finback.eval.tasks import find_task, split_names, task_names
+from finback.rewards.reward import Example, Reward
+from finback.rewards.sandbox import bubblewrap_obstacle
+from tests.eval.scores import length
 
 
 def fetched(cache: Path, item_name: str, rows: list[dict[str, object]]) -> Path:
@@ -31,8 +32,11 @@ def fetched(cache: Path, item_name: str, rows: list[dict[str, object]]) -> Path:
     return cache
 
 
-def task_score(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    return float(len(completion))
+LENGTH = Reward("length", length, spec="tests.eval.scores:length")
+
+
+def score_of(task: Task, completion: str, example: Example) -> float:
+    return task.score.function("", completion, example)
 
 
 def answered(name: str, **arguments: object) -> Task:
@@ -87,8 +91,8 @@ def test_gym_takes_a_difficulty_and_holds_out() -> None:
         assert is_held_out(example["question"])
         terms = example["question"].partition(":")[2].replace("=", "").strip()
         assert len(terms.replace("-", "+").split("+")) == 5
-        assert task.score("", f"Answer: {eval(terms)}", example) == 1.0
-        assert task.score("", f"Answer: {eval(terms) + 1}", example) == 0.0
+        assert score_of(task, f"Answer: {eval(terms)}", example) == 1.0
+        assert score_of(task, f"Answer: {eval(terms) + 1}", example) == 0.0
 
 
 def test_gsm8k_asks_for_a_boxed_number(tmp_path: Path) -> None:
@@ -99,15 +103,10 @@ def test_gsm8k_asks_for_a_boxed_number(tmp_path: Path) -> None:
     task = answered("gsm8k", cache=fetched(tmp_path, "gsm8k-100", rows))
     assert [example["question"] for example in task.examples] == ["How many?", "How much?"]
     assert task.examples[0]["prompt"].startswith("How many?\nPlease reason step by step")
-    for reply, score in (
-        ("so \\boxed{1234}", 1.0),
-        ("It is 1,234.00.", 1.0),
-        ("1234, or rather 1235", 0.0),
-        ("none", 0.0),
-        ("", 0.0),
-    ):
-        assert task.score("", reply, task.examples[0]) == score
-    assert task.extract("", "We get \\boxed{\\$1,234.0}") == task.extract("", "It is 1234")
+    for reply, score in (("so \\boxed{1234}", 1.0), ("so \\boxed{1235}, or 1234", 0.0), ("1234", 0.0), ("", 0.0)):
+        assert score_of(task, reply, task.examples[0]) == score
+    for reply in ("We get \\boxed{\\$1,234.0}", "<answer> $1234 </answer>", "Hm.\nAnswer: 1234."):
+        assert task.extract("", reply) == "1234"
     assert answered("gsm8k", cache=tmp_path, problems=1).examples == task.examples[:1]
 
 
@@ -118,7 +117,38 @@ def test_truthful_qa_is_a_choice(tmp_path: Path) -> None:
     assert list(task.examples) == rows
     assert len(task.few_shot) == 6
     with pytest.raises(InputError, match="truthfulqa is decided by likelihood, not by a reward"):
-        find_task("truthfulqa", cache=tmp_path, reward=task_score)
+        find_task("truthfulqa", cache=tmp_path, reward=LENGTH)
+
+
+def test_human_eval_runs_code_in_the_sandbox(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {
+            "task_id": "HumanEval/0",
+            "prompt": 'def double(x):\n    """Twice x."""\n',
+            "entry_point": "double",
+            "canonical_solution": "    return 2 * x\n",
+            "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1) == -2\n",
+        }
+    ]
+    fetched(tmp_path, "humaneval", rows)
+    if bubblewrap_obstacle():
+        with pytest.raises(InputError, match="programs must not run without a sandbox"):
+            find_task("humaneval", cache=tmp_path)
+        return
+    task = answered("humaneval", cache=tmp_path)
+    assert task.needs_pool
+    assert "one code block" in task.examples[0]["prompt"]
+    right, wrong = (f"Here:\n```python\ndef double(x):\n    return {factor} * x\n```\n" for factor in (2, 3))
+    assert score_of(task, right, task.examples[0]) == 1.0
+    assert score_of(task, wrong, task.examples[0]) == score_of(task, "I cannot.", task.examples[0]) == 0.0
+    assert task.extract("", right) == "def double(x):\n    return 2 * x"
+    assert task.extract("", right) == task.extract("", right.replace("    return", "    # twice\n    return"))
+    assert task.extract("", "I cannot.") is None
+
+
+def test_a_reward_of_ones_own_scores_in_a_pool() -> None:
+    task = answered("problems", problems=2, reward=LENGTH)
+    assert (task.score, task.needs_pool) == (LENGTH, True)
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
@@ -128,8 +158,8 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     )
     task = answered(str(file))
     assert (task.name, len(task.examples)) == ("mine", 2)
-    assert task.score("", "Answer: 4.", task.examples[0]) == 1.0
-    assert task.score("", "4", task.examples[0]) == 0.0
+    assert score_of(task, "Answer: 4.", task.examples[0]) == 1.0
+    assert score_of(task, "4", task.examples[0]) == 0.0
     assert task.examples[0]["family"] == "sums"
 
 
