@@ -34,7 +34,8 @@ from finback.model.transformer import Transformer
 from finback.recipes.config import QuickstartConfig
 from finback.recipes.corpus import CHAIN_SETTINGS, CHAINS, Group, collect_groups
 from finback.recipes.stages import Run
-from finback.rewards.answers import exact, final_answer
+from finback.rewards.answers import final_answer
+from finback.rewards.reward import load_reward
 from finback.train.config import PretrainConfig
 from finback.train.evaluate import evaluate
 from finback.train.metrics import METRICS_FILE, read_metrics
@@ -46,6 +47,7 @@ STORY_BYTES = 160
 SAMPLE_TOKENS = 120
 TEXT_SHARE = 0.2  # of the rows of pre-training are stories (or docstrings), the others sums
 _TOKENIZER_TEXTS = 6000  # sums for the tokenizer: more of them say nothing new
+_WORDS_OF_SUMS = 320
 
 
 def corpus(run: Run, config: QuickstartConfig) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def corpus(run: Run, config: QuickstartConfig) -> dict[str, Any]:
 
 def tokenizer(run: Run, config: QuickstartConfig, preset: PretrainConfig) -> dict[str, Any]:
     """Train a byte-level BPE on the corpus."""
-    trained = corpus_tokenizer(run, config.vocab_size, preset.model.max_position_embeddings)
+    trained = corpus_tokenizer(run, vocabulary(config, config.vocab_size), preset.model.max_position_embeddings)
     save_tokenizer(trained, run.directory / "tokenizer")
     texts = [document.text for document in jsonl_documents(_corpus_file(run, _groups(run)[0]))]
     example = next(text for text in texts if len(text) > 40)[:40]
@@ -78,19 +80,17 @@ def tokenizer(run: Run, config: QuickstartConfig, preset: PretrainConfig) -> dic
 
 
 def corpus_tokenizer(run: Run, vocab_size: int, context: int) -> Tokenizer:
-    """A tokenizer for the run's corpus in which every digit is a token: sums are then worked out digit by digit.
-
-    DeepSeek's pre-tokenizer keeps up to three digits together, and merges would be learnt for common numbers; a line's end behind
-    every digit of the text that merges are learnt from prevents it.
-    """
+    """A tokenizer for the run's corpus. Every digit is a token of its own, so sums are worked out digit by digit."""
     texts: list[str] = []
     for name in _groups(run):
         documents = (document.text for document in jsonl_documents(_corpus_file(run, name)))
-        texts += [_DIGIT.sub("\\g<0>\n", text) for text in islice(documents, _TOKENIZER_TEXTS if name == CHAINS else None)]
+        texts += islice(documents, _TOKENIZER_TEXTS if name == CHAINS else None)
     return train_tokenizer(texts, vocab_size, model_max_length=context)
 
 
-_DIGIT = re.compile("[0-9]")
+def vocabulary(config: QuickstartConfig, wanted: int) -> int:
+    """Sums alone have words for few tokens."""
+    return min(wanted, _WORDS_OF_SUMS) if config.text == "none" else wanted
 
 
 def shards(run: Run, config: QuickstartConfig) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def student_base(run: Run, config: QuickstartConfig, preset: PretrainConfig) -> 
     ids = {f"{name}_token_id": getattr(trained, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     settings = replace(
         pretrain_config(run, config, preset),
-        model=replace(preset.model, **ids),
+        model=replace(preset.model, vocab_size=vocabulary(config, preset.model.vocab_size), **ids),
         data=tuple(str(directory / "data" / name) for name in _groups(run)),
         tokenizer=str(directory / "tokenizer"),
         tokens=config.student_tokens,
@@ -216,7 +216,7 @@ def seen_problems(run: Run, held_out: Mapping[str, Path]) -> str:
     sentences = []
     for title, file in held_out.items():
         examples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        task = Task(title, examples, exact, final_answer)
+        task = Task(title, examples, load_reward("finback.rewards.answers:exact"), final_answer)
         found = occurrences(task, texts)
         sentences.append(f"{title}: {len(found)} of {len(examples)} problems occur in the {len(texts):,} texts of training")
     return ".\n".join(sentences) + "."
@@ -279,7 +279,7 @@ def pretrain_config(run: Run, config: QuickstartConfig, preset: PretrainConfig) 
     shares = [1 - TEXT_SHARE if name == CHAINS else TEXT_SHARE / others for name in names] if others else [1.0]
     return replace(
         preset,
-        model=replace(preset.model, vocab_size=config.vocab_size),
+        model=replace(preset.model, vocab_size=vocabulary(config, config.vocab_size)),
         data=tuple(str(_shards_directory(run, name)) for name in names),
         data_weights=tuple(shares),
         tokenizer=str(run.directory / "tokenizer"),
@@ -316,7 +316,8 @@ def _problem_rows(chains: Iterable[Chain]) -> list[dict[str, Any]]:
     """Each question once."""
     different = {chain.question: chain for chain in chains}
     return [
-        {"prompt": c.question, "answer": c.answer, "language": c.language, "reasoning": clean_thought(c)} for c in different.values()
+        {"prompt": c.question, "answer": c.answer, "language": c.language, "reasoning": clean_thought(c)}
+        for c in different.values()
     ]
 
 

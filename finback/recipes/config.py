@@ -25,6 +25,8 @@ class QuickstartConfig:
     """Tokens of pre-training of the dense student."""
     ladder: float = 1.0
     """Length of the stages behind the base: steps of reinforcement learning and prompts that are sampled are multiplied by it."""
+    eval_problems: int = 200
+    """Held-out sums that each model is measured on, with 16 samples of each."""
     seed: int = 0
     """Seed of everything: problems, weights, order of the data, samples."""
     text: Text = "auto"
@@ -40,7 +42,7 @@ class QuickstartConfig:
     """Remove the run that is in `out` and start over."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "student_tokens"):
+        for name in ("tokens", "student_tokens", "eval_problems"):
             if getattr(self, name) < 1:
                 raise InputError(f"field {name} is {getattr(self, name)}, it must be at least 1")
         if not 0 < self.ladder <= 100:

@@ -29,7 +29,7 @@ from finback.eval.task import Task
 from finback.model.checkpoint import load, save
 from finback.recipes.config import LadderConfig
 from finback.recipes.stages import Run, StageFailed
-from finback.rewards.answers import answer_tag, exact, final_answer
+from finback.rewards.answers import answer_tag, final_answer
 from finback.rewards.pool import RewardPool
 from finback.rewards.reward import load_reward
 from finback.rl.config import GRPOConfig
@@ -135,9 +135,9 @@ def student(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     )
     traces = [chat_row(row, final_answer_text) for row in rows]
     if len(traces) < ladder.least_rows:
-        before = read_rows(run.directory / "data" / "cold-start.jsonl")
-        _too_few(ladder, traces, "the teacher", "give more student_prompts", before)
-        traces += before
+        others = read_rows(run.directory / "data" / "cold-start.jsonl")
+        _too_few(ladder, traces, "the teacher", "give more student_prompts", others)
+        traces += others
     file = write_rows(run, "student", traces)
     facts = _train_by_sft(run, "student", "student-base", replace(ladder.student, data=(str(file),)))
     after = measure(run, ladder, "student", CHAT)
@@ -160,7 +160,7 @@ def measure(run: Run, ladder: LadderConfig, name: str, form: PromptForm) -> dict
     llm = LLM(run.directory / name, dtype=torch.float32, max_num_seqs=128, max_num_batched_tokens=1024, block_size=16)
     for title, file in ladder.held_out.items():
         examples = read_rows(Path(file))[: ladder.eval_problems]
-        task = Task(title, examples, exact, final_answer)
+        task = Task(title, examples, load_reward("finback.rewards.answers:exact"), final_answer)
         drawn = Decoding(samples=ladder.eval_samples, max_tokens=ladder.eval_tokens, seed=run.manifest["settings"]["seed"])
         sampled = evaluate_answers(llm, task, form, drawn, keep=2)
         greedy = evaluate_answers(llm, task, form, replace(drawn, temperature=0.0))

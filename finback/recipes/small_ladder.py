@@ -50,6 +50,6 @@ def small_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
         student_prompts=steps(1500),
         gate="tell",
         least_rows=50,
-        eval_problems=200,
+        eval_problems=config.eval_problems,
         eval_tokens=160,
     )

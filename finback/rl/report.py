@@ -91,7 +91,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> "Figure":
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        if len(keys) > 1:
+        if len(axes.lines) > 1:
             axes.legend(frameon=False, fontsize=8)
     return figure
 
