@@ -352,7 +352,10 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", *(f"docs/howto/{name}.md" for name in ("evaluate", "load-and-convert", "run-the-engine", "students"))],
+    [
+        "README.md",
+        *(f"docs/howto/{name}.md" for name in ("evaluate", "load-and-convert", "rewards", "run-the-engine", "students")),
+    ],
 )
 @pytest.mark.usefixtures("run_directory")
 def test_python_examples_run(document: str) -> None:
@@ -372,6 +375,17 @@ def test_shell_examples_run(name: str) -> None:
     for words in examples:
         if "-" not in words:  # that one reads standard input
             assert cli.main(words) == 0
+
+
+@pytest.mark.usefixtures("run_directory")
+def test_the_page_on_rewards_runs() -> None:
+    """Its commands, after the program that writes their files."""
+    text = read("docs/howto/rewards.md")
+    exec(compile(next(code for code in blocks(text, "python") if "mine.py" in code), "rewards.md", "exec"), {})
+    examples = [words for _, *words in shell_commands(text)]
+    assert [words[:2] for words in examples] == [["rewards", "test"]] * 2
+    for words in examples:
+        assert cli.main(words) == 0
 
 
 def test_the_page_on_fine_tuning_runs(run_directory: Path) -> None:

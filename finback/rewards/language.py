@@ -24,38 +24,16 @@ _MARKUP = re.compile(r"\\[A-Za-z]+|<[^<>\n]{0,40}>|https?://\S+")
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _KANA = "\u3041-\u3096\u30a1-\u30fa"
 _WORD = re.compile(rf"[{_HAN}]|[{_KANA}]|(?:(?![{_HAN}{_KANA}])[^\W\d_])(?:['’]?(?:(?![{_HAN}{_KANA}])[^\W\d_]))*")
-_FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "log",
-        "ln",
-        "lg",
-        "exp",
-        "max",
-        "min",
-        "mod",
-        "gcd",
-        "lcm",
-        "lim",
-        "sqrt",
-        "det",
-        "arg",
-        "abs",
-    ]
-)
+_PROGRAMMING = ("python", "c", "cpp")  # what "language" says in rows of programs
+_FUNCTIONS = re.compile("sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min|mod|gcd|lcm|lim|sqrt|det|arg|abs", re.IGNORECASE)
 
 
 def language_consistency(prompt: str, completion: str, example: Example) -> float:
     """Share of the words of the thought that are in the target language, from 0 to 1 (R1-N equation 7).
 
-    The target is the row's "language", "zh" or "en"; without one, the language of most of the prompt's words. A thought that never ends
-    counts as far as it goes. A thought without a word (formulas only) is consistent; no thought, or an empty one, is not. Raises
-    InputError if the row names another language, or names none and the prompt has no words.
+    The target is the row's "language", "zh" or "en"; without one, or with one of programs, that of most of the prompt's words. A
+    thought that never ends counts as far as it goes. A thought without a word (formulas only) is consistent; no thought, or an empty
+    one, is not. Raises InputError if the row names another language, or names none and the prompt has no words.
     """
     target = _target(prompt, example)
     thought = parse_answer(completion, starts_in_thought=opens_thought(prompt), tools=False).reasoning
@@ -116,12 +94,12 @@ def _language(word: str) -> str | None:
         return "zh"
     if not word.replace("’", "'").isascii():
         return "other"
-    return None if len(word) < 2 or word.lower() in _FUNCTIONS else "en"
+    return None if len(word) < 2 or _FUNCTIONS.fullmatch(word) else "en"
 
 
 def _target(prompt: str, example: Example) -> str:
     target = example.get("language")
-    if target is None:
+    if target is None or target in _PROGRAMMING:
         counts = languages(prompt)
         target = max(LANGUAGES, key=lambda language: counts[language])
         if not counts[target]:

@@ -171,8 +171,8 @@ def test_a_tag_is_found_whatever_surrounds_it(text: str) -> None:
 
 
 def test_long_completions_take_no_time() -> None:
-    for text in ("\\boxed{" * 100_000, "{" * 1_000_000 + "\\boxed{" + "{" * 1_000_000, "<answer>" * 100_000, "Answer: " * 100_000,
-                 "**" * 500_000, "answer" + " " * 1_000_000 + "x"):  # fmt: skip
+    for text in ("\\boxed{" * 30_000, "{" * 300_000 + "\\boxed{" + "{" * 300_000, "<answer>" * 30_000, "Answer: " * 30_000,
+                 "**" * 200_000, "answer" + " " * 300_000 + "x"):  # fmt: skip
         assert exact("?", text, {"answer": "42"}) == 0.0
 
 

@@ -228,7 +228,7 @@ def test_a_keeper_that_is_killed_is_replaced(rewards: tuple[Reward, ...]) -> Non
     with RewardPool(rewards, deadline=DEADLINE) as pool:
         for number in range(50):
             pool.submit(number, "", "fine", {})
-        pool.submit("hang", "", "hang", {})
+        pool.submit("hang", "", "sleep", {})
         scores = dict(pool.collect(wait=True))
         below = descendants(os.getpid())
         os.kill(pool._keeper.pid, signal.SIGKILL)
