@@ -45,9 +45,7 @@ ROOMS["__main__"] = ["cli"]
 
 NEVER_TORCH = {"config", "parallel.schedule", "parallel.eplb", "planner"}  # besides every room's config.py
 FAST_TO_IMPORT = {"root", "cli", "presets", "commands"}  # `--help` imports these: torch only inside functions
-HANDED_ON = {
-    "finback.rewards": ["run_code"]
-}  # public as `finback.rewards.run_code`; a room of its own modules has no root to ask
+HANDED_ON = {"finback.rewards": ["run_code"]}  # public under that name; its module imports the standard library only
 BRINGS_TORCH = {"torch", "transformers", "safetensors.torch", "triton"}
 
 

@@ -3,11 +3,13 @@
 import itertools
 import math
 import os
+import re
 import secrets
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -549,6 +551,16 @@ def test_rows_that_cannot_be_judged_are_named(example: dict[str, Any]):
 
 def test_the_public_name():
     assert finback.rewards.run_code is run_code
+
+
+@pytest.mark.usefixtures("walls")
+def test_the_examples_of_the_how_to_run():
+    page = (Path(__file__).parents[2] / "docs/howto/code-rewards.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 4
+    namespace = {"__name__": "example"}
+    for example in examples:
+        exec(compile(example, "code-rewards.md", "exec"), namespace)
 
 
 # pass@k
