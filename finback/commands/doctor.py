@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 import finback
-from finback.commands.machine import read_hardware, read_packages, read_tools, read_torch
+from finback.commands.machine import read_code_sandbox, read_hardware, read_packages, read_tools, read_torch
 from finback.commands.parse import parse_arguments
 from finback.config import count_params
 from finback.presets import PRESETS
@@ -72,6 +72,7 @@ def examine(disk_path: Path) -> dict[str, Any]:
         "torch": read_torch(),
         "packages": read_packages(),
         "tools": read_tools(),
+        "code_sandbox": read_code_sandbox(),
     }
     report["advice"] = {"precision": advised_precision(report["torch"])}
     report["presets"] = dict.fromkeys(PRESETS) if _obstacle(report) else preset_needs()
@@ -115,6 +116,7 @@ def abilities(report: dict[str, Any]) -> list[Ability]:
         "several processes": _judge_processes,
         "torch.compile": _judge_compile,
         "Triton kernels": _judge_triton,
+        "code rewards": _judge_code_rewards,
     }
     obstacle = _obstacle(report)
     return [Ability(name, *(("no", obstacle) if obstacle else judge(report))) for name, judge in judges.items()]
@@ -181,6 +183,13 @@ def _judge_triton(report: dict[str, Any]) -> tuple[str, str]:
     if not version:
         return "no", "triton is not installed; the PyTorch operations do the same work"
     return ("yes", f"triton {version}") if report["torch"]["gpus"] else ("no", f"triton {version}, but no GPU")
+
+
+def _judge_code_rewards(report: dict[str, Any]) -> tuple[str, str]:
+    found = report["code_sandbox"]
+    if found["obstacle"] is not None:
+        return "no", f"refused without a sandbox, and {found['obstacle']}"
+    return "yes", f"in {found['bubblewrap']}, for {', '.join(found['languages'])}"
 
 
 def warnings(report: dict[str, Any]) -> list[str]:

@@ -127,6 +127,16 @@ def read_tools() -> dict[str, Any]:
     }
 
 
+def read_code_sandbox() -> dict[str, Any]:
+    """Where bubblewrap is, why programs cannot run in it or None (one is tried), and the languages that tests can be in."""
+    from finback.rewards.bubblewrap import find_bubblewrap
+    from finback.rewards.code import COMPILERS, find_compiler
+    from finback.rewards.sandbox import obstacle
+
+    languages = ["python", *(language for language in COMPILERS if find_compiler(language))]
+    return {"bubblewrap": find_bubblewrap(), "obstacle": obstacle("bubblewrap"), "languages": languages}
+
+
 def read_torch() -> dict[str, Any]:
     """Torch's facts from a process of its own (`torch_probe.py`), or an `error` in words if it is missing or broken."""
     try:

@@ -1,0 +1,3 @@
+from finback.rewards.code import run_code
+
+__all__ = ["run_code"]

@@ -123,7 +123,8 @@ def sandbox_command(
         walls += ["--setenv", name, value]
     if filter_fd is not None:
         walls += ["--seccomp", str(filter_fd)]
-    return [*(borrowing_command(user) if borrowed and user is not None else ()), *walls, *program]
+    prefix = borrowing_command(user) if borrowed and user is not None else ["setpriv", "--pdeathsig", "KILL"]
+    return [*prefix, *walls, *program]
 
 
 def needs_borrowing(user: int | None) -> bool:
@@ -133,8 +134,8 @@ def needs_borrowing(user: int | None) -> bool:
 
 def borrowing_command(user: int) -> list[str]:
     """What root puts before a command so that it runs as `user`, with the Python installation seen at /mnt, too."""
-    lend = f'mount --bind "$0" {BORROWED_MOUNT_POINT} && exec setpriv --reuid {user} --regid {user} --clear-groups "$@"'
-    return ["unshare", "--mount", "sh", "-c", lend, python_home()]
+    become = f"setpriv --reuid {user} --regid {user} --clear-groups --pdeathsig KILL"
+    return ["unshare", "--mount", "sh", "-c", f'mount --bind "$0" {BORROWED_MOUNT_POINT} && exec {become} "$@"', python_home()]
 
 
 @functools.cache

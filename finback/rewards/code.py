@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 from finback.config import InputError
-from finback.data.reasoning import opens_thought, parse_answer
 from finback.rewards import remote
 from finback.rewards.bubblewrap import PATH
 from finback.rewards.sandbox import Ending, Program, require, run_programs
 from finback.rewards.sandbox_config import CodeResult, InputOutput, Isolation, Language, Limits, Verdict
 
-Tests = str | Sequence[InputOutput]
+Tests = str | Sequence[InputOutput | Mapping[str, Any]]
 
 DETAIL_CHARACTERS = 1000
 CPU_LIMIT_CODES = (128 + 24, 128 + 9)  # SIGXCPU, and SIGKILL a second later
@@ -135,10 +134,14 @@ def _binary_command(box: str, _python: str) -> list[str]:
     return [f"{box}/solution"]
 
 
+def find_compiler(language: str) -> str | None:
+    found = (shutil.which(name, path=PATH) for name in COMPILERS[language])
+    return next((path for path in found if path), None)
+
+
 def _compile(source: bytes, language: Language, limits: Limits, deadline: float, isolation: Isolation) -> bytes | Outcome:
     """The compiled program, made inside the sandbox and read from its output, or the outcome of its failure."""
-    found = (shutil.which(name, path=PATH) for name in COMPILERS[language])
-    compiler = next((path for path in found if path), None)
+    compiler = find_compiler(language)
     if compiler is None:
         raise InputError(f"no compiler for {language} is on this machine ({', '.join(COMPILERS[language])}); install one")
     options = " ".join(COMPILER_OPTIONS[language])
@@ -229,6 +232,8 @@ def _count_tests(tests: str) -> int:
 
 def extract_code(prompt: str, completion: str, language: Language = "python") -> str | None:
     """The last fenced code block of the answer, behind the thought, that is in `language` or names none; None without one."""
+    from finback.data.reasoning import opens_thought, parse_answer  # needs tokenizers, which `finback doctor` must do without
+
     answer = parse_answer(completion, starts_in_thought=opens_thought(prompt), tools=False)
     found = [match for match in FENCE.finditer(answer.content) if match["name"].lower() in ("", *FENCE_NAMES[language])]
     return found[-1]["code"] if found else None

@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import resource
+import select
 import selectors
 import shutil
 import signal
@@ -94,23 +95,30 @@ def run_programs(programs: Sequence[Program], limits: Limits, *, deadline: float
 
 def require(isolation: Isolation) -> None:
     """InputError, with the remedy, unless programs can be run in this isolation here."""
+    reason = obstacle(isolation)
+    if reason is None:
+        return
+    if isolation == "degraded" or obstacle("degraded") is not None:
+        raise InputError(f"programs cannot be run here: {reason}")
+    raise InputError(
+        f"programs must not run without a sandbox, and {reason}; or accept that they reach the network and this machine's "
+        "files: run_code(..., isolation='degraded'), or the reward finback.rewards.code:unit_tests_unsandboxed"
+    )
+
+
+def obstacle(isolation: Isolation) -> str | None:
+    """Why programs cannot be run in this isolation here, with the remedy, or None."""
     if sys.platform != "linux":
-        raise InputError(f"programs are run under Linux only, and this is {sys.platform}; use another reward")
-    if shutil.which("prlimit", path=bubblewrap.PATH) is None:
-        raise InputError("programs are run by prlimit, which is not on this machine; install util-linux")
-    obstacle = bubblewrap_obstacle() if isolation == "bubblewrap" else None
-    if obstacle:
-        raise InputError(
-            f"programs must not run without a sandbox, and {obstacle}; or accept that they reach the network and this machine's "
-            "files: run_code(..., isolation='degraded'), or the reward finback.rewards.code:unit_tests_unsandboxed"
-        )
+        return f"it takes Linux, and this is {sys.platform}"
+    for tool, package in (("prlimit", "util-linux"), ("setpriv", "util-linux"), ("timeout", "coreutils")):
+        if shutil.which(tool, path=bubblewrap.PATH) is None:
+            return f"{tool} is not on this machine (Debian, Ubuntu: apt-get install {package})"
+    return bubblewrap_obstacle() if isolation == "bubblewrap" else None
 
 
 @functools.cache
 def bubblewrap_obstacle() -> str | None:
     """Why programs cannot be run in bubblewrap here, with the remedy, or None; found by running one, once per process."""
-    if sys.platform != "linux":
-        return f"bubblewrap needs Linux, and this is {sys.platform}"
     program = bubblewrap.find_bubblewrap()
     if program is None:
         return "bubblewrap is not installed (Debian, Ubuntu: apt-get install bubblewrap)"
@@ -146,6 +154,8 @@ class _Running:
     kill: Callable[[], None]
     status: int | None
     """The descriptor of bubblewrap's status; None in the degraded mode."""
+    namespace: int | None = None
+    """A descriptor of the first process of its namespace, which ends when the last one has; None until bubblewrap tells its number."""
     cause: Cause = "exited"
     open_streams: set[int] = field(default_factory=set)
 
@@ -168,7 +178,7 @@ def _start_behind_walls(program: Program, limits: Limits) -> Iterator[_Running]:
         filter_fd = None if content is None else stack.enter_context(_sealed(content))
         status, status_fd = os.pipe()
         stack.callback(os.close, status)
-        inner = [*_limiting(limits, 1 + _others(user)), *program.command(BOX, bubblewrap.python_program())]
+        inner = [*_limiting(limits, 2 + _others(user)), *program.command(BOX, bubblewrap.python_program())]
         command = bubblewrap.sandbox_command(
             inner, files=files, file_bytes=limits.file_bytes, filter_fd=filter_fd, status_fd=status_fd, user=user
         )
@@ -205,7 +215,7 @@ def _start_degraded(program: Program, limits: Limits) -> Iterator[_Running]:
         python, prefix = bubblewrap.python_program(), []
         if bubblewrap.needs_borrowing(user) and user is not None:
             python, prefix = bubblewrap.borrowed_python_program(), bubblewrap.borrowing_command(user)
-        limiting = _limiting(limits, _others(user, degraded=True))
+        limiting = _limiting(limits, 1 + _others(user, degraded=True))
         command = [*prefix, *limiting, *program.command(str(box_folder), python)]
         environment = {**ENVIRONMENT, "HOME": str(work), "TMPDIR": str(work)}
         process = _popen(command, program, stdin, [], user, str(work), environment)
@@ -270,7 +280,10 @@ def _running(process: subprocess.Popen[bytes], program: Program, limits: Limits,
 
 
 def _limiting(limits: Limits, other_processes: int) -> list[str]:
-    """The command that sets the limits inside; one that this process has already lower stays as it is."""
+    """The command that sets the limits inside; one that this process has already lower stays as it is.
+
+    `timeout` ends a program whose watcher was killed before bubblewrap had tied it to the watcher's life.
+    """
     wanted = {
         "nproc": (resource.RLIMIT_NPROC, limits.processes + other_processes),
         "as": (resource.RLIMIT_AS, limits.memory_bytes),
@@ -284,7 +297,8 @@ def _limiting(limits: Limits, other_processes: int) -> list[str]:
         allowed = value if ceiling == resource.RLIM_INFINITY else min(value, ceiling)
         options.append(f"--{name}={allowed}:{allowed}")
     # At the first the process gets a signal that tells its end from others, a second later the one that it cannot catch.
-    return ["prlimit", *options, f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}", "--"]
+    last = f"{limits.wall_seconds + LAST_WORDS_SECONDS:.3f}"
+    return ["timeout", "--signal=KILL", last, "prlimit", *options, f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}", "--"]
 
 
 def _others(user: int | None, *, degraded: bool = False) -> int:
@@ -357,6 +371,10 @@ def _take(box: _Running, descriptor: int) -> bool:
     chunk = os.read(descriptor, CHUNK)
     if descriptor == box.status:
         box.streams[descriptor] += chunk
+        first = _first_process(box)
+        if box.namespace is None and first is not None:
+            with suppress(ProcessLookupError):  # it has ended
+                box.namespace = os.pidfd_open(first)
         if not chunk:
             _wait(box)  # bubblewrap closes it when it ends
     else:
@@ -384,12 +402,14 @@ def _end(box: _Running) -> None:
         _wait(box)
     for descriptor in list(box.open_streams):
         os.set_blocking(descriptor, False)
-        try:
+        with suppress(BlockingIOError):  # degraded: something that escaped still holds the pipe
             while _take(box, descriptor):
                 pass
-        except BlockingIOError:
-            pass  # degraded: something that escaped still holds the pipe
         box.open_streams.discard(descriptor)
+    if box.namespace is not None:
+        _kill_namespace(box)
+        select.select([box.namespace], [], [], LAST_WORDS_SECONDS)
+        os.close(box.namespace)
 
 
 def _wait(box: _Running) -> None:
@@ -403,15 +423,12 @@ def _first_process(box: _Running) -> int | None:
 
 
 def _kill_namespace(box: _Running) -> None:
-    """Kill the first process of the namespace, and with it all; bubblewrap returns when the kernel has taken down the last one."""
-    if box.process.poll() is not None:
+    """Kill the first process of the namespace, and with it all. Bubblewrap itself may have returned before they have ended."""
+    if box.namespace is None:
+        _kill_group(box)  # which the first process leaves only later
         return
-    first = _first_process(box)
-    if first is None:
-        _kill_group(box)  # which its first process leaves only later
-        return
-    with suppress(ProcessLookupError):  # it has ended, and bubblewrap is about to
-        os.kill(first, signal.SIGKILL)
+    with suppress(ProcessLookupError):  # it has ended
+        signal.pidfd_send_signal(box.namespace, signal.SIGKILL)
 
 
 def _kill_degraded(box: _Running, user: int | None) -> None:

@@ -61,6 +61,7 @@ def make_report(**changes: Any) -> dict[str, Any]:
             "v3-671b": {"memory_bytes": 9600 * GIB, "training_flop": 3e24, "precision": "fp8"},
         },
     }  # fmt: skip
+    parts["code_sandbox"] = {"bubblewrap": "/usr/bin/bwrap", "obstacle": None, "languages": ["python", "c"]}
     for part, values in changes.items():
         parts[part] |= values
     report = {**parts, "packages": [{"name": "torch", "group": "core", "version": "2.13.0"}]}
@@ -229,6 +230,8 @@ def test_bf16_that_gains_nothing_is_not_advised():
         ({"torch": {"matmul": SLOW}}, "quickstart", "slow", "3 GFLOP/s"),
         ({"tools": {"cxx_compiler": None}}, "torch.compile", "no", "needs a C++ compiler"),
         ({"tools": {"torchrun": None}}, "several processes", "no", "torchrun"),
+        ({}, "code rewards", "yes", "in /usr/bin/bwrap, for python, c"),
+        ({"code_sandbox": {"obstacle": "it is too old"}}, "code rewards", "no", "refused without a sandbox, and it is too old"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_said(changes: dict[str, Any], name: str, state: str, words: str):
