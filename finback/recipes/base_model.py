@@ -316,7 +316,8 @@ def _problem_rows(chains: Iterable[Chain]) -> list[dict[str, Any]]:
     """Each question once."""
     different = {chain.question: chain for chain in chains}
     return [
-        {"prompt": c.question, "answer": c.answer, "language": c.language, "reasoning": clean_thought(c)} for c in different.values()
+        {"prompt": c.question, "answer": c.answer, "language": c.language, "reasoning": clean_thought(c)}
+        for c in different.values()
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from finback.config import InputError, ModelConfig, count_params
-from finback.data.conversations import PUBLISHED_TEMPLATES, load_samples, with_chat_template
+from finback.data.conversations import PUBLISHED_TEMPLATES, load_samples, samples_fingerprint, with_chat_template
 from finback.data.files import atomic_directory
 from finback.data.packing import Sample
 from finback.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
@@ -113,7 +113,7 @@ def sft(base: str | Path, config: SFTConfig, directory: str | Path, *, resume: b
         return load(checkpoint or base, dtype=torch.float32, device=choose_device(config.device))
 
     def keep_tokenizer() -> None:
-        _keep_tokenizer(base, kept_tokenizer, tokenizer if config.chat_template is not None else None)
+        keep_tokenizer_files(base, kept_tokenizer, tokenizer if config.chat_template is not None else None)
 
     return _run(open_model, model_config, samples, validation, config, run, str(base.resolve()), keep_tokenizer, resume, notes)
 
@@ -147,7 +147,7 @@ def finetune(
 
     def keep_tokenizer() -> None:
         if source is not None:
-            _keep_tokenizer(source, run / TOKENIZER_DIRECTORY, None)
+            keep_tokenizer_files(source, run / TOKENIZER_DIRECTORY, None)
 
     config = resolve_fields(config, model.config)
     return _run(open_model, model.config, samples, validation, config, run, None, keep_tokenizer, resume, [])
@@ -208,7 +208,7 @@ def _load(files: Sequence[str], config: SFTConfig, tokenizer: Tokenizer) -> tupl
     return loaded.samples, notes
 
 
-def _keep_tokenizer(source: Path, target: Path, changed: Tokenizer | None) -> None:
+def keep_tokenizer_files(source: Path, target: Path, changed: Tokenizer | None) -> None:
     """Tokenizer, template and generation config of a model directory into the run, which then needs that directory no more."""
     files = carried_files(source)
     if files:
@@ -283,7 +283,12 @@ def _run(
                 write_run_config(run, fields, machine)
             model = open_model(checkpoint)
             trainable = _freeze(model, config.freeze_mtp)
-            state = new_state(model, SampleStream(samples, seed=config.seed), moments_dtype=config.moments_dtype, ema_decay=None)
+            state = new_state(
+                model,
+                SampleStream(samples, seed=config.seed, fingerprint=samples_fingerprint(samples)),
+                moments_dtype=config.moments_dtype,
+                ema_decay=None,
+            )
             if checkpoint is not None:
                 restore_state(checkpoint, state)
                 passed_over.append(f"continuing {run} after step {state.progress.step}")
@@ -348,7 +353,7 @@ def _introduction(run: SFTRun, samples: Sequence[Sample], machine: dict[str, Any
 
 def _train(
     run: SFTRun,
-    state: TrainingState[SampleStream],
+    state: TrainingState[SampleStream[Sample]],
     metrics: MetricsWriter,
     interrupted: threading.Event,
     machine: dict[str, Any],
@@ -418,7 +423,7 @@ def _train(
         measured = measure(run, model) if finished or due(step, config.eval_every) else {}
         if finished or measured or not applied or due(step, config.log_every):
             row = step_row(progress, losses, norm, lr, clock.tokens_per_second(), machine)
-            row |= {"batch_size": len(samples), "epoch": stream.taken / len(stream.samples)}
+            row |= {"batch_size": len(samples), "epoch": stream.taken / len(stream.items)}
             row["padding"] = 1 - new_tokens / sum(rows.ids.numel() for rows in batch)
             metrics.log(row | measured)
             if losses.expert_counts.numel():
