@@ -1,7 +1,7 @@
 """Preference pairs from a judge (R1 in Nature, Methods): random order, repeated judging, clear cases only, lengths balanced.
 
-A judge is any function `(prompt, a, b) -> float`: by how much it thinks a better than b. `finback.data.judge` has one that asks a server,
-a rule makes another. What cannot be judged raises `JudgeError`, and is counted.
+A judge is any function `(prompt, a, b) -> float`: by how much it thinks a better than b. `finback.data.judge` has one that asks a
+server, a rule makes another. What cannot be judged raises `JudgeError`, and is counted.
 """
 
 import json

@@ -50,8 +50,9 @@ from finback.train.session import (
     read_machine,
     write_run_config,
 )
-from finback.train.sft import TOKENIZER_DIRECTORY, keep_tokenizer_files
+from finback.train.sft import keep_tokenizer_files
 from finback.train.sft_config import LONGEST_DEFAULT
+from finback.train.sft_loop import TOKENIZER_DIRECTORY
 
 _START = "finback reward-model MODEL_DIR --data FILE --kind pairwise|pointwise --out DIR"
 _WARMUP_SHARE = 0.03
