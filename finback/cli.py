@@ -25,6 +25,7 @@ VERBS = {
     "r1-zero": ("GRPO on a base model by rules alone, as R1-Zero", "finback.commands.grpo:main_r1_zero"),
     "sft": ("fine-tune a model on conversations or completions", "finback.commands.sft:main"),
     "rewards": ("try rewards on good and bad completions before a run", "finback.commands.rewards:main"),
+    "reward-model": ("train a reward model on pairs or labels", "finback.commands.reward_model:main"),
     "generate": ("continue a prompt with a trained model", "finback.commands.generate:main"),
     "chat": ("talk with a model in the terminal", "finback.commands.chat:main"),
     "eval": ("measure a model on tasks: pass@1, cons@k, pass@k, with intervals", "finback.commands.eval:main"),

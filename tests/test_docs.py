@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import io
+import json
 import re
 import shlex
 import shutil
@@ -392,11 +393,14 @@ def test_the_page_on_fine_tuning_runs(run_directory: Path) -> None:
     """Its rows, commands and program, in the order of the page."""
     text = read("docs/howto/fine-tune.md")
     (run_directory / "chat.jsonl").write_text("".join(blocks(text, "json")))
+    answers = [("A whale.", "A fish."), ("The fin whale.", "No."), ("A whale.", "A very large fish, or so they say.")]
+    pairs = [{"prompt": "What is a finback?", "chosen": better, "rejected": worse} for better, worse in answers * 4]
+    (run_directory / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     verbs = []
     for _, *words in shell_commands(text):
         assert cli.main(words) == 0
         verbs.append(words[0])
-    assert verbs == ["sft", "generate", "sft"]
+    assert verbs == ["sft", "generate", "sft", "reward-model"]
     for example in blocks(text, "python"):
         exec(compile(example, "fine-tune.md", "exec"), {"__name__": "example"})
 

@@ -158,10 +158,10 @@ def row_samples(record: Any, tokenizer: Tokenizer) -> list[Sample]:
     if not isinstance(record, Mapping):
         raise InputError(f"it holds a JSON {type(record).__name__} where an object is expected")
     if "messages" in record:
-        return conversation_samples(_checked_messages(record["messages"]), tokenizer)
+        return conversation_samples(checked_messages(record["messages"]), tokenizer)
     if "prompt" in record and "completion" in record:
         for name in ("prompt", "completion"):
-            _check_text(record[name], name)
+            check_text(record[name], name)
         return [completion_sample(record["prompt"], record["completion"], tokenizer)]
     raise InputError("it has neither messages nor prompt and completion")
 
@@ -258,7 +258,8 @@ def split_thought(turn: Message) -> tuple[str | None, str]:
     return thought.strip("\n"), answer.lstrip("\n")
 
 
-def _checked_messages(messages: Any) -> list[dict[str, Any]]:
+def checked_messages(messages: Any) -> list[dict[str, Any]]:
+    """The messages of a record without null fields; InputError says what is wrong with them."""
     if not isinstance(messages, list) or not messages:
         raise InputError("its messages must be a list of at least one message")
     checked = []
@@ -266,16 +267,17 @@ def _checked_messages(messages: Any) -> list[dict[str, Any]]:
         if not isinstance(message, Mapping):
             raise InputError(f"message {number} is a {type(message).__name__}, it must have a role and a content")
         kept = {key: value for key, value in message.items() if value is not None}  # Parquet fills what is absent with nulls
-        _check_text(kept.get("role"), f"role of message {number}")
+        check_text(kept.get("role"), f"role of message {number}")
         if not (kept["role"] == "assistant" and kept.get("tool_calls")):
-            _check_text(kept.get("content"), f"content of message {number}")
+            check_text(kept.get("content"), f"content of message {number}")
         if "reasoning_content" in kept:
-            _check_text(kept["reasoning_content"], f"reasoning_content of message {number}")
+            check_text(kept["reasoning_content"], f"reasoning_content of message {number}")
         checked.append({**kept, "content": kept.get("content")})
     return checked
 
 
-def _check_text(value: Any, name: str) -> None:
+def check_text(value: Any, name: str) -> None:
+    """InputError if a field of a record is no text that can be written as UTF-8."""
     if not isinstance(value, str):
         raise InputError(f"its {name} is {'missing' if value is None else f'a {type(value).__name__}'}, it must be text")
     try:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
@@ -106,8 +107,15 @@ def new_state(
     return TrainingState(model, init_adam_state(parameters, moments_dtype=moments), average, stream, Progress())
 
 
-def save_checkpoint(run: Path, state: TrainingState[Any], *, tokenizer_from: str | None, keep: int) -> Path:
-    """Write `checkpoints/step-N`, then remove all but the newest `keep` (0: none is removed).
+def save_checkpoint(
+    run: Path,
+    state: TrainingState[Any],
+    *,
+    tokenizer_from: str | None,
+    keep: int,
+    write_more: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write `checkpoints/step-N`, then remove all but the newest `keep` (0: none is removed). `write_more` adds files to it.
 
     Raises OSError or InputError when the disk is full; the checkpoints before are then untouched.
     """
@@ -118,6 +126,8 @@ def save_checkpoint(run: Path, state: TrainingState[Any], *, tokenizer_from: str
         if state.average is not None:
             state.average.wait()
             save(_averaged_model(state.model, state.average), temporary / _AVERAGE, tokenizer_from=tokenizer_from)
+        if write_more is not None:
+            write_more(temporary)
         _write_tensors(temporary / _TENSORS, adam_tensors(state.adam))
         trainer = {
             "format": 1,

@@ -345,8 +345,9 @@ def _sample(prompt: str, continuation: str) -> str:
 def _go_on(run: Path, verb: str) -> str:
     steps = sorted((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
     directory = next((path for path in (run / "final", *reversed(steps)) if path.is_dir()), run / "checkpoints" / "step-N")
-    use = f"generate {directory} --prompt {json.dumps('Once upon a time')}" if verb == "pretrain" else f"chat {directory}"
-    return f"```\nfinback {use}\nfinback {verb} --resume {run}\n```"
+    uses = {"pretrain": [f"generate {directory} --prompt {json.dumps('Once upon a time')}"], "sft": [f"chat {directory}"]}
+    commands = [f"finback {words}" for words in (*uses.get(verb, []), f"{verb} --resume {run}")]
+    return "\n".join(("```", *commands, "```"))
 
 
 def _duration(seconds: float) -> str:

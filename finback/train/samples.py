@@ -1,7 +1,7 @@
 """Fine-tuning samples as batches, their loss on completions, and how well the MTP modules draft them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from finback.config import InputError
-from finback.data.conversations import samples_fingerprint
 from finback.data.packing import PackedSamples, Sample, pack_samples, pad_samples
 from finback.data.stream import permute
 from finback.model.transformer import TrainOutput, Transformer
@@ -18,31 +17,35 @@ from finback.train.config import Precision, Recompute
 from finback.train.losses import BatchLosses, LossSums
 from finback.train.sft_config import Batching
 
+Item = TypeVar("Item")
 _LOGITS_AT_ONCE = 1 << 22
 
 
-class SampleStream:
-    """Every sample once per epoch, in an order that `seed` and the epoch give; a batch never reaches into the next epoch."""
+class SampleStream(Generic[Item]):
+    """Every item once per epoch, in an order that `seed` and the epoch give; a batch never reaches into the next epoch.
 
-    def __init__(self, samples: Sequence[Sample], *, seed: int) -> None:
-        self.samples = samples
+    `fingerprint` tells the items from others when a run is resumed.
+    """
+
+    def __init__(self, items: Sequence[Item], *, seed: int, fingerprint: str) -> None:
+        self.items = items
         self.seed = seed
         self.taken = 0
-        self._fingerprint = samples_fingerprint(samples)
+        self._fingerprint = fingerprint
 
-    def next_batch(self, size: int) -> list[Sample]:
-        """Up to `size` samples."""
-        epoch, start = divmod(self.taken, len(self.samples))
-        end = min(start + size, len(self.samples))
+    def next_batch(self, size: int) -> list[Item]:
+        """Up to `size` items."""
+        epoch, start = divmod(self.taken, len(self.items))
+        end = min(start + size, len(self.items))
         self.taken += end - start
-        return [self.samples[permute(place, len(self.samples), key=(self.seed, epoch))] for place in range(start, end)]
+        return [self.items[permute(place, len(self.items), key=(self.seed, epoch))] for place in range(start, end)]
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON values."""
         return {"taken": self.taken, "seed": self.seed, "samples": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state`; InputError if it belongs to other samples."""
+        """Continue from `state`; InputError if it belongs to other items."""
         for name, own in (("seed", self.seed), ("samples", self._fingerprint)):
             if state.get(name) != own:
                 raise InputError(

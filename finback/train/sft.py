@@ -1,46 +1,26 @@
-"""Supervised fine-tuning on completions: from files (`sft`) or from samples in memory (`finetune`), one loop, to be read downward."""
+"""Supervised fine-tuning on completions: from files (`sft`) or from samples in memory (`finetune`). The loop is in `sft_loop`."""
 
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finback.config import InputError, ModelConfig, count_params
-from finback.data.conversations import PUBLISHED_TEMPLATES, load_samples, with_chat_template
+from finback.data.conversations import PUBLISHED_TEMPLATES, load_samples, samples_fingerprint, with_chat_template
 from finback.data.files import atomic_directory
 from finback.data.packing import Sample
 from finback.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from finback.model.checkpoint import carried_files, load, open_checkpoint
 from finback.model.transformer import Transformer
-from finback.train.balance import update_expert_bias
-from finback.train.checkpoint import (
-    TrainingState,
-    list_checkpoints,
-    new_state,
-    newest_sound_checkpoint,
-    remove_leftovers,
-    restore_state,
-    save_checkpoint,
-)
-from finback.train.loop import Clock, diverged, due, expert_biases, machine_changes, not_applied, step_row, take_gradients
+from finback.train.checkpoint import new_state, newest_sound_checkpoint, remove_leftovers, restore_state
+from finback.train.loop import machine_changes
 from finback.train.memory import MemoryEstimate, available_memory, check_memory
-from finback.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
-from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
-from finback.train.ramps import cosine
-from finback.train.report import REPORT_FILE, write_report
-from finback.train.samples import (
-    SampleRows,
-    SampleStream,
-    accumulate_sample_gradients,
-    completion_loss,
-    micro_batches,
-    mtp_acceptance,
-)
+from finback.train.metrics import MetricsWriter
+from finback.train.samples import SampleRows, SampleStream
 from finback.train.session import (
     check_directory,
     check_same_fields,
@@ -54,29 +34,11 @@ from finback.train.session import (
     write_run_config,
 )
 from finback.train.sft_config import LONGEST_DEFAULT, SFTConfig
+from finback.train.sft_loop import TOKENIZER_DIRECTORY, SFTRun, cut_batch, train_samples
 
-TOKENIZER_DIRECTORY = "tokenizer"
 DEFAULT_BIAS_UPDATE_SPEED = 0.001
 _WARMUP_SHARE = 0.03
 _MASK_BYTES = 5  # per pair of positions of a packed row: the mask itself and torch's copy in float32
-
-
-@dataclass(frozen=True)
-class SFTRun:
-    """What is fixed from a run's start to its end."""
-
-    config: SFTConfig
-    """With every None that stands for a choice replaced."""
-    model: ModelConfig
-    directory: Path
-    device: torch.device
-    total_steps: int
-    held_out: list[SampleRows]
-    """Validation samples; empty if there are none."""
-    drafted: list[SampleRows]
-    """Samples on which MTP drafts are measured; empty if the model has no MTP."""
-    notes: list[str]
-    """What is said at the start about the data."""
 
 
 def sft(base: str | Path, config: SFTConfig, directory: str | Path, *, resume: bool = False) -> Path:
@@ -113,7 +75,7 @@ def sft(base: str | Path, config: SFTConfig, directory: str | Path, *, resume: b
         return load(checkpoint or base, dtype=torch.float32, device=choose_device(config.device))
 
     def keep_tokenizer() -> None:
-        _keep_tokenizer(base, kept_tokenizer, tokenizer if config.chat_template is not None else None)
+        keep_tokenizer_files(base, kept_tokenizer, tokenizer if config.chat_template is not None else None)
 
     return _run(open_model, model_config, samples, validation, config, run, str(base.resolve()), keep_tokenizer, resume, notes)
 
@@ -147,7 +109,7 @@ def finetune(
 
     def keep_tokenizer() -> None:
         if source is not None:
-            _keep_tokenizer(source, run / TOKENIZER_DIRECTORY, None)
+            keep_tokenizer_files(source, run / TOKENIZER_DIRECTORY, None)
 
     config = resolve_fields(config, model.config)
     return _run(open_model, model.config, samples, validation, config, run, None, keep_tokenizer, resume, [])
@@ -208,7 +170,7 @@ def _load(files: Sequence[str], config: SFTConfig, tokenizer: Tokenizer) -> tupl
     return loaded.samples, notes
 
 
-def _keep_tokenizer(source: Path, target: Path, changed: Tokenizer | None) -> None:
+def keep_tokenizer_files(source: Path, target: Path, changed: Tokenizer | None) -> None:
     """Tokenizer, template and generation config of a model directory into the run, which then needs that directory no more."""
     files = carried_files(source)
     if files:
@@ -283,7 +245,12 @@ def _run(
                 write_run_config(run, fields, machine)
             model = open_model(checkpoint)
             trainable = _freeze(model, config.freeze_mtp)
-            state = new_state(model, SampleStream(samples, seed=config.seed), moments_dtype=config.moments_dtype, ema_decay=None)
+            state = new_state(
+                model,
+                SampleStream(samples, seed=config.seed, fingerprint=samples_fingerprint(samples)),
+                moments_dtype=config.moments_dtype,
+                ema_decay=None,
+            )
             if checkpoint is not None:
                 restore_state(checkpoint, state)
                 passed_over.append(f"continuing {run} after step {state.progress.step}")
@@ -292,7 +259,7 @@ def _run(
                 with MetricsWriter(run, total_steps=total_steps, resume_step=resume_step) as metrics:
                     for sentence in (*_introduction(setting, samples, machine), *machine_changes(machine, device), *passed_over):
                         metrics.say(sentence)
-                    return _train(setting, state, metrics, interrupted, machine)
+                    return train_samples(setting, state, metrics, interrupted, machine)
             finally:
                 for parameter in trainable:
                     parameter.requires_grad_(True)
@@ -310,17 +277,7 @@ def _freeze(model: Transformer, freeze_mtp: bool) -> list[torch.nn.Parameter]:
 def _measured_on(samples: Sequence[Sample], config: SFTConfig) -> list[SampleRows]:
     """Up to `eval_samples` of them, spread evenly."""
     count = min(config.eval_samples, len(samples))
-    return _micro_batches([samples[index * len(samples) // count] for index in range(count)], config) if count else []
-
-
-def _micro_batches(samples: Sequence[Sample], config: SFTConfig) -> list[SampleRows]:
-    assert config.sequence_length is not None
-    return micro_batches(
-        samples,
-        sequence_length=config.sequence_length,
-        micro_batch_size=config.micro_batch_size,
-        batching=config.batching,
-    )
+    return cut_batch([samples[index * len(samples) // count] for index in range(count)], config) if count else []
 
 
 def _check_memory(run: SFTRun, samples: Sequence[Sample]) -> MemoryEstimate:
@@ -344,123 +301,3 @@ def _introduction(run: SFTRun, samples: Sequence[Sample], machine: dict[str, Any
         f"on {run.device} with {torch.get_num_threads()} threads, about {machine['estimated_device_bytes'] / 2**30:.1f} GiB at the peak"
     )
     yield from run.notes
-
-
-def _train(
-    run: SFTRun,
-    state: TrainingState[SampleStream],
-    metrics: MetricsWriter,
-    interrupted: threading.Event,
-    machine: dict[str, Any],
-) -> Path:
-    """Take `state` to the end of the run, step by step; return the last checkpoint."""
-    config, model, progress, stream = run.config, state.model, state.progress, state.stream
-    assert config.min_lr is not None
-    assert config.bias_update_speed is not None
-    assert config.warmup_steps is not None
-    tokenizer_from = run.directory / TOKENIZER_DIRECTORY
-    kept = str(tokenizer_from) if tokenizer_from.is_dir() else None
-    checkpoint, parameters = list_checkpoints(run.directory)[:1], state.parameters
-    finished = progress.step >= run.total_steps
-    clock = Clock()
-    if progress.step == 0 and (measured := measure(run, model)):
-        metrics.log({"step": 0, "tokens": 0, "seconds": 0.0} | measured)
-    while not finished:
-        step = progress.step + 1
-        lr = cosine(step=step, total_steps=run.total_steps, warmup_steps=config.warmup_steps, lr=config.lr, min_lr=config.min_lr)
-
-        # data
-        samples = stream.next_batch(config.global_batch_size)
-        batch = _micro_batches(samples, config)
-        new_tokens = sum(len(sample.ids) for sample in samples)
-
-        # forward and backward
-        losses = accumulate_sample_gradients(
-            model,
-            batch,
-            mtp_loss_coef=config.mtp_loss_coef,
-            balance_loss_coef=config.balance_loss_coef,
-            precision=config.precision,
-            recompute=config.recompute,
-            mtp=not config.freeze_mtp,
-        )
-        gradients = take_gradients(parameters)
-
-        # clip and update; a step that is not finite changes nothing
-        norm = gradient_norm(gradients)
-        applied = math.isfinite(norm)
-        progress.nonfinite_steps = 0 if applied else progress.nonfinite_steps + 1
-        if applied:
-            adamw_update(
-                parameters,
-                gradients,
-                state.adam,
-                lr=lr,
-                beta1=config.adam_beta1,
-                beta2=config.adam_beta2,
-                epsilon=config.adam_epsilon,
-                weight_decay=config.weight_decay,
-                gradient_scale=clip_scale(norm, config.max_grad_norm),
-            )
-        del gradients
-
-        # router bias; frozen MTP modules are not in the counts
-        if applied and config.bias_update_speed and run.model.uses_expert_bias:
-            biases = expert_biases(model)[: len(losses.expert_counts)]
-            update_expert_bias(biases, losses.expert_counts, config.bias_update_speed)
-
-        # count
-        progress.step, progress.tokens = step, progress.tokens + new_tokens
-        progress.seconds += clock.lap(trained_tokens=new_tokens)
-        finished = step >= run.total_steps
-
-        # evaluate and log
-        measured = measure(run, model) if finished or due(step, config.eval_every) else {}
-        if finished or measured or not applied or due(step, config.log_every):
-            row = step_row(progress, losses, norm, lr, clock.tokens_per_second(), machine)
-            row |= {"batch_size": len(samples), "epoch": stream.taken / len(stream.samples)}
-            row["padding"] = 1 - new_tokens / sum(rows.ids.numel() for rows in batch)
-            metrics.log(row | measured)
-            if losses.expert_counts.numel():
-                metrics.log_expert_load(step, losses.expert_counts.tolist())
-        if not applied:
-            metrics.say(not_applied(step, norm, config.max_nonfinite_steps))
-        if progress.nonfinite_steps >= config.max_nonfinite_steps:
-            raise InputError(diverged(step, config.lr, config.max_nonfinite_steps))
-
-        # save
-        if finished or interrupted.is_set() or due(step, config.save_every):
-            checkpoint = [save_checkpoint(run.directory, state, tokenizer_from=kept, keep=config.keep_checkpoints)]
-        if interrupted.is_set() and not finished:
-            metrics.say(f"stopped after step {step}; continue with: finback sft --resume {run.directory}")
-            raise KeyboardInterrupt
-        progress.seconds += clock.lap()
-    if not (run.directory / REPORT_FILE).exists():  # a finished run that is resumed keeps its report
-        write_report(run.directory, sections=_sections(run), verb="sft")
-    return checkpoint[0]
-
-
-def measure(run: SFTRun, model: Transformer) -> dict[str, float]:
-    """`validation_loss` and `mtp_acceptance` (of the first depth, and `mtp_acceptance_2`, ... of deeper ones), where they exist."""
-    measured: dict[str, float] = {}
-    if run.held_out:
-        measured["validation_loss"] = completion_loss(model, run.held_out, precision=run.config.precision)
-    if run.drafted:
-        shares = mtp_acceptance(model, run.drafted, precision=run.config.precision)
-        names = ("mtp_acceptance", *(f"mtp_acceptance_{depth}" for depth in range(2, len(shares) + 1)))
-        measured |= {name: share for name, share in zip(names, shares, strict=True) if math.isfinite(share)}
-    return measured
-
-
-def _sections(run: SFTRun) -> list[tuple[str, str]]:
-    """What the report says besides what every report does."""
-    sections = [("Data", " \n".join(f"- {note}" for note in run.notes))] if run.notes else []
-    shares = [row["mtp_acceptance"] for row in read_metrics(run.directory / METRICS_FILE) if "mtp_acceptance" in row]
-    if len(shares) > 1:
-        how = "frozen" if run.config.freeze_mtp else "trained along"
-        text = (
-            f"The MTP module, {how}, drafts the token after next. The main head agrees with {shares[0]:.1%} of its drafts before the "
-            f"run and with {shares[-1]:.1%} after it: the share that greedy speculative decoding accepts."
-        )
-        sections.append(("Multi-token prediction", text))
-    return sections

@@ -10,7 +10,7 @@ import torch
 
 from finback.ops.native import build
 from finback.train import session
-from finback.train.pretrain import _changes
+from finback.train.loop import machine_changes
 from tests.train.runs import ROOT
 
 CPU = torch.device("cpu")
@@ -53,11 +53,11 @@ def test_a_run_that_goes_on_with_other_kernels_is_told(monkeypatch: pytest.Monke
     """Their last bits differ; a run from before there were kernels ran on torch."""
     machine = {"device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__}
     monkeypatch.setattr(session, "training_kernels", lambda: None)
-    assert _changes(machine, CPU) == _changes(machine | {"kernels": "torch"}, CPU) == []
-    (sentence,) = _changes(machine | {"kernels": "C"}, CPU)
+    assert machine_changes(machine, CPU) == machine_changes(machine | {"kernels": "torch"}, CPU) == []
+    (sentence,) = machine_changes(machine | {"kernels": "C"}, CPU)
     assert sentence.startswith("kernels is torch and was C")
     if build.training_kernels() is not None:
         monkeypatch.undo()
         assert session.kernels_name(CPU) == "C"
-        assert _changes(machine, CPU)[0].startswith("kernels is C and was torch")
+        assert machine_changes(machine, CPU)[0].startswith("kernels is C and was torch")
     assert session.kernels_name(torch.device("cuda")) == "torch"

@@ -1,0 +1,61 @@
+"""`finback reward-model`: train a reward model on pairs or labels, or continue a run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from finback.commands.parse import parse_arguments
+from finback.config import InputError
+from finback.train.reward_model_config import RewardModelConfig
+
+_DESCRIPTION = """Train a reward model, or continue a run with: finback reward-model --resume DIR.
+Rows of the data are {"prompt", "chosen", "rejected"} (pairwise) or {"prompt", "completion", "label"} (pointwise)."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Words of `finback reward-model MODEL_DIR`; the fields of the run's config stand beside them."""
+
+    model_dir: Annotated[str, tyro.conf.Positional]
+    """Hugging Face directory of the language model to start from, best a fine-tuned one."""
+    config: Annotated[RewardModelConfig, tyro.conf.arg(name="")] = field(default_factory=RewardModelConfig)
+    out: Path | None = None
+    """Directory of the run: config, metrics, checkpoints, report."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb; the exit code is 0 when the run has reached its end."""
+    if any(word.split("=")[0] == "--resume" for word in argv):
+        _resume(argv)
+        return 0
+    arguments = parse_arguments(Arguments, argv, verb="reward-model", description=_DESCRIPTION)
+    if arguments.out is None:
+        raise InputError("--out is missing; give a directory for the run")
+    if not arguments.config.data:
+        raise InputError("--data is missing; give .jsonl or .parquet files with pairs or labels")
+    from finback.train.reward_model import train_reward_model
+    from finback.train.session import keep_freed_memory
+
+    keep_freed_memory()
+    _tell_end(train_reward_model(arguments.model_dir, arguments.config, arguments.out))
+    return 0
+
+
+def _resume(argv: Sequence[str]) -> None:
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    if len(words) != 2 or words[0] != "--resume":
+        raise InputError("--resume DIR stands alone: a run is continued with the fields that it was started with")
+    from finback.train.reward_model import read_reward_run, train_reward_model
+    from finback.train.session import keep_freed_memory
+
+    base, config = read_reward_run(words[1])
+    keep_freed_memory()
+    _tell_end(train_reward_model(base, config, words[1], resume=True))
+
+
+def _tell_end(checkpoint: Path) -> None:
+    print(f"done: {checkpoint}")
+    print(f"report: {checkpoint.parents[1] / 'report.md'}")
