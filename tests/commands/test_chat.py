@@ -1,13 +1,13 @@
 """`finback chat`: what enters the prompt, what is shown of an answer, what Ctrl-C does, and the same in a real terminal."""
 
 import builtins
+import codecs
 import contextlib
 import fcntl
 import io
 import json
 import os
 import pty
-import select
 import signal
 import subprocess
 import sys
@@ -445,16 +445,16 @@ class Terminal:
         )
         os.close(slave)
         self.seen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a character may come in two reads
 
     def send(self, keys: str) -> None:
         os.write(self.master, keys.encode())
 
     def wait_for(self, text: str) -> str:
-        """Read until `text` has appeared; give what came up to it."""
+        """Read until `text` has appeared, however long it takes; give what came up to it."""
         while text not in self.seen:
-            assert select.select([self.master], [], [], 120)[0], f"{text!r} did not come, only {self.seen!r}"
             try:
-                self.seen += os.read(self.master, 65536).decode(errors="replace")
+                self.seen += self._decoder.decode(os.read(self.master, 65536))
             except OSError:  # the program has ended
                 raise AssertionError(f"{text!r} did not come, only {self.seen!r}") from None
         before, _, self.seen = self.seen.partition(text)
@@ -465,7 +465,7 @@ class Terminal:
         with contextlib.suppress(OSError):  # EIO: nobody holds the other end any more
             while os.read(self.master, 65536):
                 pass
-        return self.process.wait(120)
+        return self.process.wait()
 
 
 @pytest.fixture
