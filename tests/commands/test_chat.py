@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -453,12 +454,24 @@ class Terminal:
     def wait_for(self, text: str) -> str:
         """Read until `text` has appeared, however long it takes; give what came up to it."""
         while text not in self.seen:
-            try:
-                self.seen += self._decoder.decode(os.read(self.master, 65536))
-            except OSError:  # the program has ended
-                raise AssertionError(f"{text!r} did not come, only {self.seen!r}") from None
+            self._read(text)
         before, _, self.seen = self.seen.partition(text)
         return before
+
+    def interrupt(self, text: str) -> None:
+        """Press Ctrl-C at the prompt until `text` has appeared. Python's readline may sleep through a signal that comes in the instant
+        before it waits for keys, and then sees it with the next."""
+        while text not in self.seen:
+            self.send("\x03")
+            while text not in self.seen and select.select([self.master], [], [], 5)[0]:
+                self._read(text)
+        self.wait_for(text)
+
+    def _read(self, text: str) -> None:
+        try:
+            self.seen += self._decoder.decode(os.read(self.master, 65536))
+        except OSError:  # the program has ended
+            raise AssertionError(f"{text!r} did not come, only {self.seen!r}") from None
 
     def end(self) -> int:
         """Read what is left and give the exit code."""
@@ -485,8 +498,9 @@ def test_a_real_terminal(terminal: Terminal) -> None:
     terminal.send("\x03")
     terminal.wait_for("stopped")
     terminal.wait_for(">>> ")
-    terminal.send("half a line\x03")
-    terminal.wait_for("/exit or Ctrl-D leaves")
+    terminal.send("half a line")
+    terminal.wait_for("half a line")
+    terminal.interrupt("/exit or Ctrl-D leaves")
     terminal.wait_for(">>> ")
     terminal.send("\x1b[200~two\nlines\x1b[201~\r")  # pasted
     terminal.wait_for("No thought here.")
