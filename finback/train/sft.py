@@ -17,6 +17,7 @@ from finback.data.packing import Sample
 from finback.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from finback.model.checkpoint import carried_files, load, open_checkpoint
 from finback.model.transformer import Transformer
+from finback.ops.memory import available_memory
 from finback.train.balance import update_expert_bias
 from finback.train.checkpoint import (
     TrainingState,
@@ -28,7 +29,7 @@ from finback.train.checkpoint import (
     save_checkpoint,
 )
 from finback.train.loop import Clock, diverged, due, expert_biases, machine_changes, not_applied, step_row, take_gradients
-from finback.train.memory import MemoryEstimate, available_memory, check_memory
+from finback.train.memory import MemoryEstimate, check_memory
 from finback.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
 from finback.train.ramps import cosine
