@@ -100,7 +100,7 @@ def _torch_step(model: torch.nn.Module, loss_of: Callable[[Tensor], Tensor], siz
 
     def step(turn: Any) -> float:
         loss = loss_of(draw())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()

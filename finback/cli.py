@@ -29,7 +29,7 @@ VERBS = {
     "generate": ("continue a prompt with a trained model", "finback.commands.generate:main"),
     "chat": ("talk with a model in the terminal", "finback.commands.chat:main"),
     "eval": ("measure a model on tasks: pass@1, cons@k, pass@k, with intervals", "finback.commands.eval:main"),
-    "convert": ("rewrite a checkpoint in another dtype or FP8", "finback.commands.convert:main"),
+    "convert": ("rewrite a checkpoint in another dtype, in FP8 or as a GGUF file", "finback.commands.convert:main"),
 }
 
 USER_ERROR = 2

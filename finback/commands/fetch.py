@@ -1,19 +1,26 @@
 """`finback fetch`: list what can be fetched, or get it."""
 
+import contextlib
 import shutil
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import DownloadColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from tyro.conf import Positional
 
 from finback.commands.parse import parse_arguments
 from finback.config import InputError
-from finback.data.fetch import default_cache, fetch, fetch_hub, is_present
+from finback.data.fetch import default_cache, downloads, fetch, fetch_hub, is_present
 from finback.data.items import ITEMS, Item, find_item
+
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,39 @@ def _fetch_one(item: Item, cache: Path) -> None:
         print(f"{item.name}: already in {cache / item.name}")
         return
     print(f"{item.name}: {'writing' if item.package is None else f'getting {item.origin}'}", flush=True)
-    directory = fetch(item, cache)
+    with _progress(item, cache):
+        directory = fetch(item, cache)
     print(f"{item.name}: {_megabytes(directory)} in {directory}; licence: {item.licence}")
+
+
+@contextlib.contextmanager
+def _progress(item: Item, cache: Path) -> Iterator[None]:
+    """Tell on stderr how much of the item's package has come, as its files on the disk show: a bar on a terminal, else a line at
+    times. What the package becomes after that takes seconds."""
+    if item.package is None:
+        yield
+        return
+    total, before, done = item.package.size, set(downloads(cache)), threading.Event()
+    columns = (*Progress.get_default_columns()[:-1], DownloadColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task(item.name, total=total)
+
+        def watch() -> None:
+            told = time.monotonic()
+            while not done.wait(SECONDS_BETWEEN_LOOKS):
+                come = min(total, sum(size for folder, size in downloads(cache).items() if folder not in before))
+                progress.update(task, completed=come)
+                if progress.disable and come and time.monotonic() - told > SECONDS_BETWEEN_LINES:
+                    print(f"{item.name}: {come / 1e6:.1f} of {total / 1e6:.1f} MB", file=sys.stderr, flush=True)
+                    told = time.monotonic()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
 
 
 def _megabytes(directory: Path) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import finback
+from finback.ops.memory import host_memory
 
 PROBE_TIMEOUT_SECONDS = 120  # a cold import of torch from a slow disk takes tens of seconds
 
@@ -27,7 +28,7 @@ def read_hardware(disk_path: Path) -> dict[str, Any]:
     """Cores, memory, disk and CPU flags. What a container may use counts, not its host's; None where nothing tells."""
     cpuinfo = _text(Path("/proc/cpuinfo"))
     model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    total, available = read_memory()
+    total, available = host_memory()
     return {
         "system": f"{platform.system()} {platform.release()}",
         "architecture": platform.machine(),
@@ -58,22 +59,6 @@ def cpu_flags(cpuinfo: str) -> dict[str, bool] | None:
         return None
     words = set(line[2].split())
     return {name: word in words for name, word in (X86_FLAGS if line[1] == "flags" else ARM_FLAGS).items()}
-
-
-def read_memory() -> tuple[int | None, int | None]:
-    """Total and available memory in bytes, cut by the container's limit."""
-    kib = dict(re.findall(r"^(MemTotal|MemAvailable):\s*(\d+) kB$", _text(Path("/proc/meminfo")), re.MULTILINE))
-    total = int(kib["MemTotal"]) * 1024 if "MemTotal" in kib else None
-    available = int(kib["MemAvailable"]) * 1024 if "MemAvailable" in kib else None
-    if total is None and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _text(Path("/sys/fs/cgroup/memory.max")).strip()
-    used = _text(Path("/sys/fs/cgroup/memory.current")).strip()
-    if total is not None and limit.isdigit() and int(limit) < total:
-        total = int(limit)
-        if available is not None and used.isdigit():
-            available = min(available, max(0, total - int(used)))
-    return total, available
 
 
 def read_packages() -> list[dict[str, Any]]:

@@ -1,11 +1,14 @@
 """One call that turns a verb's words into its dataclass, and any mistake in them into one sentence."""
 
 import contextlib
+import dataclasses
 import difflib
 import io
+import os
 import re
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import tyro
 
@@ -27,7 +30,8 @@ def parse_arguments(
     """Fill the dataclass `fields` from the words after `finback VERB`.
 
     `default` gives the values of fields that are not on the line (a preset, say); without it the dataclass's own
-    defaults hold. The docstring under each field is its help. `--help` prints and leaves with SystemExit(0).
+    defaults hold. The docstring under each field is its help. `--help` prints and leaves with SystemExit(0). In paths, ~ is the
+    user's home: shells replace it only where it begins a word, not in --out=~/run, nor inside quotes.
 
     Raises:
         InputError: a word that is no field (the nearest one is named), a missing field or a value of the wrong type.
@@ -57,7 +61,29 @@ def parse_arguments(
         raise InputError(f"{sentence}; see {prog} --help") from None
     if unknown:
         raise InputError(f"{_unknown_word(unknown[0], _flags(fields, default))}; see {prog} --help")
-    return filled
+    expanded: Fields = _with_home(filled)
+    return expanded
+
+
+def with_home(path: str) -> str:
+    """`path` with the user's home for a leading ~; where there is no such user, as it is."""
+    return os.path.expanduser(path)
+
+
+def _with_home(filled: Any) -> Any:
+    """Every `Path` in a dataclass, and in those inside it, by `with_home`."""
+    changed = {}
+    for field in dataclasses.fields(filled):
+        value = getattr(filled, field.name)
+        if isinstance(value, Path):
+            new: Any = Path(with_home(str(value)))
+        elif dataclasses.is_dataclass(value):
+            new = _with_home(value)
+        else:
+            continue
+        if new != value:
+            changed[field.name] = new
+    return dataclasses.replace(filled, **changed) if changed else filled
 
 
 def _name(word: str) -> str:
@@ -65,13 +91,14 @@ def _name(word: str) -> str:
 
 
 def _flags(fields: type[Fields], default: Fields | None) -> list[str]:
-    """Every `--flag` of `fields`, read from its help: the first words of the lines inside tyro's boxes."""
+    """Every `--flag` of `fields`, read from its help: the first words of the lines inside tyro's boxes, which stand side by side
+    where there is room."""
     page = io.StringIO()
     start = tyro.MISSING_NONPROP if default is None else default
     with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
         tyro.cli(fields, args=["--help"], config=_MARKERS, default=start)
-    starts = (re.match(r"[│|\s]*(--[\w.-]+(?:, --[\w.-]+)*)", line) for line in page.getvalue().splitlines())
-    return [flag for start in starts if start for flag in start[1].split(", ")]
+    starts = re.findall(r"(?:^|[│|])[ \t]*(--[\w.-]+(?:, --[\w.-]+)*)", page.getvalue(), re.MULTILINE)
+    return [flag for start in starts for flag in start.split(", ")]
 
 
 def _unknown_word(word: str, flags: list[str]) -> str:
@@ -93,11 +120,27 @@ def _unknown_word(word: str, flags: list[str]) -> str:
 
 def _sentence(box: str) -> str:
     """The message inside tyro's box: the words between its title and its first rule (or bottom edge)."""
-    words: list[str] = []
+    lines: list[str] = []
     for line in box.splitlines()[1:]:
-        inside = line.strip("│| ")
-        if inside.strip("╰╯─-"):
-            words += inside.split()
-        elif words:
+        if line.strip("│|╰╯─- "):
+            lines.append(line.strip("│|"))
+        elif lines:
             break
-    return " ".join(words).rstrip(".")
+    if lines and lines[0].strip().startswith("Missing from "):
+        return _missing(lines[1:])
+    sentence = " ".join(" ".join(lines).split()).rstrip(".")
+    # Of a whole dataclass tyro tells its own path; the sentence, from the dataclass's own check, names the field.
+    return re.sub(r"^Error parsing [\w.]+: ", "", sentence)
+
+
+def _missing(lines: Sequence[str]) -> str:
+    """One clause for each field that was left out: names stand out by four columns, what they mean is below them."""
+    clauses: list[str] = []
+    least = min(len(line) - len(line.lstrip()) for line in lines)
+    for line in lines:
+        words = line.split()
+        if len(line) - len(line.lstrip()) == least:
+            clauses.append(f"{words[0]} is missing:")
+        else:
+            clauses[-1] += " " + " ".join(words)
+    return "; ".join(clause.removesuffix("(required)").rstrip(" .:") for clause in clauses)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from finback.commands.parse import parse_arguments
+from finback.commands.parse import parse_arguments, with_home
 from finback.config import InputError
 from finback.presets import PRESETS
 from finback.train.config import PretrainConfig
@@ -43,17 +43,20 @@ def main(argv: Sequence[str]) -> int:
         _resume(argv)
         return 0
     arguments = _parse(argv)
+    config = _with_homes(arguments.config)
     if arguments.out is None:
         raise InputError("--out is missing; give a directory for the run")
-    if not arguments.config.data:
+    if not config.data:
         raise InputError("--data is missing; give text files (.txt, .jsonl, .parquet; finback fetch gets some) or token shards")
     if (arguments.out / "config.json").exists():
         again = f"continue it with finback pretrain --resume {arguments.out}"
         raise InputError(f"--out {arguments.out} already holds a run; {again}, or give another --out")
+    from finback.train.initial import check_init_from
     from finback.train.pretrain import pretrain
     from finback.train.session import keep_freed_memory
 
-    config = prepare_data(arguments.config, arguments.out, text_field=arguments.text_field)
+    check_init_from(config)  # before text is tokenised
+    config = prepare_data(config, arguments.out, text_field=arguments.text_field)
     keep_freed_memory()
     _tell_end(pretrain(config, arguments.out))
     return 0
@@ -66,9 +69,15 @@ def _resume(argv: Sequence[str]) -> None:
     from finback.train.pretrain import pretrain
     from finback.train.session import keep_freed_memory, read_run_config
 
-    directory = Path(words[1])
+    directory = Path(with_home(words[1]))
     keep_freed_memory()
     _tell_end(pretrain(read_run_config(directory), directory, resume=True))
+
+
+def _with_homes(config: PretrainConfig) -> PretrainConfig:
+    """The config's paths, which are texts, without ~."""
+    tokenizer, init_from = (None if path is None else with_home(path) for path in (config.tokenizer, config.init_from))
+    return replace(config, data=tuple(map(with_home, config.data)), tokenizer=tokenizer, init_from=init_from)
 
 
 def _tell_end(checkpoint: Path) -> None:
@@ -104,10 +113,12 @@ def prepare_data(config: PretrainConfig, out: Path, *, text_field: str = "text")
     """`config` with token shards in `data` and a tokenizer whose special tokens the model takes.
 
     Text files are tokenised into `out/data`: with the config's tokenizer, or with one of `model.vocab_size` tokens that
-    is trained on them.
+    is trained on them. Weights that are there already (`init_from`) bring their own.
     """
     from finback.data.tokenizer import load_tokenizer
 
+    if config.tokenizer is None and config.init_from is not None and (Path(config.init_from) / "tokenizer.json").is_file():
+        config = replace(config, tokenizer=config.init_from)
     shards = [(Path(path) / "index.json").is_file() for path in config.data]
     if all(shards):
         if config.tokenizer is None:
@@ -126,6 +137,8 @@ def _tokenise(config: PretrainConfig, directory: Path, text_field: str) -> Pretr
 
     if config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
+    elif config.init_from is not None:
+        raise InputError(f"--tokenizer is missing, and {config.init_from} holds none; give the one that its weights know")
     else:
         print(f"training a tokenizer of {config.model.vocab_size} tokens", flush=True)
         texts = _first_texts(_documents(config.data, text_field), TOKENIZER_TEXT_BYTES)

@@ -8,8 +8,10 @@ written here. Nothing in them is installed or run: a few files are read, turned 
     CACHE/packages/      the packages, kept because several items may share one; they can be deleted at any time
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -29,6 +31,7 @@ from finback.data.unpack import Files, json_lines
 
 _FORM = 1  # raised when an unpacker changes, so that what older versions wrote is made anew
 _RECORD = "fetched.json"
+_DOWNLOAD = ".download-"  # begins the names of folders for one download
 _TIMEOUT = 900  # seconds for one client; each has shorter limits of its own for a connection
 
 
@@ -149,12 +152,12 @@ def _tar_members(archive: tarfile.TarFile, names: Sequence[str]) -> Files:
 
 def _package_file(name: str, package: Package, cache: Path) -> Path:
     """The package with the right checksum, from the cache or through the registry's client."""
-    packages = cache.resolve() / "packages"  # the clients run in a directory of their own
+    packages = _packages(cache)  # the clients run in a directory of their own
     kept = packages / f"{package.name.rsplit('/', 1)[-1]}-{package.version}-{package.sha256[:8]}"
     if kept.is_file() and _sha256(kept) == package.sha256:
         return kept
     packages.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=packages) as folder:
+    with tempfile.TemporaryDirectory(prefix=_DOWNLOAD, dir=packages) as folder:
         _run_client(name, package, Path(folder))
         files = [file for file in Path(folder).iterdir() if file.is_file()]
         if len(files) != 1:
@@ -162,6 +165,21 @@ def _package_file(name: str, package: Package, cache: Path) -> Path:
         check_package(files[0], package)
         files[0].replace(kept)
     return kept
+
+
+def downloads(cache: Path) -> dict[Path, int]:
+    """The folders of downloads that are under way, and how many bytes lie in each."""
+    sizes = {}
+    for folder in _packages(cache).glob(f"{_DOWNLOAD}*"):
+        sizes[folder] = 0
+        for file in folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # moved or removed meanwhile
+                sizes[folder] += file.stat().st_size if file.is_file() else 0
+    return sizes
+
+
+def _packages(cache: Path) -> Path:
+    return cache.resolve() / "packages"
 
 
 def check_package(file: Path, package: Package) -> None:
@@ -196,8 +214,10 @@ def _run_client(name: str, package: Package, folder: Path) -> None:
     if shutil.which(command[0]) is None:
         raise InputError(f"could not get {what}, because {command[0]} is not on this machine; {remedy}")
     try:
+        # Clients that download beside their destination do so in TMPDIR: what has come lies inside `folder` throughout.
+        environment = {**os.environ, "TMPDIR": str(folder)}
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False
+            command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired:
         raise InputError(f"could not get {what} within {_TIMEOUT // 60} minutes; {remedy}") from None

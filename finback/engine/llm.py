@@ -6,6 +6,7 @@ passes, and aborting. A pass computes for all requests: what it gives those of a
 """
 
 import logging
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -82,7 +83,7 @@ class LLM:
 
     `LLM(directory)` loads a Hugging Face directory; `LLM(model=model)` shares a model's weights as they are: no copy of them is kept,
     in whatever form. After a change, by an optimizer in place or by giving parameters new data, call `reset_prefix_cache`. Without
-    a tokenizer prompts are token ids and answers have no text. Not thread-safe: one thread calls it.
+    a tokenizer (or the directory of one) prompts are token ids and answers have no text. Not thread-safe: one thread calls it.
 
     `num_speculative_tokens` drafts that many tokens with the MTP module and verifies them in one pass; which tokens come out does not
     depend on it. `num_blocks` of `block_size` tokens bound the cache; by default they hold `max_num_seqs` requests of full length, or
@@ -94,7 +95,7 @@ class LLM:
         directory: str | Path | None = None,
         *,
         model: Transformer | None = None,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | str | Path | None = None,
         dtype: torch.dtype | Literal["auto"] = "auto",
         device: torch.device | str = "cpu",
         max_num_seqs: int = 32,
@@ -110,11 +111,14 @@ class LLM:
         if (directory is None) == (model is None):
             raise InputError("LLM needs a directory or model=..., and not both")
         end_token_ids: set[int] = set()
+        if isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(os.path.expanduser(tokenizer))
         if directory is not None:
-            model = load(directory, dtype=_dtype(directory, dtype, torch.device(device)), device=device)
-            if tokenizer is None and (Path(directory) / "tokenizer.json").is_file():
+            directory, device = Path(os.path.expanduser(directory)), _usable(device)
+            model = load(directory, dtype=_dtype(directory, dtype, device), device=device)
+            if tokenizer is None and (directory / "tokenizer.json").is_file():
                 tokenizer = load_tokenizer(directory)
-            end_token_ids.update(_generation_end(Path(directory)))
+            end_token_ids.update(_generation_end(directory))
         assert model is not None
         config = model.config
         for name, value in {"max_num_seqs": max_num_seqs, "block_size": block_size, "max_model_len": max_model_len}.items():
@@ -500,6 +504,18 @@ def _plain(prompt: Any) -> list[Any]:
     if isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Iterable):
         raise InputError(f"the prompt is {prompt!r}, it must be a text or a list of token ids")
     return list(prompt)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """InputError where torch cannot put anything on the device."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError):  # whatever the part of torch raises that this machine lacks
+        raise InputError(
+            f"device is {str(device)!r}, which torch cannot use here; leave it out to run on the CPU (finback doctor lists devices)"
+        ) from None
+    return found
 
 
 def _dtype(directory: str | Path, dtype: torch.dtype | Literal["auto"], device: torch.device) -> torch.dtype:

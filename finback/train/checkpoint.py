@@ -30,9 +30,10 @@ from finback.data.stream import TokenStream
 from finback.model.checkpoint import hf_tensors, load, save
 from finback.model.directory import replaced_directory, write_durably
 from finback.model.safetensors_io import TORCH_DTYPES, TensorReader, read_catalog, read_header, write_safetensors
-from finback.model.transformer import Transformer, init_weights
+from finback.model.transformer import Transformer
 from finback.train.config import MomentsDtype, PretrainConfig
 from finback.train.ema import MovingAverage
+from finback.train.initial import initialise
 from finback.train.optimizer import AdamState, adam_tensors, init_adam_state
 
 CHECKPOINTS = "checkpoints"
@@ -90,10 +91,10 @@ def trained_parameters(model: Transformer) -> dict[str, torch.nn.Parameter]:
 
 
 def fresh_state(config: PretrainConfig, stream: TokenStream, device: torch.device) -> TrainingState[TokenStream]:
-    """A run before its first step: weights from `config.seed`, in float32."""
+    """A run before its first step: weights from `config.seed` or `config.init_from`, in float32."""
     torch.manual_seed(config.seed)
     model = Transformer(replace(config.model, torch_dtype="float32", fp8=False), device=device, dtype=torch.float32)
-    init_weights(model, config.seed)
+    initialise(model, config)
     return new_state(model, stream, moments_dtype=config.moments_dtype, ema_decay=config.ema_decay)
 
 

@@ -27,6 +27,8 @@ class PretrainConfig:
     """Share of rows taken from each directory of `data`, in its order; none given: equal shares."""
     tokenizer: str | None = None
     """Directory of the tokenizer that wrote the shards; it is saved into every checkpoint, and samples need it."""
+    init_from: str | None = None
+    """Hugging Face directory whose weights the run starts from, of the same model; None: weights are drawn from `seed`."""
     seed: int = 0
     """Seed of the weights and of the order of the data."""
     steps: int | None = None
@@ -234,8 +236,9 @@ def _check_numbers(c: PretrainConfig) -> None:
     )
     if not isinstance(c.data_weights, tuple) or not all(isinstance(share, int | float) for share in c.data_weights):
         raise InputError(f"field data_weights is {c.data_weights!r}, it must be a list of numbers")
-    if c.tokenizer is not None and not isinstance(c.tokenizer, str):
-        raise InputError(f"field tokenizer is {c.tokenizer!r}, it must be a directory")
+    for name in ("tokenizer", "init_from"):
+        if getattr(c, name) is not None and not isinstance(getattr(c, name), str):
+            raise InputError(f"field {name} is {getattr(c, name)!r}, it must be a directory")
     if not isinstance(c.device, str):
         raise InputError(f"field device is {c.device!r}, it must be a name such as cpu or cuda")
     for name in ("data", "sample_prompts"):

@@ -5,10 +5,7 @@ a quarter larger: allocators cannot use all of the gaps. Not counted are the lib
 within a factor of 1.5 of the measured peak (`tests/train/test_memory.py` holds it to that).
 """
 
-import os
-import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -108,28 +105,6 @@ def _attention_elements(m: ModelConfig) -> tuple[int, int]:
     normalised_latents = m.kv_lora_rank + (m.q_lora_rank or 0)
     expanded = heads * (2 * key + m.qk_nope_head_dim + m.v_head_dim)
     return compressed + heads * m.v_head_dim, normalised_latents + expanded
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that a run can still take on `device`; None where nothing tells. In a container its limit counts, not the host's."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    kib = re.search(r"^MemAvailable:\s*(\d+) kB$", _text("/proc/meminfo"), re.MULTILINE)
-    available = int(kib[1]) * 1024 if kib else None
-    limit, used = _text("/sys/fs/cgroup/memory.max").strip(), _text("/sys/fs/cgroup/memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        room = max(0, int(limit) - int(used))
-        return room if available is None else min(available, room)
-    if available is None and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return available
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError:
-        return ""
 
 
 def check_memory(config: PretrainConfig, device: torch.device, available: int | None) -> MemoryEstimate:

@@ -12,6 +12,7 @@ from torch import Tensor
 from finback.config import InputError, count_params
 from finback.data.stream import TokenStream
 from finback.data.tokenizer import Tokenizer
+from finback.ops.memory import available_memory
 from finback.train.balance import update_expert_bias
 from finback.train.budget import Plan, fixed_total_tokens, next_plan, planned_total, read_plans, write_plans
 from finback.train.checkpoint import (
@@ -25,9 +26,10 @@ from finback.train.checkpoint import (
 )
 from finback.train.config import PretrainConfig
 from finback.train.evaluate import sample_texts, validation_metrics, validation_rows
+from finback.train.initial import check_init_from
 from finback.train.loop import Clock, diverged, due, expert_biases, machine_changes, not_applied, step_row, take_gradients
 from finback.train.losses import accumulate_gradients
-from finback.train.memory import available_memory, check_memory
+from finback.train.memory import check_memory
 from finback.train.metrics import MetricsWriter
 from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
 from finback.train.ramps import batch_size, bias_update_speed, learning_rate, mtp_loss_coef, resolve_ramps, steps_of_tokens
@@ -60,6 +62,8 @@ def pretrain(config: PretrainConfig, directory: str | Path, *, resume: bool = Fa
     with cpu_threads(config.threads):
         stream, validation_splits, tokenizer = open_data(config)
         validation = validation_rows(validation_splits, config.sequence_length, config.eval_sequences)
+        if not resume:
+            check_init_from(config)
         estimate = check_memory(config, device, available_memory(device))
         run.mkdir(parents=True, exist_ok=True)
         with locked(run), deferred_interrupts() as interrupted:
@@ -219,5 +223,7 @@ def _introduction(
         f"{counts.total:,} parameters ({counts.active:,} active per token), {config.precision} on {device} "
         f"with {torch.get_num_threads()} threads{kernels}, about {machine['estimated_device_bytes'] / 2**30:.1f} GiB at the peak"
     )
+    if config.init_from is not None:
+        yield f"weights from {config.init_from}"
     if validation is None:
         yield "the validation split is shorter than one sequence: no held-out loss will be measured"

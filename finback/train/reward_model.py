@@ -29,7 +29,8 @@ from finback.train.checkpoint import (
 )
 from finback.train.loop import Clock, diverged, due, machine_changes, not_applied, step_row, take_gradients
 from finback.train.losses import BatchLosses
-from finback.train.memory import available_memory, check_memory
+from finback.ops.memory import available_memory
+from finback.train.memory import check_memory
 from finback.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
 from finback.train.ramps import cosine

@@ -61,6 +61,7 @@ def resolve_config(config: PretrainConfig, directory: Path, resume: bool) -> Pre
         config,
         data=tuple(os.path.abspath(path) for path in config.data),
         tokenizer=None if config.tokenizer is None else os.path.abspath(config.tokenizer),
+        init_from=None if config.init_from is None else os.path.abspath(config.init_from),
     )
     check_directory(directory, resume, verb="pretrain")
     if resume:

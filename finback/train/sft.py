@@ -16,9 +16,10 @@ from finback.data.packing import Sample
 from finback.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from finback.model.checkpoint import carried_files, load, open_checkpoint
 from finback.model.transformer import Transformer
+from finback.ops.memory import available_memory
 from finback.train.checkpoint import new_state, newest_sound_checkpoint, remove_leftovers, restore_state
 from finback.train.loop import machine_changes
-from finback.train.memory import MemoryEstimate, available_memory, check_memory
+from finback.train.memory import MemoryEstimate, check_memory
 from finback.train.metrics import MetricsWriter
 from finback.train.samples import SampleRows, SampleStream
 from finback.train.session import (

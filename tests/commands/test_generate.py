@@ -184,7 +184,8 @@ def test_bad_directory_is_one_sentence(directory: Path, tmp_path: Path, run: Cal
     file = tmp_path / "bare" / "config.json"
     file.write_text("{")
     assert "is not JSON" in run(tmp_path / "bare", "--prompt", "fox")[2]
-    assert "prompt" in run(directory)[2]
+    missing = "--prompt is missing: Text to continue; - reads it from standard input"
+    assert run(directory)[2] == f"finback generate: {missing}; see finback generate --help\n"
 
 
 def test_tokenizer_of_another_model_is_told(directory: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -18,6 +19,10 @@ class Optimizer:
     lr: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise InputError(f"field lr is {self.lr}, it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ def test_defaults_may_be_given():
             "invalid choice 'fp9' for argument '--precision'. Expected one of ('fp32', 'bf16')",
         ),
         ("tiny --steps", "Missing value for argument '--steps'. Expected 1 values"),
-        ("", "Missing from finback train: PRESET Which preset. (required)"),
+        ("", "PRESET is missing: Which preset"),
+        ("tiny --optimizer.lr -1", "field lr is -1.0, it must be above 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(line: str, sentence: str, capsys: pytest.CaptureFixture[str]):
@@ -100,3 +106,50 @@ def test_a_mistake_reads_the_same_on_a_terminal_without_box_characters(monkeypat
         parse("tiny --precision fp9")
     with pytest.raises(InputError, match=r"^unknown field --stepz; the nearest is --steps;"):
         parse("tiny --stepz 9")
+
+
+@dataclass(frozen=True)
+class Inner:
+    cache: Path = Path("cache")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Fields that are paths, and two that have no default."""
+
+    source: tyro.conf.Positional[Path]
+    """What to read; a directory."""
+    prompt: str
+    """Text to continue."""
+    out: Path | None = None
+    inner: Inner = Inner()
+
+
+def test_each_field_that_is_missing_is_named_with_its_meaning():
+    with pytest.raises(InputError) as told:
+        parse_arguments(Paths, [], verb="paths")
+    expected = "SOURCE is missing: What to read; a directory; --prompt is missing: Text to continue; see finback paths --help"
+    assert str(told.value) == expected
+
+
+def test_a_tilde_is_the_users_home(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/whale")
+    filled = parse_arguments(Paths, ["~/a", "--prompt", "~/b", "--out=~/c", "--inner.cache", "~"], verb="paths")
+    assert filled == Paths(Path("/home/whale/a"), "~/b", Path("/home/whale/c"), Inner(Path("/home/whale")))
+    same = Paths(Path("~nobody-of-this-name/a"), "x")
+    assert parse_arguments(Paths, ["~nobody-of-this-name/a", "--prompt", "x"], verb="paths") == same
+
+
+@pytest.mark.parametrize("columns", [30, 60, 120, 240, 480])
+def test_a_mistake_reads_the_same_on_a_terminal_of_any_width(columns: int, monkeypatch: pytest.MonkeyPatch):
+    """On a wide one tyro's boxes stand side by side."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for line, sentence in (
+        ("tiny --optimizer.lr -1 --steps 4", "field lr is -1.0, it must be above 0"),
+        ("tiny --stepz 4", "unknown field --stepz; the nearest is --steps"),
+        ("tiny --warmup-steps 4", "unknown field --warmup-steps; the nearest is --optimizer.warmup-steps"),
+        ("", "PRESET is missing: Which preset"),
+    ):
+        with pytest.raises(InputError) as told:
+            parse(line)
+        assert str(told.value) == f"{sentence}; see finback train --help"

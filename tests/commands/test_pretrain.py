@@ -93,6 +93,26 @@ def test_shards_and_their_tokenizer_are_taken_as_they_are(run: Run, tmp_path: Pa
     assert (tmp_path / "run" / "checkpoints" / "step-2").is_dir()  # 64 tokens a step
 
 
+def test_weights_that_are_there_bring_their_tokenizer(run: Run, text: Path, tmp_path: Path) -> None:
+    words = ["--data", text, "--steps", "1", *SMALL_WORDS]
+    assert run("tiny", "--out", tmp_path / "first", *words)[0] == 0
+    weights = tmp_path / "first" / "checkpoints" / "step-1"
+    code, said, err = run("tiny", "--out", tmp_path / "second", "--init-from", weights, *words)
+    assert (code, err) == (0, "")
+    assert f"weights from {weights}" in said
+    assert "training a tokenizer" not in said
+    tokenizers = [load_tokenizer(tmp_path / name / "data" / "tokenizer").fingerprint() for name in ("first", "second")]
+    assert tokenizers[0] == tokenizers[1]
+    code, _, err = run("tiny", "--out", tmp_path / "third", "--init-from", weights, *words, "--model.q-lora-rank", "8")
+    assert code == 2
+    assert f"init_from {weights} has q_lora_rank 16, and the model has 8" in err
+    (weights / "tokenizer.json").unlink()
+    code, _, err = run("tiny", "--out", tmp_path / "third", "--init-from", weights, *words)
+    assert code == 2
+    assert "--tokenizer is missing" in err
+    assert not (tmp_path / "third").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -111,7 +131,10 @@ def test_shards_and_their_tokenizer_are_taken_as_they_are(run: Run, tmp_path: Pa
         ("tiny --out {out} --data {text}/a.txt --learning-rate 1", "unknown field --learning-rate"),
         ("tiny --out {out} --data {text}/a.txt --warmup-step 1", "unknown field --warmup-step; the nearest is --warmup-steps"),
         ("tiny --out {out} --data {text}/a.txt --model.hiden-size 1", "the nearest is --model.hidden-size"),
-        ("tiny --out {out} --data {text}/a.txt --model.hidden-size 0", "config field hidden_size is 0, it must be at least 1"),
+        (
+            "tiny --out {out} --data {text}/a.txt --model.hidden-size 0",
+            "pretrain: config field hidden_size is 0, it must be",
+        ),
         ("tiny --out {out} --data {text}/a.txt --precision fp8", "cannot train in yet; use bf16 or fp32"),
         ("tiny --out {out} --data {text}/a.txt --precision int4", "invalid choice 'int4' for argument '--precision'"),
         ("tiny --out {out} --data {text}/a.txt", "vocab_size is 4096, but this text gives only"),

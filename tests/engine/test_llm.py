@@ -2,6 +2,8 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,11 @@ import pytest
 import torch
 
 from finback.config import InputError
+from finback.data.tokenizer import save_tokenizer, train_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
 from finback.engine.runner import Backend
+from finback.model.checkpoint import save
 from finback.model.transformer import Transformer
 from tests.engine.models import CONFIGS, V3_MTP, assert_same_tokens, transformers_greedy
 from tests.model.oracle import build
@@ -510,6 +514,25 @@ def test_inference_mode_may_come_and_go(backend: Backend) -> None:
     assert llm.generate([1, 2, 3], params) == first
     with torch.inference_mode():
         assert llm.generate([1, 2, 3], params) == first
+
+
+def test_what_is_told_by_a_path_or_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """~ is the user's home, a tokenizer may be the directory of one, and a device must be one of this machine."""
+    trained = train_tokenizer(["The fox saw the grapes."] * 20, vocab_size=290)
+    save_tokenizer(trained, tmp_path / "tokenizer")
+    save(build(replace(CONFIGS["v3"], vocab_size=290)), tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    expected = LLM(tmp_path / "model", tokenizer=trained, num_blocks=4).generate("The fox", params)
+    for path in ("~/tokenizer", tmp_path / "tokenizer"):
+        assert LLM("~/model", tokenizer=path, num_blocks=4).generate("The fox", params) == expected
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        LLM("~/model", tokenizer="~/model")
+    for device in ("cuda:99", "gpu", torch.device("cuda:99")):
+        with pytest.raises(
+            InputError, match=f"device is '{device}', which torch cannot use here; leave it out to run on the CPU"
+        ):
+            LLM("~/model", device=device)
 
 
 def test_either_a_directory_or_a_model() -> None:

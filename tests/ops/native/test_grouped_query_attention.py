@@ -133,6 +133,21 @@ def test_results_do_not_depend_on_threads(sizes: Sizes, lengths: list[int], new:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_all_rows_are_written_before_a_token_attends(dtype: torch.dtype) -> None:
+    """A prompt in one call, by more threads than there are cores: some come late, and nobody may read what they have yet to write."""
+    sizes = SIZES[1]
+    cache = draw_cache(dtype, [24], 2 * sizes.key_heads * sizes.size, 16, new=24)
+    inputs = draw_inputs(dtype, 24, sizes, norms=True)
+    rotary = RotaryTable(*angles(torch.arange(POSITIONS), sizes.size))
+    with threads(1):
+        expected = run(inputs, cache, rotary)
+    with threads(8):
+        for _ in range(40):
+            cache.rows.fill_(torch.nan)
+            assert_same_bits([expected, run(inputs, cache, rotary)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lengths", [[30, 61], [20, 700]])
 def test_a_sequence_does_not_depend_on_its_neighbours(lengths: list[int], dtype: torch.dtype) -> None:
     """Alone or in a batch, as one of several tokens or by itself: the same bits."""

@@ -138,6 +138,22 @@ def test_results_do_not_depend_on_threads(sizes: Sizes, lengths: list[int], new:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_all_rows_are_written_before_a_token_attends(dtype: torch.dtype) -> None:
+    """A prompt in one call, by more threads than there are cores: some come late, and nobody may read what they have yet to write."""
+    sizes = SIZES[1]
+    cache = draw_cache(dtype, [24], sizes.rank + sizes.rope, 16, new=24)
+    query, projected = draw_projected(dtype, 24, sizes)
+    results = []
+    for count in (1, *[8] * 40):
+        with threads(count):
+            cache.rows.fill_(torch.nan)
+            output = nans(dtype, 24, sizes.heads, sizes.value)
+            compiled().latent_attention(query, cache.cached(), output, sizes.rank, SCALE, projected)()
+            results.append(output)
+    assert_same_bits(results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_sequence_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
     """Alone or in a batch, as one of several tokens or by itself: the same bits."""
     sizes = SIZES[2]
