@@ -27,7 +27,9 @@ def test_problems() -> None:
 def test_rows_are_the_same_problems_with_their_entries() -> None:
     rows = list(gym_rows("chain_sum", 12, seed=3, held_out=True))
     problems = list(gym_problems("chain_sum", 12, seed=3, held_out=True))
-    assert [(row["question"], row["answer"], row["family"]) for row in rows] == [(p.question, p.answer, p.family) for p in problems]
+    assert [(row["question"], row["answer"], row["family"]) for row in rows] == [
+        (p.question, p.answer, p.family) for p in problems
+    ]
     assert all(row["gym"]["entry"]["question"].strip() == row["prompt"] for row in rows)
     (cube,) = gym_rows("rubiks_cube", 1)  # many right answers
     assert cube["answer"] is None
