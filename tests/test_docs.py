@@ -374,6 +374,19 @@ def test_shell_examples_run(name: str) -> None:
             assert cli.main(words) == 0
 
 
+def test_the_page_on_fine_tuning_runs(run_directory: Path) -> None:
+    """Its rows, commands and program, in the order of the page."""
+    text = read("docs/howto/fine-tune.md")
+    (run_directory / "chat.jsonl").write_text("".join(blocks(text, "json")))
+    verbs = []
+    for _, *words in shell_commands(text):
+        assert cli.main(words) == 0
+        verbs.append(words[0])
+    assert verbs == ["sft", "generate", "sft"]
+    for example in blocks(text, "python"):
+        exec(compile(example, "fine-tune.md", "exec"), {"__name__": "example"})
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_python_examples_import_what_exists(document: str) -> None:
     for example in blocks(read(document), "python"):

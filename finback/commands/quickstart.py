@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from finback.commands.parse import parse_arguments
-from finback.presets import tiny
+from finback.presets import nano, nano_dense
 from finback.recipes.config import QuickstartConfig
 
 
@@ -13,11 +13,11 @@ def main(argv: Sequence[str]) -> int:
         QuickstartConfig,
         argv,
         verb="quickstart",
-        description="Train a small model with DeepSeek-V3's architecture on this machine, from nothing to samples.",
+        description="Train a small model with DeepSeek-V3's architecture on this machine, and teach it to reason as R1 was taught.",
     )
     from finback.recipes.quickstart import quickstart
     from finback.train.session import keep_freed_memory
 
     keep_freed_memory()
-    quickstart(config, tiny())
+    quickstart(config, nano(), nano_dense())
     return 0

@@ -6,6 +6,7 @@ model's corpus (R1 section 2.2). Clean traces, for supervised fine-tuning, are o
 """
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -51,13 +52,13 @@ class ChainSettings:
 class Habits:
     """Shares of the ways of writing in a corpus of chains; what the first four leave is clutter."""
 
-    facts: float = 0.12
+    facts: float = 0.14
     """Lists of single sums, all right."""
-    direct: float = 0.26
+    direct: float = 0.20
     """An answer without a thought."""
-    leaps: float = 0.36
+    leaps: float = 0.32
     """A thought that adds two or three terms at a time."""
-    steps: float = 0.16
+    steps: float = 0.22
     """A thought that adds one term at a time."""
     tagged: float = 0.6
     """Of the answers, wear <answer> tags, with the thought between think tokens."""
@@ -99,34 +100,46 @@ def prompt_text(question: str) -> str:
     return f"User: {question}\nAssistant:"
 
 
-def clean_answer(chain: Chain) -> str:
-    """The reference: one term a step, in the question's language, tagged, without a slip."""
-    generator = random.Random(0)  # nothing is drawn where every share is 0 or 1
-    thought, result = _thought(chain, generator, _FLAWLESS, leaps=False)
-    return _answer(thought, str(result), tagged=True)
+def clean_thought(chain: Chain) -> str:
+    """The reference: one term a step, in the question's language, without a slip."""
+    return _thought(chain, random.Random(0), _FLAWLESS, leaps=False)[0]  # nothing is drawn where every share is 0 or 1
 
 
 def chain_documents(count: int, settings: ChainSettings, habits: Habits, *, seed: int) -> Iterator[str]:
-    """`count` documents, whole dialogues, as `habits` have them; never a held-out question."""
+    """`count` documents, whole dialogues, as `habits` have them. No held-out sum stands in them, neither as a question nor as a line of
+    a thought."""
     generator = random.Random(f"chain documents/{seed}")
-    for chain in generate_chains(count, settings, seed=seed):
-        place = generator.random()
-        if place < habits.facts:
-            yield _facts(generator, settings)
-        elif place < habits.facts + habits.direct:
-            wrong = generator.random() < habits.slip_direct
-            result = _wrong(generator, sum(chain.terms)) if wrong else sum(chain.terms)
-            yield prompt_text(chain.question) + _answer("", str(result), tagged=generator.random() < habits.tagged)
-        elif place < habits.facts + habits.direct + habits.leaps + habits.steps:
-            leaps = place < habits.facts + habits.direct + habits.leaps
-            thought, result = _thought(chain, generator, habits, leaps=leaps)
-            if generator.random() < habits.slip_answer:
-                result = _wrong(generator, result)
-            yield prompt_text(chain.question) + _answer(thought, str(result), tagged=generator.random() < habits.tagged)
-        else:
-            yield _clutter(generator, settings, chain)
+    produced = 0
+    while produced < count:
+        document = _document(_draw(generator, settings), generator, settings, habits)
+        if not any(_is_held_out_sum(line) for line in document.splitlines()):
+            produced += 1
+            yield document
 
 
+def _document(chain: Chain, generator: random.Random, settings: ChainSettings, habits: Habits) -> str:
+    place = generator.random()
+    if place < habits.facts:
+        return _facts(generator, settings)
+    if place < habits.facts + habits.direct:
+        wrong = generator.random() < habits.slip_direct
+        result = _wrong(generator, sum(chain.terms)) if wrong else sum(chain.terms)
+        return prompt_text(chain.question) + _answer("", str(result), tagged=generator.random() < habits.tagged)
+    if place < habits.facts + habits.direct + habits.leaps + habits.steps:
+        leaps = place < habits.facts + habits.direct + habits.leaps
+        thought, result = _thought(chain, generator, habits, leaps=leaps)
+        if generator.random() < habits.slip_answer:
+            result = _wrong(generator, result)
+        return prompt_text(chain.question) + _answer(thought, str(result), tagged=generator.random() < habits.tagged)
+    return _clutter(generator, settings, chain)
+
+
+def _is_held_out_sum(line: str) -> bool:
+    """Whether a line holds a sum of at least three terms that is held out."""
+    return len(_SIGNS.findall(line)) >= 2 and is_held_out(line)
+
+
+_SIGNS = re.compile("[-+]")
 _FLAWLESS = Habits(slip=0, slip_answer=0, own_language=1, other_language=0, tagged=1)
 _WORDS = {
     "en": {"first": "first ", "then": "then ", "wait": "wait, that is wrong: "},

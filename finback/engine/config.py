@@ -43,7 +43,8 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     """Leave the stop text at the end of the answer."""
     logprobs: int | None = None
-    """Log-probabilities of each chosen token and of this many likeliest ones, 0 to 20; None: none at all."""
+    """Log-probabilities of each chosen token and of this many likeliest ones, 0 to 20; None: none at all. They are the model's: before
+    penalties, grammar, temperature and filters."""
     frequency_penalty: float = 0.0
     """Taken from a token's logit for each time that it stands in the answer, -2 to 2."""
     presence_penalty: float = 0.0

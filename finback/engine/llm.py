@@ -80,9 +80,9 @@ class _Answer:
 class LLM:
     """A model with its paged cache and its scheduler.
 
-    `LLM(directory)` loads a Hugging Face directory; `LLM(model=model)` shares a model's weights as they are, and changes made to them
-    in place count from the next step on (call `reset_prefix_cache` then: cached rows are of the old ones). Without a tokenizer
-    prompts are token ids and answers have no text. Not thread-safe: one thread calls it.
+    `LLM(directory)` loads a Hugging Face directory; `LLM(model=model)` shares a model's weights as they are: no copy of them is kept,
+    in whatever form. After a change, by an optimizer in place or by giving parameters new data, call `reset_prefix_cache`. Without
+    a tokenizer prompts are token ids and answers have no text. Not thread-safe: one thread calls it.
 
     `num_speculative_tokens` drafts that many tokens with the MTP module and verifies them in one pass; which tokens come out does not
     depend on it. `num_blocks` of `block_size` tokens bound the cache; by default they hold `max_num_seqs` requests of full length, or
@@ -398,7 +398,7 @@ class LLM:
             states = [self._answers[request.request_id].sampling for request in live]
             if self._draft_rows is None or not self._draft_rows.describes(states):
                 self._draft_rows = SamplingRows(states, device=str(result.logits.device))
-            guesses = sample(result.logits, self._draft_rows, ahead=depth).token_ids.tolist()
+            guesses = sample(result.logits, self._draft_rows, ahead=depth, logprobs=False).token_ids.tolist()
             for request, guess in zip(live, guesses, strict=True):
                 request.draft_token_ids.append(max(guess, 0))  # NO_TOKEN: as good a guess as any
             if depth + 1 == self.num_speculative_tokens:
@@ -444,7 +444,10 @@ class LLM:
         return self._compiler.compile(grammar)
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes: after the weights have changed, their rows are those of another model."""
+        """To be called whenever weights have changed: cached prefixes are those of another model, and parameters may lie elsewhere.
+
+        It costs next to nothing. Requests that run meanwhile go on, with the rows that they have.
+        """
         self._blocks.reset_prefix_cache()
         self._runner.weights_changed()
 

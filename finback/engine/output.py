@@ -35,7 +35,8 @@ class RequestOutput:
         self.text += increment.text
         self.token_ids += increment.token_ids
         if increment.logprobs is not None:
-            self.logprobs = [*(self.logprobs or []), *increment.logprobs]
+            self.logprobs = [] if self.logprobs is None else self.logprobs
+            self.logprobs += increment.logprobs
         self.finish_reason = increment.finish_reason
         self.num_cached_tokens = increment.num_cached_tokens
         self.error = increment.error

@@ -16,7 +16,7 @@ within a row only by operations that work row by row.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -216,9 +216,8 @@ class _Group:
         self.shrunk = column([p.top_k > 0 or p.min_p > 0 for p in params], torch.bool)
 
 
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Log-probabilities, under the model, at one position."""
+class TokenLogprobs(NamedTuple):
+    """Log-probabilities, under the model, at one position: before penalties, grammar, temperature and filters."""
 
     logprob: float
     """Of the token that was chosen."""
@@ -243,6 +242,7 @@ def sample(
     ahead: int = 0,
     mask: Bool[Tensor, "M tokens"] | Int[Tensor, "M words"] | None = None,
     mask_rows: Sequence[int] | None = None,
+    logprobs: bool = True,
 ) -> Sampled:
     """One token per row. `logits` are not changed.
 
@@ -250,6 +250,7 @@ def sample(
     a draft model that samples its d-th draft (from 0) for the position d after the next one passes ahead=d and its drafts so far.
     `mask` holds the allowed tokens of the rows `mask_rows` (all rows if None), as booleans or as bits in int32 words, the lowest
     bit first; tokens past its end are forbidden. A row that holds NaN or infinity, or allows no token, gives NO_TOKEN.
+    `logprobs` False leaves log-probabilities out, whoever asked for them: those of a draft model are nobody's concern.
     """
     adjusted = logits = logits.contiguous()
     if rows.penalised or rows.biased or mask is not None:
@@ -265,7 +266,7 @@ def sample(
             tokens = _draw(adjusted, group, uniforms)
         else:
             tokens[group.index] = _draw(adjusted[group.index], group, uniforms[group.index])
-    return Sampled(tokens, _logprobs(logits, tokens, rows) if rows.with_logprobs else None)
+    return Sampled(tokens, _logprobs(logits, tokens, rows) if logprobs and rows.with_logprobs else None)
 
 
 def accept(drafts: Sequence[int], sampled: Sequence[int]) -> int:
@@ -427,15 +428,29 @@ def _forbid(logits: Float[Tensor, "N vocab"], mask: Tensor, rows: Sequence[int] 
 
 
 def _logprobs(logits: Float[Tensor, "N vocab"], tokens: Int64[Tensor, " N"], rows: SamplingRows) -> list[TokenLogprobs | None]:
-    asked = rows.with_logprobs
+    asked, vocab = rows.with_logprobs, logits.shape[1]
     wanted = [rows.states[rows.owner[row]].params.logprobs or 0 for row in asked]
-    index = torch.tensor(asked, device=logits.device)
-    logprobs = (logits if len(asked) == rows.num_rows else logits[index]).float().log_softmax(-1)
-    chosen = logprobs.gather(1, tokens[index].clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
-    likeliest = logprobs.topk(min(max(wanted), logits.shape[1]))
+    most = min(max(wanted), vocab)
+    if len(asked) < rows.num_rows:
+        index = torch.tensor(asked, device=logits.device)
+        logits, tokens = logits[index], tokens[index]
+    chosen: list[float] = []
+    likeliest: list[tuple[tuple[int, float], ...]] = []
+    block = max(1, _BLOCK // vocab) if logits.device.type == "cpu" else len(asked)
+    places = tokens.clamp(min=0).unsqueeze(1)
+    for start in range(0, len(asked), block):
+        values = logits[start : start + block].float().log_softmax(-1)
+        chosen += values.gather(1, places[start : start + block]).squeeze(1).tolist()
+        if most:
+            top = values.topk(most)
+            likeliest += map(tuple, map(zip, top.indices.tolist(), top.values.tolist()))
+    if most:
+        entries = [TokenLogprobs(one, top[:count]) for one, top, count in zip(chosen, likeliest, wanted, strict=True)]
+    else:
+        entries = [TokenLogprobs(one, ()) for one in chosen]
+    if len(asked) == rows.num_rows:
+        return list(entries)
     result: list[TokenLogprobs | None] = [None] * rows.num_rows
-    for row, count, logprob, ids, values in zip(
-        asked, wanted, chosen, likeliest.indices.tolist(), likeliest.values.tolist(), strict=True
-    ):
-        result[row] = TokenLogprobs(logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+    for row, entry in zip(asked, entries, strict=True):
+        result[row] = entry
     return result

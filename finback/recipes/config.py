@@ -15,20 +15,24 @@ Text = Literal["auto", "fables", "docstrings", "none"]
 
 @dataclass(frozen=True)
 class QuickstartConfig:
-    """The whole small run: corpus, tokenizer, pre-training, comparison with a trigram model, samples."""
+    """The whole small run: corpus, tokenizer, pre-training, comparison with a trigram model, and the R1 ladder on top."""
 
     out: str = "runs/quickstart"
     """Directory of the run; an interrupted run that is there is continued."""
-    minutes: float = 5.5
-    """Minutes of pre-training; the other stages add two or three."""
+    tokens: int = 5_500_000
+    """Tokens of pre-training, of which two cores read about a million a minute; the ladder behind it takes about as long again."""
+    student_tokens: int = 2_000_000
+    """Tokens of pre-training of the dense student."""
+    ladder: float = 1.0
+    """Length of the stages behind the base: steps of reinforcement learning and prompts that are sampled are multiplied by it."""
     seed: int = 0
     """Seed of everything: problems, weights, order of the data, samples."""
     text: Text = "auto"
-    """Text beside the problems: English and Chinese fables from the package registry, or docstrings of Python's own library; auto: the
+    """Text beside the sums: English and Chinese fables from the package registry, or docstrings of Python's own library; auto: the
     fables, and the docstrings where they cannot be had."""
-    problems: int = 8000
-    """Worked reasoning problems to generate."""
-    vocab_size: int = 4096
+    problems: int = 90_000
+    """Worked sums to generate for pre-training."""
+    vocab_size: int = 2048
     """Size of the vocabulary that is trained on the corpus."""
     cache: str | None = None
     """Directory that keeps what is fetched; ~/.cache/finback if not given."""
@@ -36,8 +40,11 @@ class QuickstartConfig:
     """Remove the run that is in `out` and start over."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.minutes <= 24 * 60:
-            raise InputError(f"field minutes is {self.minutes}, it must be above 0 and at most a day (1440)")
+        for name in ("tokens", "student_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"field {name} is {getattr(self, name)}, it must be at least 1")
+        if not 0 < self.ladder <= 100:
+            raise InputError(f"field ladder is {self.ladder}, it must be above 0 and at most 100")
         if self.seed < 0:
             raise InputError(f"field seed is {self.seed}, it must be at least 0")
         if self.problems < 100:
@@ -77,6 +84,8 @@ class LadderConfig:
     """Prompts of the rejection sampling."""
     student_prompts: int = 1000
     """Prompts that the last model answers for the student."""
+    gate: Literal["stop", "tell"] = "stop"
+    """What follows when a stage did not improve what it must: the run stops, or says so and goes on."""
     least_rows: int = 20
     """A stage that would be fine-tuned on fewer samples stops the run."""
 

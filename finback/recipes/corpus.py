@@ -1,4 +1,4 @@
-"""The quickstart's corpus: fables where the package registry can be reached, docstrings of Python's library elsewhere, and problems."""
+"""The quickstart's corpus: fables where the package registry can be reached, docstrings of Python's library elsewhere, and sums."""
 
 import ast
 import random
@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finback.config import InputError
+from finback.data.chains import ChainSettings, Habits, chain_documents
 from finback.data.fetch import default_cache, fetch, fetched_documents
 from finback.data.items import find_item
-from finback.data.problems import generate_problems
 from finback.data.sources import stdlib_documents
 from finback.recipes.config import QuickstartConfig
 
 FABLES = ("fables-en", "fables-zh")
-PROBLEM_LEVELS = (1, 2)  # one- and two-digit numbers: what a small model can learn in minutes
+CHAINS = "chains"
+CHAIN_SETTINGS = ChainSettings(least_terms=3, most_terms=6, largest=9)  # what a small model can learn in minutes
 DOCSTRING_BYTES = 2_000_000
 
 
@@ -29,13 +30,13 @@ class Group(NamedTuple):
 
 
 def collect_groups(config: QuickstartConfig) -> list[Group]:
-    """The corpus as `config.text` wants it, each group shuffled; generated problems always come last.
+    """The corpus as `config.text` wants it, each group shuffled; the generated sums always come last.
 
     Raises InputError if the fables are asked for and cannot be had.
     """
     groups = _text_groups(config)
-    problems = generate_problems(config.problems, seed=config.seed, levels=PROBLEM_LEVELS)
-    groups.append(Group("problems", [problem.text for problem in problems], "generated", "Apache-2.0, as finback"))
+    sums = list(chain_documents(config.problems, CHAIN_SETTINGS, Habits(), seed=config.seed))
+    groups.append(Group(CHAINS, sums, "generated", "Apache-2.0, as finback"))
     for group in groups:
         random.Random(f"{config.seed}/{group.name}").shuffle(group.texts)
     return groups

@@ -29,7 +29,7 @@ from finback.eval.task import Task
 from finback.model.checkpoint import load, save
 from finback.recipes.config import LadderConfig
 from finback.recipes.stages import Run, StageFailed
-from finback.rewards.answers import answer_tag, final_answer
+from finback.rewards.answers import answer_tag, exact, final_answer
 from finback.rewards.pool import RewardPool
 from finback.rewards.reward import load_reward
 from finback.rl.config import GRPOConfig
@@ -57,28 +57,30 @@ def r1_zero(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     facts = _train_by_grpo(run, "r1-zero", "base", settings)
     after = measure(run, ladder, "r1-zero", ladder.zero_form)
     _tell_rise("base", before, "r1-zero", after)
-    _must_rise("r1-zero", before, after)
+    _must_rise(ladder, "r1-zero", before, after)
     return {"base": before, **after, **facts}
 
 
 def cold_start(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     """SFT from the base on a few hundred of R1-Zero's samples: right, in form, in the question's language, as chat turns (R1 2.3.1)."""
     checks = [
-        *(Check(load_reward(spec)) for spec in ("finback.rewards.answers:exact_answer_tag", "finback.rewards.format:r1_zero_format")),
+        *(
+            Check(load_reward(spec))
+            for spec in ("finback.rewards.answers:exact_answer_tag", "finback.rewards.format:r1_zero_format")
+        ),
         Check(load_reward("finback.rewards.language:language_consistency")),
     ]
     rows, funnel = sample_and_keep(
         run, ladder, "r1-zero", ladder.zero_template, checks, ladder.cold_start_prompts, samples=4, keep=1, seed=1
     )
-    rows = rows[: ladder.cold_start_rows]
-    if len(rows) < ladder.least_rows:
-        raise StageFailed(
-            f"only {len(rows)} of R1-Zero's samples are right, in form and in one language, fewer than {ladder.least_rows}: "
-            "there is nothing to start from; train R1-Zero for longer, or give more cold_start_prompts"
-        )
-    file = write_rows(run, "cold-start", (chat_row(row, answer_tag) for row in rows))
+    traces = [chat_row(row, answer_tag) for row in rows[: ladder.cold_start_rows]]
+    if len(traces) < ladder.least_rows:
+        references = [reference_row(row) for row in read_rows(ladder.prompts)[: ladder.cold_start_rows] if "reasoning" in row]
+        _too_few(ladder, traces, "R1-Zero", "train R1-Zero for longer, or give more cold_start_prompts", references)
+        traces += references
+    file = write_rows(run, "cold-start", traces)
     facts = _train_by_sft(run, "cold-start", "base", replace(ladder.cold_start, data=(str(file),)))
-    return {"funnel": funnel, "rows": len(rows), **measure(run, ladder, "cold-start", CHAT), **facts}
+    return {"funnel": funnel, "rows": len(traces), **measure(run, ladder, "cold-start", CHAT), **facts}
 
 
 def reasoning_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
@@ -101,11 +103,16 @@ def rejection_sft(run: Run, ladder: LadderConfig) -> dict[str, Any]:
         )
     ]
     rows, funnel = sample_and_keep(run, ladder, "reasoning-rl", None, checks, ladder.rejection_prompts, samples=4, keep=2, seed=2)
+    traces = [chat_row(row, final_answer_text) for row in rows]
+    if len(traces) < ladder.least_rows:
+        before = read_rows(run.directory / "data" / "cold-start.jsonl")
+        _too_few(ladder, traces, "the reasoning model", "train it for longer, or give more rejection_prompts", before)
+        traces += before
     general = read_rows(ladder.general) if ladder.general else []
-    file = write_rows(run, "rejection", (*(chat_row(row, final_answer_text) for row in rows), *general))
+    file = write_rows(run, "rejection", (*traces, *general))
     facts = _train_by_sft(run, "rejection-sft", "base", replace(ladder.rejection, data=(str(file),)))
     after = measure(run, ladder, "rejection-sft", CHAT)
-    return {"funnel": funnel, "rows": len(rows), "general_rows": len(general), **after, **facts}
+    return {"funnel": funnel, "rows": len(traces), "general_rows": len(general), **after, **facts}
 
 
 def all_scenario_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
@@ -123,13 +130,20 @@ def all_scenario_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
 def student(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     """SFT of the dense student on the last model's verified traces, and nothing else (R1 section 2.4)."""
     checks = [Check(load_reward(spec)) for spec in ("finback.rewards.answers:exact", "finback.rewards.format:think_then_answer")]
-    rows, funnel = sample_and_keep(run, ladder, "all-scenario-rl", None, checks, ladder.student_prompts, samples=2, keep=1, seed=3)
-    file = write_rows(run, "student", (chat_row(row, final_answer_text) for row in rows))
+    rows, funnel = sample_and_keep(
+        run, ladder, "all-scenario-rl", None, checks, ladder.student_prompts, samples=2, keep=1, seed=3
+    )
+    traces = [chat_row(row, final_answer_text) for row in rows]
+    if len(traces) < ladder.least_rows:
+        before = read_rows(run.directory / "data" / "cold-start.jsonl")
+        _too_few(ladder, traces, "the teacher", "give more student_prompts", before)
+        traces += before
+    file = write_rows(run, "student", traces)
     facts = _train_by_sft(run, "student", "student-base", replace(ladder.student, data=(str(file),)))
     after = measure(run, ladder, "student", CHAT)
     before = measure(run, ladder, "student-base", ladder.zero_form)
     _tell_rise("student-base", before, "student", after)
-    return {"base": before, "funnel": funnel, "rows": len(rows), **after, **facts}
+    return {"base": before, "funnel": funnel, "rows": len(traces), **after, **facts}
 
 
 CHAT = PromptForm()
@@ -146,7 +160,7 @@ def measure(run: Run, ladder: LadderConfig, name: str, form: PromptForm) -> dict
     llm = LLM(run.directory / name, dtype=torch.float32, max_num_seqs=128, max_num_batched_tokens=1024, block_size=16)
     for title, file in ladder.held_out.items():
         examples = read_rows(Path(file))[: ladder.eval_problems]
-        task = Task(title, examples, load_reward("finback.rewards.answers:exact"), final_answer)
+        task = Task(title, examples, exact, final_answer)
         drawn = Decoding(samples=ladder.eval_samples, max_tokens=ladder.eval_tokens, seed=run.manifest["settings"]["seed"])
         sampled = evaluate_answers(llm, task, form, drawn, keep=2)
         greedy = evaluate_answers(llm, task, form, replace(drawn, temperature=0.0))
@@ -177,8 +191,8 @@ def describe(name: str, title: str, numbers: Mapping[str, Any]) -> str:
     """One line about a model on a set of problems."""
     value, low, high = numbers["pass_at_1"]
     return (
-        f"{name} on {title}: pass@1 {value:.1%} ({low:.1%} to {high:.1%}) at T {numbers['temperature']:g} over {numbers['samples']} samples, "
-        f"pass@{numbers['samples']} {numbers['pass_at_k'][0]:.1%}, greedy {numbers['greedy'][0]:.1%}, "
+        f"{name} on {title}: pass@1 {value:.1%} ({low:.1%} to {high:.1%}) at T {numbers['temperature']:g} over {numbers['samples']} "
+        f"samples, pass@{numbers['samples']} {numbers['pass_at_k'][0]:.1%}, greedy {numbers['greedy'][0]:.1%}, "
         f"mixed thoughts {numbers['mixing_rate']:.0%}, {numbers['mean_tokens']:.0f} tokens"
     )
 
@@ -205,7 +219,14 @@ def sample_and_keep(
     params = SamplingParams(temperature=1.0, max_tokens=ladder.eval_tokens, skip_special_tokens=False)
     with RewardPool([check.reward for check in checks]) as pool:
         kept, funnel = rejection_sample(
-            llm, pool, chosen, checks, params, num_samples=samples, keep_per_prompt=keep, seed=run.manifest["settings"]["seed"] + seed
+            llm,
+            pool,
+            chosen,
+            checks,
+            params,
+            num_samples=samples,
+            keep_per_prompt=keep,
+            seed=run.manifest["settings"]["seed"] + seed,
         )
     print("\n".join(funnel.lines()))
     return list(kept_rows(kept)), [list(stage) for stage in funnel.stages]
@@ -220,6 +241,21 @@ def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None]) -> 
     content = ANSWER_WORDS.get(example.get("language", "en"), ANSWER_WORDS["en"]) + answer
     reply = {"role": "assistant", "reasoning_content": parts.reasoning.strip("\n"), "content": content}
     return {"messages": [{"role": "user", "content": example["prompt"]}, reply]}
+
+
+def reference_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's own solution as a conversation."""
+    content = ANSWER_WORDS.get(row.get("language", "en"), ANSWER_WORDS["en"]) + row["answer"]
+    reply = {"role": "assistant", "reasoning_content": row["reasoning"], "content": content}
+    return {"messages": [{"role": "user", "content": row["prompt"]}, reply]}
+
+
+def _too_few(ladder: LadderConfig, traces: Sequence[Any], teacher: str, remedy: str, others: Sequence[Any]) -> None:
+    """Stop, or say what is learnt from instead."""
+    sentence = f"only {len(traces)} of the samples of {teacher} passed, fewer than {ladder.least_rows}"
+    if ladder.gate == "stop" or not others:
+        raise StageFailed(f"{sentence}: there is nothing to learn from; {remedy}")
+    print(f"{sentence}: {len(others)} reference traces are learnt from as well")
 
 
 def final_answer_text(content: str) -> str | None:
@@ -268,12 +304,15 @@ def _tell_rise(before_name: str, before: Mapping[str, Any], name: str, after: Ma
         print(f"from {before_name} to {name} on {title}: {100 * rise:+.1f} points of pass@1, {100 * greedy:+.1f} greedy")
 
 
-def _must_rise(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+def _must_rise(ladder: LadderConfig, name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """The gate: by more than the intervals, on the first set."""
     title = next(iter(after["results"]))
     old, new = before["results"][title]["pass_at_1"], after["results"][title]["pass_at_1"]
     if new[1] <= old[2]:
-        raise StageFailed(
+        sentence = (
             f"stage {name} did not improve what it must: pass@1 on {title} was {old[0]:.1%} ({old[1]:.1%} to {old[2]:.1%}) and is "
-            f"{new[0]:.1%} ({new[1]:.1%} to {new[2]:.1%}); look at training/{name}/report.md. What was finished stays"
+            f"{new[0]:.1%} ({new[1]:.1%} to {new[2]:.1%}); look at training/{name}/report.md"
         )
+        if ladder.gate == "stop":
+            raise StageFailed(f"{sentence}. What was finished stays")
+        print(sentence)

@@ -99,7 +99,8 @@ def run_stages(run: Run, stages: Sequence[Stage], again: str) -> None:
             write_heading(run.console, heading)
             start = time.perf_counter()
             facts = stage.work(run)
-            run.manifest["stages"][stage.name] = {"seconds": round(time.perf_counter() - start, 2), **facts}
+            seconds = round(time.perf_counter() - start, 2)
+            run.manifest["stages"][stage.name] = {"title": stage.title, "seconds": seconds, **facts}
             write_manifest(run)
     except KeyboardInterrupt:
         print(f"\nStopped. The same command goes on from here: {again}")
@@ -126,9 +127,9 @@ def finish_run(run: Run, stages: Sequence[Stage]) -> None:
     print(f"{'In all':<28} {total:7.1f} s")
 
 
-def stage_times(run: Run, stages: Sequence[Stage]) -> str:
+def stage_times(run: Run) -> str:
     """A Markdown table of the stages that are finished."""
-    rows = (f"| {s.title} | {run.facts(s.name)['seconds']:.1f} |" for s in stages if s.name in run.manifest["stages"])
+    rows = (f"| {facts['title']} | {facts['seconds']:.1f} |" for facts in run.manifest["stages"].values())
     return "| stage | seconds |\n|---|---:|\n" + "\n".join(rows)
 
 

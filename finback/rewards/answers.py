@@ -68,7 +68,8 @@ def behind_thought(prompt: str, completion: str) -> str | None:
 
     None if the thought never ends, or if another think tag stands behind it: then it is not told which part is the thought.
     """
-    parts = parse_answer(completion, starts_in_thought=opens_thought(prompt), tools=False)
+    # Behind "Assistant:" a model writes a space or a line's end first.
+    parts = parse_answer(completion.lstrip(), starts_in_thought=opens_thought(prompt), tools=False)
     if parts.thought == "open" or THINK_TOKEN in parts.content or END_THINK_TOKEN in parts.content:
         return None
     return parts.content

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from finback.config import InputError
-from finback.rewards.reflection import reflects
+from finback.rewards.reflection import reflection_share
 from finback.rl.batch import Batch
 from finback.rl.config import GRPOConfig
 from finback.rl.grpo import is_clipped, k3_divergence
@@ -33,7 +33,7 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, spread: Tensor) -> dict[s
         "completion_length": tokens / len(completions),
         "truncated": sum(c.finish_reason == "length" for c in completions) / len(completions),
         "zero_variance": 1 - float(spread.double().mean()),
-        "reflection": sum(reflects(c.text) for c in completions) / len(completions),
+        "reflection": reflection_share(c.text for c in completions),
         "entropy": -math.fsum(value for c in completions for value in c.log_probs) / max(1, tokens),
         "rollout_tokens_per_second": tokens / max(rollout.seconds, 1e-9),
         "rollout_seconds": rollout.seconds,

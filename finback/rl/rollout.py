@@ -94,6 +94,7 @@ def roll_out(
 
 def _collect(pool: RewardPool, groups: list[list[Completion]], *, wait: bool) -> None:
     for key, score in pool.collect(wait=wait):
+        assert isinstance(key, tuple)
         i, j = key
         groups[i][j].score = score
 

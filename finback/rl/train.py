@@ -34,7 +34,7 @@ from finback.rl.session import (
     write_run_config,
 )
 from finback.train.balance import update_expert_bias
-from finback.train.checkpoint import TrainingState, newest_sound_checkpoint, remove_leftovers, save_checkpoint
+from finback.train.checkpoint import TrainingState, list_checkpoints, newest_sound_checkpoint, remove_leftovers, save_checkpoint
 from finback.train.loop import diverged, due, expert_biases, not_applied, take_gradients
 from finback.train.metrics import MetricsWriter
 from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
@@ -104,7 +104,8 @@ def train(
     interrupted: threading.Event,
 ) -> Path:
     """Take `state` to the end of the run, step by step; return the last checkpoint."""
-    progress, checkpoint, useless = state.progress, run, 0
+    progress, useless = state.progress, 0
+    checkpoints = list_checkpoints(run)[:1]
     params = SamplingParams(temperature=config.temperature, max_tokens=config.max_completion_length, skip_special_tokens=False)
     while progress.step < config.steps:
         start, step = time.perf_counter(), progress.step + 1
@@ -147,11 +148,11 @@ def train(
 
         # save
         if step == config.steps or interrupted.is_set() or due(step, config.save_every):
-            checkpoint = save_checkpoint(run, state, tokenizer_from=config.model, keep=config.keep_checkpoints)
+            checkpoints = [save_checkpoint(run, state, tokenizer_from=config.model, keep=config.keep_checkpoints)]
         if interrupted.is_set() and step < config.steps:
             metrics.say(f"stopped after step {step}; continue with: finback grpo --resume {run}")
             raise KeyboardInterrupt
-    return checkpoint
+    return checkpoints[0]
 
 
 def update(

@@ -14,7 +14,7 @@ LONGEST_DEFAULT = 4096  # tokens per row where nothing is said and the context i
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """One fine-tuning run on completions (V3 section 5.1, R1 section 2.3.3). It ends after `epochs`.
+    """One fine-tuning run on completions (V3 section 5.1). It ends after `epochs`.
 
     The loss of a step is the mean over all completion tokens of its batch, however that is packed and cut into micro-batches.
     """

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from finback.config import InputError
-from finback.data.chains import Chain, ChainSettings, Habits, chain_documents, clean_answer, generate_chains, prompt_text
+from finback.data.chains import Chain, ChainSettings, Habits, chain_documents, clean_thought, generate_chains, prompt_text
 from finback.data.problems import is_held_out
 
 SETTINGS = ChainSettings(least_terms=3, most_terms=6, largest=9)
@@ -19,11 +19,9 @@ def test_a_chain_by_hand():
     chain = Chain((7, -3, 12), "en")
     assert chain.question == "What is 7-3+12?"
     assert chain.answer == "16"
-    assert clean_answer(chain) == " <think>\nfirst 4+12\nthen 16\n</think>\n<answer>16</answer>"
+    assert clean_thought(chain) == "first 4+12\nthen 16"
     chinese = Chain((7, 2, 5), "zh")
-    assert prompt_text(chinese.question) + clean_answer(chinese) == (
-        "User: 计算7+2+5。\nAssistant: <think>\n先得9+5\n再得14\n</think>\n<answer>14</answer>"
-    )
+    assert prompt_text(chinese.question) + clean_thought(chinese) == "User: 计算7+2+5。\nAssistant:先得9+5\n再得14"
 
 
 def test_chains_are_as_asked_for_and_the_same_every_time():
@@ -43,25 +41,24 @@ def test_what_is_held_out_is_in_no_corpus():
     held_out = {chain.terms for chain in generate_chains(300, SETTINGS, seed=1, held_out=True)}
     assert not held_out & {chain.terms for chain in generate_chains(3000, SETTINGS, seed=2)}
     for document in chain_documents(3000, SETTINGS, Habits(), seed=3):
-        if document.startswith("User: "):
-            assert not is_held_out(document.partition("\n")[0].removeprefix("User: "))
+        for line in document.splitlines():
+            assert not (len(re.findall("[-+]", line)) >= 2 and is_held_out(line)), line
 
 
-def test_clean_answers_are_right_line_by_line():
+def test_clean_thoughts_are_right_line_by_line():
     for chain in generate_chains(200, SETTINGS, seed=6):
-        answer = clean_answer(chain)
-        values = [_value(line) for line in answer.splitlines()[1:-2]]
+        thought = clean_thought(chain)
+        values = [_value(line) for line in thought.splitlines()]
         assert values == [int(chain.answer)] * (len(chain.terms) - 1)
-        assert answer.endswith(f"<answer>{chain.answer}</answer>")
-        assert bool(re.search(r"first|then", answer)) == (chain.language == "en")
+        assert bool(re.search(r"first|then", thought)) == (chain.language == "en")
 
 
 def test_habits_have_their_shares():
     documents = list(chain_documents(8000, SETTINGS, Habits(), seed=7))
     thoughts = [d for d in documents if "<think>" in d]
     dialogues = [d for d in documents if d.startswith("User: ")]
-    assert len(documents) - len(dialogues) == pytest.approx(0.12 * 8000, rel=0.15)
-    assert len(thoughts) == pytest.approx((0.36 + 0.16) * 0.6 * 8000, rel=0.08)
+    assert len(documents) - len(dialogues) == pytest.approx(0.14 * 8000, rel=0.15)
+    assert len(thoughts) == pytest.approx((0.32 + 0.22) * 0.6 * 8000, rel=0.08)
     assert any("wait, that is wrong" in d for d in thoughts)
     assert any("等等，不对" in d for d in thoughts)
     longer = [d for d in thoughts if d.count("\n") >= 6]  # at least two lines of thought, so that they can switch

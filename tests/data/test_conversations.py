@@ -100,11 +100,11 @@ def test_turns_share_a_sample_where_their_tokens_are_those_of_inference() -> Non
 
 @pytest.mark.parametrize("form", ["reasoning_content", "content"])
 def test_r1_thoughts_are_learnt_behind_the_prompt_that_opens_them(tokenizer: Tokenizer, form: str) -> None:
-    if form == "content":
-        turn = assistant("<think>\nTwo and two.\n</think>\n\n4")
-    else:
-        turn = assistant("4", reasoning_content="Two and two.")
-    samples = conversation_samples([user("2 + 2?"), turn], tokenizer)
+    turns = {
+        "content": assistant("<think>\nTwo and two.\n</think>\n\n4"),
+        "reasoning_content": assistant("4", reasoning_content="Two and two."),
+    }
+    samples = conversation_samples([user("2 + 2?"), turns[form]], tokenizer)
     prompt = f"{BOS}{USER}2 + 2?{ASSISTANT}<think>\n"
     assert samples == [pieces(tokenizer, (prompt, False), (f"Two and two.\n</think>\n\n4{EOS}", True))]
     assert tokenizer.encode(prompt) == list(samples[0].ids[: len(tokenizer.encode(prompt))])
@@ -258,19 +258,18 @@ def test_files_that_are_none(write: Write, tokenizer: Tokenizer, tmp_path: Path)
 
 def test_parquet_holds_the_same_rows(write: Write, tokenizer: Tokenizer, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     rows = [
         {"messages": [user("a"), assistant("b", reasoning_content="hm")]},
         {"messages": [user("c"), assistant("d")]},
         {"prompt": "a", "completion": "b"},
     ]
     filled = [{"messages": None, "prompt": None, "completion": None} | row for row in rows]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(filled), tmp_path / "rows.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(filled), tmp_path / "rows.parquet")
     theirs = load_samples([write(*rows)], tokenizer, sequence_length=60)
     assert load_samples([tmp_path / "rows.parquet"], tokenizer, sequence_length=60) == theirs
     broken = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": None}]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(broken), tmp_path / "broken.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(broken), tmp_path / "broken.parquet")
     with pytest.raises(InputError, match=r"broken\.parquet, row 1: it has neither"):
         load_samples([tmp_path / "broken.parquet"], tokenizer, sequence_length=60)
 

@@ -341,6 +341,32 @@ def test_bfloat16_logprobs_stay_near_float32() -> None:
     assert float(torch.cat(differences).mean()) < 0.05
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["v3-mtp", "qwen2"])
+def test_changed_weights_are_those_of_a_fresh_engine(name: str, dtype: torch.dtype, backend: Backend) -> None:
+    """Changed in place as by an optimizer, or given new data: bit for bit what an engine made afterwards gives."""
+    model = build(CONFIGS[name], dtype=dtype)
+    prompts = random_prompts(model.config.vocab_size)
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=6, logprobs=0, ignore_eos=True)
+    drafts = len(model.mtp_modules)
+    llm = engine(model, backend=backend, num_speculative_tokens=drafts)
+    before = llm.generate(prompts, params)
+    generator = torch.Generator().manual_seed(0)
+    for replace_data in (False, True):
+        for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if "bias" in n)):
+            change = (1 + 0.1 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
+            if replace_data:
+                tensor.data = tensor.data * change
+            else:
+                tensor.data.mul_(change)
+        llm.reset_prefix_cache()
+        after = llm.generate(prompts, params)
+        assert after != before
+        assert after == engine(model, backend=backend, num_speculative_tokens=drafts).generate(prompts, params)
+        before = after
+
+
 def test_ends() -> None:
     """The model's end token, other stop tokens, max_tokens and the end of the context."""
     model = build(CONFIGS["v3"])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finback.engine import sampler
 from finback.engine.config import SamplingParams
-from finback.engine.sampler import NO_TOKEN, SamplingRows, SamplingState, accept, sample, uniform
+from finback.engine.sampler import NO_TOKEN, SamplingRows, SamplingState, TokenLogprobs, accept, sample, uniform
 
 PARAMS = [
     {"temperature": 0.0},
@@ -245,6 +245,18 @@ def test_logprobs_are_those_of_the_model() -> None:
         assert all(value == float(raw[row, token]) for token, value in logprobs[row].top)
     assert int(tokens[1]) == 5
     assert sample(logits[2:3], SamplingRows(states[2:3])).logprobs is None
+
+
+def test_logprobs_of_chosen_tokens_alone_sort_no_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are the same in whatever blocks of rows they are worked out; a draft model's are left out."""
+    logits = torch.randn(40, 30_000)
+    rows = SamplingRows([make_state(seed, logprobs=0) for seed in range(40)])
+    monkeypatch.setattr(torch.Tensor, "topk", None)
+    sampled = sample(logits, rows)
+    assert sampled.logprobs is not None
+    expected = logits.log_softmax(-1).gather(1, sampled.token_ids.unsqueeze(1)).squeeze(1).tolist()
+    assert sampled.logprobs == [TokenLogprobs(one, ()) for one in expected]
+    assert sample(logits, rows, logprobs=False).logprobs is None
 
 
 @pytest.mark.parametrize("params", [{}, {"top_k": 3}, {"temperature": 0.0}])

@@ -56,6 +56,15 @@ class EngineMachine(RuleBasedStateMachine):
                 engine.add(prompt, max_tokens, cache_key, seed)
             assert engine.scheduler.stats() == before
 
+    @rule(base=st.sampled_from(BASES), lengths=st.lists(st.integers(1, 24), min_size=2, max_size=4), same=st.booleans())
+    def add_some_and_step(self, base: list[int], lengths: list[int], same: bool) -> None:
+        """Prompts with a common prefix, or equal ones, in one instant."""
+        engine = self.engine
+        longest = min(engine.scheduler.max_model_len - 1, engine.blocks.num_blocks * engine.blocks.block_size)
+        for seed, length in enumerate(lengths):
+            engine.add(base[: min(lengths[0] if same else length, longest)], None, seed=seed)
+        engine.step()
+
     @rule(pick=st.integers(0, 30))
     def abort(self, pick: int) -> None:
         self.engine.abort(pick)

@@ -174,3 +174,10 @@ def test_long_completions_take_no_time() -> None:
     for text in ("\\boxed{" * 100_000, "{" * 1_000_000 + "\\boxed{" + "{" * 1_000_000, "<answer>" * 100_000, "Answer: " * 100_000,
                  "**" * 500_000, "answer" + " " * 1_000_000 + "x"):  # fmt: skip
         assert exact("?", text, {"answer": "42"}) == 0.0
+
+
+@pytest.mark.parametrize("space", [" ", "\n", " \n"])
+def test_white_space_before_the_thought_changes_nothing(space: str) -> None:
+    completion = f"{space}<think>\n9-1-4=4\n</think>\n<answer>4</answer>"
+    assert exact_answer_tag("User: 9-1-4?\nAssistant:", completion, {"answer": "4"}) == 1.0
+    assert exact("User: 9-1-4?\nAssistant:", completion, {"answer": "4"}) == 1.0

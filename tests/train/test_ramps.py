@@ -13,6 +13,7 @@ from finback.train.ramps import (
     Ramps,
     batch_size,
     bias_update_speed,
+    cosine,
     learning_rate,
     mtp_loss_coef,
     resolve_ramps,
@@ -114,3 +115,13 @@ def test_tokens_of_steps_counts_what_the_ramp_reads(first: int, last: int, ramp:
     assert sizes == sorted(sizes)
     assert all(first <= size <= first + last for size in sizes)
     assert tokens_of_steps(ramps, steps=steps, sequence_length=length) == tokens
+
+
+def test_fine_tuning_warms_up_and_falls_along_one_cosine() -> None:
+    rates = [cosine(step=step, total_steps=12, warmup_steps=2, lr=1.0, min_lr=0.1) for step in range(1, 13)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[6] == pytest.approx(0.55)  # half way between step 2 and step 12
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert cosine(step=1, total_steps=5, warmup_steps=0, lr=1.0, min_lr=0.1) == 1.0
+    assert cosine(step=1, total_steps=1, warmup_steps=1, lr=1.0, min_lr=0.1) == 1.0

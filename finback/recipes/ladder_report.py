@@ -1,0 +1,93 @@
+"""The R1 ladder as a page: every stage on every set of held-out problems, what each added, its curves and samples."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finback.eval.statistics import paired_difference
+from finback.recipes.stages import Run
+from finback.rl.report import first_and_last
+from finback.train.metrics import METRICS_FILE, read_metrics
+
+LADDER = (
+    ("base", "r1-zero", "base"),
+    ("r1-zero", "r1-zero", None),
+    ("cold-start", "cold-start", None),
+    ("reasoning-rl", "reasoning-rl", None),
+    ("rejection-sft", "rejection-sft", None),
+    ("all-scenario-rl", "all-scenario-rl", None),
+    ("student-base", "student", "base"),
+    ("student", "student", None),
+)
+"""Model, stage whose entry in the manifest holds its numbers, and the key inside it where they are not the stage's own."""
+_STEPS = (
+    ("base", "r1-zero"),
+    ("base", "cold-start"),
+    ("cold-start", "reasoning-rl"),
+    ("base", "rejection-sft"),
+    ("reasoning-rl", "rejection-sft"),
+    ("rejection-sft", "all-scenario-rl"),
+    ("student-base", "student"),
+    ("all-scenario-rl", "student"),
+)
+
+
+def measured(run: Run) -> dict[str, Mapping[str, Any]]:
+    """Model -> title -> numbers, for the stages that are finished, in the ladder's order."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, stage, key in LADDER:
+        if stage in run.manifest["stages"]:
+            facts = run.facts(stage)
+            found[name] = (facts if key is None else facts[key])["results"]
+    return found
+
+
+def ladder_table(run: Run) -> str:
+    """A Markdown table of every model on every set, with 95% intervals over problems."""
+    header = "| model | problems | pass@1, T 0.6 | greedy | cons@16 | pass@16 | form | mixed thoughts | tokens |"
+    lines = [header, "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for name, results in measured(run).items():
+        for title, n in results.items():
+            lines.append(
+                f"| {name} | {title} | {_interval(n['pass_at_1'])} | {_interval(n['greedy'])} | {n['cons'][0]:.1%} | "
+                f"{n['pass_at_k'][0]:.1%} | {n['format_rate']:.0%} | {n['mixing_rate']:.0%} | {n['mean_tokens']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def _interval(estimate: Sequence[float]) -> str:
+    value, low, high = estimate
+    return f"{value:.1%} ({low:.1%} to {high:.1%})"
+
+
+def rises(run: Run) -> str:
+    """A Markdown table of the differences between stages: paired by problem, with 95% intervals."""
+    models = measured(run)
+    lines = ["| from | to | problems | points of pass@1 | beyond chance |", "|---|---|---|---:|---|"]
+    for before, after in _STEPS:
+        if before in models and after in models:
+            for title in models[after]:
+                change = paired_difference(models[before][title]["scores"], models[after][title]["scores"])
+                sure = "yes" if change[1] > 0 or change[2] < 0 else "no"
+                points = f"{100 * change[0]:+.1f} ({100 * change[1]:+.1f} to {100 * change[2]:+.1f})"
+                lines.append(f"| {before} | {after} | {title} | {points} | {sure} |")
+    return "\n".join(lines)
+
+
+def curves(run: Run) -> Iterator[tuple[str, str]]:
+    """A section for each stage of reinforcement learning, with its first and last step, its picture, and a sample of its model."""
+    for stage in ("r1-zero", "reasoning-rl", "all-scenario-rl"):
+        directory = run.directory / "training" / stage
+        if stage in run.manifest["stages"]:
+            picture = directory / "plots" / "curves.png"
+            parts = [first_and_last(_rows(directory))]
+            if picture.exists():
+                parts.append(f"![Curves of {stage}]({picture.relative_to(run.directory)})")
+            for title, numbers in run.facts(stage)["results"].items():
+                for prompt, completion in numbers["shown"][:1]:
+                    parts.append(f"On {title}:\n\n````text\n{prompt}▌{completion}\n````")
+            yield run.facts(stage)["title"], "\n\n".join(parts)
+
+
+def _rows(directory: Path) -> list[dict[str, Any]]:
+    return read_metrics(directory / METRICS_FILE)

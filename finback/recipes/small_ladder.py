@@ -1,0 +1,55 @@
+"""Settings of the R1 ladder for the quickstart's model and task: each stage a minute or two on two cores."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from finback.recipes.config import LadderConfig, QuickstartConfig
+from finback.rl.config import GRPOConfig
+from finback.train.sft_config import SFTConfig
+
+ZERO_TEMPLATE = "User: {prompt}\nAssistant:"
+"""R1's table 1 without its preamble: a base that has read a few million tokens follows no description of a form."""
+
+
+def small_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
+    """The ladder over the files that the corpus stage writes into `data`."""
+    has_text = config.text != "none"
+
+    def steps(count: int) -> int:
+        return max(1, round(count * config.ladder))
+
+    rl = GRPOConfig(
+        model="",
+        steps=steps(60),
+        max_completion_length=96,
+        minibatches=2,
+        beta=0.0,
+        lr=5e-4,
+        final_lr=5e-5,
+        save_every=20,
+        mtp_loss_coef=0.0,
+        samples_per_step=2,
+    )
+    sft = SFTConfig(
+        epochs=3, lr=1e-3, global_batch_size=32, micro_batch_size=32, batching="pad", save_every=None, sequence_length=256
+    )
+    return LadderConfig(
+        prompts=data / "prompts.jsonl",
+        held_out={"sums": data / "held-out.jsonl", "longer sums": data / "held-out-longer.jsonl"},
+        zero_template=ZERO_TEMPLATE,
+        general=data / "general.jsonl" if has_text else None,
+        general_prompts=data / "general-prompts.jsonl" if has_text else None,
+        zero=rl,
+        cold_start=replace(sft, epochs=6),
+        reasoning=replace(rl, steps=steps(30), lr=2e-4, final_lr=2e-5),
+        rejection=sft,
+        all_scenario=replace(rl, steps=steps(20), lr=2e-4, final_lr=2e-5, temperature=0.7),
+        student=replace(sft, lr=2e-3, epochs=6),
+        cold_start_prompts=steps(400),
+        rejection_prompts=steps(1000),
+        student_prompts=steps(1500),
+        gate="tell",
+        least_rows=50,
+        eval_problems=200,
+        eval_tokens=160,
+    )
