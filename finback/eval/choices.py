@@ -89,7 +89,7 @@ def _choice_logprobs(
     for choice in example["choices"]:
         pairs.append(split_tokens(tokenizer, text, f"{glue}{choice}", add_bos=add_bos))
         length = sum(map(len, pairs[-1]))
-        if length > llm.max_model_len:
+        if length > llm.max_model_len + 1:
             raise InputError(
                 f"a question of task {task.name} with a choice has {length} tokens, more than the model's context "
                 f"({llm.max_model_len}); show fewer solved problems"
@@ -115,10 +115,11 @@ def split_tokens(tokenizer: Tokenizer, text: str, continuation: str, *, add_bos:
 def continuation_logprobs(model: Transformer, pairs: list[tuple[list[int], list[int]]]) -> list[Continuation]:
     """How likely each second part is behind its first, in one pass over all of them.
 
-    Each first part needs a token, and each second. Rows are padded behind their end, which no earlier position sees.
+    Each first part needs a token, and each second. The last token of all is not read, so two parts may together have one token more
+    than the model's context. Rows are padded behind their end, which no earlier position sees.
     """
-    longest = max(len(before) + len(after) for before, after in pairs)
-    rows = [[*before, *after] + [0] * (longest - len(before) - len(after)) for before, after in pairs]
+    longest = max(len(before) + len(after) for before, after in pairs) - 1
+    rows = [[*before, *after[:-1]] + [0] * (longest + 1 - len(before) - len(after)) for before, after in pairs]
     logits = model(torch.tensor(rows, device=model.lm_head.weight.device))
     found = []
     for row, (before, after) in zip(logits, pairs, strict=True):

@@ -27,7 +27,7 @@ class Sample:
     formatted: bool
     """A thought between its tags, and something behind it (`finback.rewards.format.think_then_answer`)."""
     mixes: bool
-    """Whether its thought mixes languages."""
+    """Whether its thought mixes languages (`finback.rewards.language.mixing`); of a completion without a thought, the whole."""
     tokens: int
     finish_reason: Literal["stop", "length", "abort", "error"]
     failure: str = ""

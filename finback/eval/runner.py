@@ -15,12 +15,12 @@ from finback.engine.llm import LLM
 from finback.engine.output import RequestOutput
 from finback.eval.choices import evaluate_choices, require_tokenizer
 from finback.eval.config import Decoding, PromptForm
-from finback.eval.languages import mixes
 from finback.eval.progress import ProgressLine
 from finback.eval.prompts import Prompt, render, stop_texts
 from finback.eval.result import AnyResult, Sample, Tally, TaskResult
 from finback.eval.task import AnyTask, ChoiceTask, Task, question, sample_seed
 from finback.rewards.format import think_then_answer
+from finback.rewards.language import mixing
 from finback.rewards.pool import RewardPool
 from finback.rewards.reward import Example, Outcome, outcome_of
 
@@ -185,7 +185,7 @@ def _sample(task: Task, job: _Job, prompt: str, output: RequestOutput, outcome: 
         score=0.0 if failure else outcome.value,
         answer=None if failure else task.extract(prompt, completion),
         formatted=think_then_answer(prompt, completion, example) == 1.0,
-        mixes=mixes(completion if parts.thought == "absent" else parts.reasoning, question(example)),
+        mixes=mixing(completion if parts.thought == "absent" else parts.reasoning),
         tokens=len(output.token_ids),
         finish_reason=output.finish_reason,
         failure=failure,

@@ -13,25 +13,28 @@ for `held_out=False`, holds one.
 import ast
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finback.config import InputError, nearest
 from finback.data.fetch import default_cache, fetched_file
-from finback.data.gym import gym_problems
+from finback.data.gym import gym_problems, gym_rows
 from finback.data.problems import Problem, family_names, generate_problems
 from finback.data.tokenizer import END_THINK_TOKEN, THINK_TOKEN
+from finback.eval import gym
 from finback.eval.answers import vote
 from finback.eval.config import DEFAULT_PROBLEMS
 from finback.eval.task import AnyTask, ChoiceTask, Task, distinct
-from finback.rewards import answers, code
+from finback.rewards import answers, code, maths
 from finback.rewards.reward import Example, Reward
 from finback.rewards.sandbox import require
 
 _EXACT = Reward("exact", answers.exact, spec="finback.rewards.answers:exact")
+_GYM = Reward("solved", gym.solved, spec="finback.eval.gym:solved")
+_MATHS = Reward("math_equal", maths.math_equal, spec="finback.rewards.maths:math_equal")
 _UNIT_TESTS = Reward("unit_tests", code.unit_tests, spec="finback.rewards.code:unit_tests")
 _FEW_SHOT = 16  # solved problems that a generated task can show
 _DRAWS = 10  # per problem asked for: easy families have few questions, and these draws find nearly all of them
@@ -60,7 +63,9 @@ def find_task(
     elif name in _FETCHED:
         task = _FETCHED[name](default_cache() if cache is None else cache)
     else:
-        task = _generated_task(_parse(name), DEFAULT_PROBLEMS if problems is None else problems, seed)
+        parsed = _parse(name)
+        generate = _gym if parsed.source == "gym" else _built_in
+        task = generate(parsed, DEFAULT_PROBLEMS if problems is None else problems, seed)
     if reward is None and isinstance(task, Task) and task.score is _UNIT_TESTS:
         require("bubblewrap")
     if reward is not None:
@@ -120,39 +125,31 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _generated_task(name: _Name, count: int, seed: int) -> Task:
-    draw = _gym(name) if name.source == "gym" else _built_in(name)
-    evaluated = distinct(map(_example, islice(draw(_EVALUATION_SEED + seed, True, count), count * _DRAWS)), count)
-    few_shot = [
-        (problem.question, _reply(problem)) for problem in islice(draw(_EVALUATION_SEED - 1, False, _FEW_SHOT), _FEW_SHOT)
-    ]
-    return Task(name.whole, evaluated, _EXACT, vote, few_shot)
-
-
-_Draw = Callable[[int, bool, int], Iterator[Problem]]  # (seed, held_out, about how many are needed)
-
-
-def _built_in(name: _Name) -> _Draw:
+def _built_in(name: _Name, count: int, seed: int) -> Task:
     unknown = sorted(set(name.options) - {"language"})
     if unknown:
         raise InputError(f"task {name.whole} sets {unknown[0]!r}; built-in problems have the field language (en or zh) only")
-    families = [name.family] if name.family else None
-    levels = [name.level] if name.level else [1, 2, 3]
-    languages = [str(name.options["language"])] if name.options else ["en", "zh"]
+    draw = partial(
+        generate_problems,
+        families=[name.family] if name.family else None,
+        levels=[name.level] if name.level else [1, 2, 3],
+        languages=[str(name.options["language"])] if name.options else ["en", "zh"],
+    )
+    evaluated = distinct(map(_example, draw(count * _DRAWS, seed=_EVALUATION_SEED + seed, held_out=True)), count)
+    few_shot = [(problem.question, _reply(problem)) for problem in draw(_FEW_SHOT, seed=_EVALUATION_SEED - 1)]
+    return Task(name.whole, evaluated, _EXACT, vote, few_shot)
 
-    def draw(seed: int, held_out: bool, count: int) -> Iterator[Problem]:
-        return generate_problems(
-            count * _DRAWS, seed=seed, families=families, languages=languages, levels=levels, held_out=held_out
-        )
 
-    return draw
-
-
-def _gym(name: _Name) -> _Draw:
-    def draw(seed: int, held_out: bool, count: int) -> Iterator[Problem]:
-        return gym_problems(name.family, count, seed=seed, held_out=held_out, **name.options)
-
-    return draw
+def _gym(name: _Name, count: int, seed: int) -> Task:
+    """Scored by the family itself, in a pool: some scorers compute what the model wrote."""
+    try:
+        evaluated = distinct(gym_rows(name.family, count, seed=_EVALUATION_SEED + seed, held_out=True, **name.options), count)
+        single = isinstance(evaluated[0]["answer"], str)
+        shown = gym_problems(name.family, _FEW_SHOT, seed=_EVALUATION_SEED - 1, **name.options) if single else ()
+        few_shot = [(problem.question, _reply(problem)) for problem in shown]
+    except InputError as error:
+        raise InputError(f"task {name.whole}: {error}") from None
+    return Task(name.whole, evaluated, _GYM, vote, few_shot, needs_pool=True)
 
 
 def _example(problem: Problem) -> Example:
@@ -177,7 +174,7 @@ def _gsm8k(cache: Path) -> Task:
     # The set has no training part here: word problems of our own show the form.
     shown = generate_problems(_FEW_SHOT, seed=1, families=["word_problem"], languages=["en"], levels=[2, 3])
     few_shot = [(p.question + _STEP_BY_STEP, f"{p.reasoning}\nThe answer is \\boxed{{{p.answer}}}.") for p in shown]
-    return Task("gsm8k", distinct(examples), _EXACT, vote, few_shot)
+    return Task("gsm8k", distinct(examples), _MATHS, vote, few_shot)  # no pool: where the answer is a number nothing can hang
 
 
 def _human_eval(cache: Path) -> Task:

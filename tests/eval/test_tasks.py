@@ -93,6 +93,17 @@ def test_gym_takes_a_difficulty_and_holds_out() -> None:
         assert len(terms.replace("-", "+").split("+")) == 5
         assert score_of(task, f"Answer: {eval(terms)}", example) == 1.0
         assert score_of(task, f"Answer: {eval(terms) + 1}", example) == 0.0
+    assert task.needs_pool
+
+
+def test_gym_families_with_many_right_answers_score_themselves() -> None:
+    task = answered("gym/countdown:min_numbers=3,max_numbers=3", problems=2)
+    for example in task.examples:
+        assert is_held_out(example["question"])
+        metadata = example["gym"]["entry"]["metadata"]
+        assert score_of(task, f"Answer: {metadata['expression']}", example) == 1.0
+        assert score_of(task, f"Answer: {metadata['target']} + 1", example) == 0.0  # part of a score, for a number that is near
+        assert score_of(task, "none", example) == 0.0
 
 
 def test_gsm8k_asks_for_a_boxed_number(tmp_path: Path) -> None:
@@ -103,7 +114,13 @@ def test_gsm8k_asks_for_a_boxed_number(tmp_path: Path) -> None:
     task = answered("gsm8k", cache=fetched(tmp_path, "gsm8k-100", rows))
     assert [example["question"] for example in task.examples] == ["How many?", "How much?"]
     assert task.examples[0]["prompt"].startswith("How many?\nPlease reason step by step")
-    for reply, score in (("so \\boxed{1234}", 1.0), ("so \\boxed{1235}, or 1234", 0.0), ("1234", 0.0), ("", 0.0)):
+    for reply, score in (
+        ("so \\boxed{1234}", 1.0),
+        ("so \\boxed{\\$1,234.00}", 1.0),
+        ("so \\boxed{1235}, or 1234", 0.0),
+        ("1234", 0.0),
+        ("", 0.0),
+    ):
         assert score_of(task, reply, task.examples[0]) == score
     for reply in ("We get \\boxed{\\$1,234.0}", "<answer> $1234 </answer>", "Hm.\nAnswer: 1234."):
         assert task.extract("", reply) == "1234"
