@@ -1,7 +1,7 @@
 """`finback grpo`: reinforcement learning from rewards, or a run that is continued; `finback r1-zero` is the same from a base model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -50,11 +50,9 @@ def _run(argv: Sequence[str], verb: str, description: str, default: GRPOConfig) 
 
         _train(read_run_config(words[1]), Path(words[1]), resume=True)
         return 0
-    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-        raise InputError(f"a model directory comes first, not {argv[0]!r}; see finback {verb} --help")
-    arguments = parse_arguments(
-        Arguments, argv, verb=verb, description=description, default=Arguments(config=replace(default, model=tyro.MISSING))
-    )
+    arguments = parse_arguments(Arguments, argv, verb=verb, description=description, default=Arguments(config=default))
+    if not arguments.config.model:
+        raise InputError(f"the model's directory is missing; it comes first: finback {verb} DIR ...; see finback {verb} --help")
     if arguments.out is None:
         raise InputError("--out is missing; give a directory for the run")
     _train(arguments.config, arguments.out, resume=False)

@@ -18,6 +18,7 @@ from finback.data.tokenizer import load_tokenizer
 from finback.model.checkpoint import load, open_checkpoint
 from finback.model.reward_head import RewardHead, load_reward_head, save_reward_head, score_rows
 from finback.model.transformer import Transformer
+from finback.ops.memory import available_memory
 from finback.train.checkpoint import (
     TrainingState,
     list_checkpoints,
@@ -29,7 +30,6 @@ from finback.train.checkpoint import (
 )
 from finback.train.loop import Clock, diverged, due, machine_changes, not_applied, step_row, take_gradients
 from finback.train.losses import BatchLosses
-from finback.ops.memory import available_memory
 from finback.train.memory import check_memory
 from finback.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
 from finback.train.optimizer import adamw_update, clip_scale, gradient_norm

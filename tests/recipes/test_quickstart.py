@@ -22,9 +22,9 @@ from finback.data.problems import is_held_out
 from finback.data.shards import TokenShards
 from finback.data.tokenizer import load_tokenizer
 from finback.presets import nano_dense, tiny
+from finback.recipes.base_model import compare
 from finback.recipes.config import QuickstartConfig
 from finback.recipes.corpus import docstring_texts
-from finback.recipes.base_model import compare
 from finback.recipes.quickstart import quickstart
 from finback.train.config import PretrainConfig
 from finback.train.metrics import read_metrics
@@ -225,7 +225,10 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
         climb(small_config(tmp_path / "thesis.txt"))
 
 
-@pytest.mark.parametrize(("field", "value"), [("tokens", 0), ("student_tokens", -1), ("seed", -1), ("problems", 10), ("ladder", float("nan")), ("eval_problems", 0)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tokens", 0), ("student_tokens", -1), ("seed", -1), ("problems", 10), ("ladder", float("nan")), ("eval_problems", 0)],
+)
 def test_bad_fields_are_named(field: str, value: object) -> None:
     with pytest.raises(InputError, match=f"field {field} is"):
         QuickstartConfig(**{field: value})  # type: ignore[arg-type]
