@@ -235,7 +235,7 @@ def sample_and_keep(
 def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None]) -> dict[str, Any]:
     """A sample as a conversation: the thought as it was, the answer in a sentence of the question's language."""
     example = row["example"]
-    parts = parse_answer(row["completion"], starts_in_thought=row["prompt"].endswith("<think>\n"), tools=False)
+    parts = parse_answer(row["completion"].lstrip(), starts_in_thought=row["prompt"].endswith("<think>\n"), tools=False)
     answer = answer_of(parts.content)
     assert answer is not None, "only samples with an answer are kept"
     content = ANSWER_WORDS.get(example.get("language", "en"), ANSWER_WORDS["en"]) + answer

@@ -234,7 +234,7 @@ def extract_code(prompt: str, completion: str, language: Language = "python") ->
     """The last fenced code block of the answer, behind the thought, that is in `language` or names none; None without one."""
     from finback.data.reasoning import opens_thought, parse_answer  # needs tokenizers, which `finback doctor` must do without
 
-    answer = parse_answer(completion, starts_in_thought=opens_thought(prompt), tools=False)
+    answer = parse_answer(completion.lstrip(), starts_in_thought=opens_thought(prompt), tools=False)
     found = [match for match in FENCE.finditer(answer.content) if match["name"].lower() in ("", *FENCE_NAMES[language])]
     return found[-1]["code"] if found else None
 

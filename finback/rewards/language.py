@@ -36,7 +36,7 @@ def language_consistency(prompt: str, completion: str, example: Example) -> floa
     one, is not. Raises InputError if the row names another language, or names none and the prompt has no words.
     """
     target = _target(prompt, example)
-    thought = parse_answer(completion, starts_in_thought=opens_thought(prompt), tools=False).reasoning
+    thought = parse_answer(completion.lstrip(), starts_in_thought=opens_thought(prompt), tools=False).reasoning
     if not thought.strip():
         return 0.0
     counts = languages(thought)

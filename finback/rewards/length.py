@@ -22,7 +22,7 @@ def too_short(prompt: str, completion: str, example: Example) -> float:
 
     The row's "shortest" is the length from which it is enough (20 characters without it).
     """
-    thought = parse_answer(completion, starts_in_thought=opens_thought(prompt), tools=False).reasoning
+    thought = parse_answer(completion.lstrip(), starts_in_thought=opens_thought(prompt), tools=False).reasoning
     return soft_short(len("".join(thought.split())), _length(example, "shortest", SHORTEST_THOUGHT))
 
 

@@ -113,3 +113,10 @@ def test_long_texts_take_no_time() -> None:
         "$$a" * 100_000,
     ):
         languages(text)
+
+
+def test_a_space_before_the_thought_hides_no_words_of_it() -> None:
+    """Behind "Assistant:" a model writes a space first."""
+    completion = " <think>\nfirst 9+5\nthen 14\n</think>\n<answer>14</answer>"
+    assert language_consistency("User: 4+5+5?\nAssistant:", completion, {"language": "en"}) == 1.0
+    assert language_consistency("User: 4+5+5?\nAssistant:", completion, {"language": "zh"}) == 0.0
