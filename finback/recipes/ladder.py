@@ -214,8 +214,9 @@ def sample_and_keep(
     tokenizer = load_tokenizer(directory)
     llm = LLM(directory, dtype=torch.float32, max_num_seqs=128, max_num_batched_tokens=1024, block_size=16)
     prompts = read_prompts([str(ladder.prompts)], tokenizer, template, longest=llm.max_model_len - ladder.eval_tokens)
-    # From the end of the file: reinforcement learning begins at its front.
-    chosen = prompts[-num_prompts * seed :][:num_prompts]
+    first = {1: 0, 2: ladder.cold_start_prompts, 3: ladder.cold_start_prompts + ladder.rejection_prompts}[seed]
+    # Each stage that samples takes prompts of its own, as far as there are some.
+    chosen = [prompts[i % len(prompts)] for i in range(first, first + num_prompts)]
     params = SamplingParams(temperature=1.0, max_tokens=ladder.eval_tokens, skip_special_tokens=False)
     with RewardPool([check.reward for check in checks]) as pool:
         kept, funnel = rejection_sample(
