@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from finback.config import InputError
 from finback.eval.config import PromptForm
@@ -51,6 +53,85 @@ class QuickstartConfig:
             raise InputError(f"field seed is {self.seed}, it must be at least 0")
         if self.problems < 100:
             raise InputError(f"field problems is {self.problems}, it must be at least 100, so that some can be held out")
+
+
+@dataclass(frozen=True)
+class R1Config:
+    """The R1 ladder on a base model and a task of one's own."""
+
+    base: Annotated[str, tyro.conf.Positional]
+    """Directory of the base model. On the command line it comes first."""
+    data: str = ""
+    """Rows with `prompt`, `answer` and, where it is known, `language` (zh or en): a .jsonl file."""
+    held_out: str = ""
+    """Rows of the same kind that no stage trains on: what every model is measured on."""
+    general: str | None = None
+    """Conversations about other things, mixed into the fine-tuning after rejection sampling: rows of `messages`."""
+    general_prompts: str | None = None
+    """Prompts about other things for the last reinforcement learning."""
+    general_rewards: tuple[str, ...] = ()
+    """What is rewarded in answers to these, as module:function[:weight]."""
+    student: str | None = None
+    """Directory of a dense model, of any family and tokenizer, that is fine-tuned on the last model's verified traces."""
+    out: str = "runs/r1"
+    """Directory of the run; an interrupted run that is there is continued."""
+    template: str = R1_ZERO_TEMPLATE
+    """Text around a prompt for the base and for R1-Zero, with {prompt} in it."""
+    chat_template: str | None = None
+    """Template of conversations, saved with the models: a file, deepseek_r1 or deepseek_v3; None: the base's own."""
+    seed: int = 0
+    """Seed of everything."""
+
+    zero_steps: int = 200
+    """Steps of R1-Zero."""
+    reasoning_steps: int = 100
+    """Steps of the reasoning RL."""
+    all_scenario_steps: int = 50
+    """Steps of the all-scenario RL."""
+    prompts_per_step: int = 32
+    """Prompts of one step of reinforcement learning."""
+    num_generations: int = 16
+    """Samples of each."""
+    minibatches: int = 2
+    """Updates per step."""
+    max_completion_length: int = 512
+    """Longest sample in tokens, in training and evaluation."""
+    lr: float = 1e-5
+    """Learning rate of reinforcement learning, falling to a tenth."""
+    beta: float = 0.001
+    """Weight of the divergence from the reference."""
+    sft_lr: float = 5e-5
+    """Learning rate of fine-tuning, falling to a tenth."""
+    sft_epochs: int = 2
+    """Times that each sample is seen in fine-tuning."""
+    cold_start_prompts: int = 1000
+    """Prompts that R1-Zero answers for the cold start, with 4 samples each."""
+    rejection_prompts: int = 4000
+    """Prompts of the rejection sampling, with 4 samples each."""
+    student_prompts: int = 4000
+    """Prompts that the last model answers for the student, with 2 samples each."""
+    gate: Literal["stop", "tell"] = "stop"
+    """What follows when a stage did not improve what it must: the run stops, or says so and goes on."""
+    eval_problems: int = 200
+    """Held-out problems that each model is measured on."""
+    eval_samples: int = 16
+    """Samples of each, at temperature 0.6."""
+    fresh: bool = False
+    """Remove the run that is in `out` and start over."""
+
+    def __post_init__(self) -> None:
+        counts: tuple[str, ...] = ("zero_steps", "reasoning_steps", "all_scenario_steps", "prompts_per_step", "minibatches", "sft_epochs")
+        counts += (
+            "max_completion_length",
+            "cold_start_prompts",
+            "rejection_prompts",
+            "student_prompts",
+            "eval_problems",
+            "eval_samples",
+        )
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise InputError(f"field {name} is {getattr(self, name)}, it must be at least 1")
 
 
 @dataclass(frozen=True)
