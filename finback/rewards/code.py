@@ -40,6 +40,7 @@ FENCE = re.compile(
 )
 FENCE_NAMES = {"python": ("python", "py", "python3"), "c": ("c",), "cpp": ("cpp", "c++", "cc", "cxx")}
 DEFAULT_LIMITS = Limits()
+REWARD_LIMITS = Limits(wall_seconds=8.0, cpu_seconds=6)  # below the deadline of reward workers, so that a verdict comes first
 
 
 def run_code(
@@ -266,7 +267,7 @@ def _fraction(prompt: str, completion: str, example: Mapping[str, Any], isolatio
     source = extract_code(prompt, completion, language)
     if source is None:
         return 0.0
-    result = run_code(source, tests, language, isolation=isolation)
+    result = run_code(source, tests, language, REWARD_LIMITS, isolation=isolation)
     return result.num_passed / result.num_tests
 
 

@@ -20,6 +20,8 @@ import finback.rewards
 from finback.config import InputError
 from finback.rewards import code, remote, sandbox
 from finback.rewards.code import extract_code, pass_at_k, run_code, unit_tests, unit_tests_fraction, unit_tests_unsandboxed
+from finback.rewards.pool import RewardPool
+from finback.rewards.reward import load_reward
 from finback.rewards.sandbox import bubblewrap_obstacle
 from finback.rewards.sandbox_config import InputOutput, Limits
 
@@ -531,6 +533,18 @@ def test_rewards_of_an_answer():
     assert (unit_tests("", ANSWER, half), unit_tests_fraction("", ANSWER, half)) == (0.0, 0.5)
     pairs = {"tests": [{"input": "", "output": "[0]"}]}
     assert unit_tests("", ANSWER + "```\nprint([0])\n```", pairs) == 1.0
+
+
+@pytest.mark.usefixtures("walls")
+def test_the_reward_runs_in_reward_workers():
+    answers = [ANSWER, "```python\nimport os\nos._exit(0)\n```", "```python\ndef count(n): return n\n```", ANSWER]
+    with RewardPool([load_reward("finback.rewards.code:unit_tests")], processes=2, deadline=60.0) as pool:
+        for number, answer in enumerate(answers):
+            pool.submit(number, "", answer, {"tests": CHECK, "entry_point": "count"})
+        scores = []
+        while pool.outstanding:
+            scores += pool.collect(wait=True)
+        assert {number: score.total for number, score in scores} == {0: 1.0, 1: 0.0, 2: 0.0, 3: 1.0}
 
 
 @pytest.mark.parametrize(
