@@ -120,7 +120,14 @@ class R1Config:
     """Remove the run that is in `out` and start over."""
 
     def __post_init__(self) -> None:
-        counts: tuple[str, ...] = ("zero_steps", "reasoning_steps", "all_scenario_steps", "prompts_per_step", "minibatches", "sft_epochs")
+        counts: tuple[str, ...] = (
+            "zero_steps",
+            "reasoning_steps",
+            "all_scenario_steps",
+            "prompts_per_step",
+            "minibatches",
+            "sft_epochs",
+        )
         counts += (
             "max_completion_length",
             "cold_start_prompts",
