@@ -27,7 +27,6 @@ def small_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
         lr=5e-4,
         final_lr=5e-5,
         save_every=20,
-        mtp_loss_coef=0.0,
         samples_per_step=2,
     )
     sft = SFTConfig(

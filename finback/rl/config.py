@@ -84,8 +84,6 @@ class GRPOConfig:
     """Gradients are scaled down to this global norm."""
     bias_update_speed: float = 0.0
     """Gamma: router biases move by this much per update; 0 freezes them."""
-    mtp_loss_coef: float = 0.1
-    """Weight of the multi-token prediction loss, which trains the MTP modules only, on the samples; 0 freezes them."""
 
     precision: RLPrecision = "bf16"
     """Matrix products of training; the engine uses the weights as they are, in fp32."""
@@ -157,7 +155,7 @@ _INTEGERS = {
     "keep_checkpoints": 0,
     "samples_per_step": 0,
 }
-_AT_LEAST_ZERO = ("beta", "final_lr", "weight_decay", "bias_update_speed", "mtp_loss_coef", "adam_beta1", "adam_beta2")
+_AT_LEAST_ZERO = ("beta", "final_lr", "weight_decay", "bias_update_speed", "adam_beta1", "adam_beta2")
 _ABOVE_ZERO = (
     "temperature",
     "epsilon",
