@@ -21,7 +21,7 @@ from finback.data.problems import generate_problems
 from finback.data.tokenizer import save_tokenizer, train_tokenizer
 from finback.model.checkpoint import save
 from finback.model.transformer import Transformer, init_weights
-from finback.presets import tiny
+from finback.presets import nano
 from finback.recipes.config import QuickstartConfig
 from tests.test_import_rules import PURE, ROOMS
 
@@ -229,14 +229,14 @@ def test_readmes_have_the_same_shape() -> None:
 
 def test_the_numbers_of_the_quickstart_are_those_of_the_code() -> None:
     defaults, memory, disk = QuickstartConfig(), QUICKSTART_MEMORY_BYTES / 1e9, QUICKSTART_DISK_BYTES / 1e9
-    assert defaults.minutes == 5.5
-    assert round(count_params(tiny().model).active / 1e6) == 5
-    for document, minutes, parameters in (
-        ("README.md", "for five and a half minutes", "five million active parameters"),
-        ("README.zh.md", "用五分半钟", "激活参数约五百万"),
+    assert defaults.tokens == 5_500_000
+    assert round(count_params(nano().model).active / 1e6) == 2
+    for document, tokens, parameters in (
+        ("README.md", "on 5.5 million tokens", "two million active parameters"),
+        ("README.zh.md", "550 万个 token", "激活参数约两百万"),
     ):
         text = read(document)
-        for words in (minutes, parameters, f"{defaults.vocab_size:,}", f"{memory:.0f} GB", f"{disk:.0f} GB"):
+        for words in (tokens, parameters, f"{defaults.vocab_size:,}", f"{memory:.0f} GB", f"{disk:.0f} GB"):
             assert words in text, f"{document} does not say {words}"
 
 
