@@ -24,6 +24,7 @@ VERBS = {
     "grpo": ("train a model on prompts and rewards by GRPO, or resume a run", "finback.commands.grpo:main"),
     "r1-zero": ("GRPO on a base model by rules alone, as R1-Zero", "finback.commands.grpo:main_r1_zero"),
     "r1": ("the whole R1 recipe on a base model and a task of your own", "finback.commands.r1:main"),
+    "distill": ("teach a student by a teacher's verified answers", "finback.commands.distill:main"),
     "sft": ("fine-tune a model on conversations or completions", "finback.commands.sft:main"),
     "rewards": ("try rewards on good and bad completions before a run", "finback.commands.rewards:main"),
     "reward-model": ("train a reward model on pairs or labels", "finback.commands.reward_model:main"),

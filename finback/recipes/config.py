@@ -142,6 +142,47 @@ class R1Config:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """Distillation as in R1 section 2.4: fine-tuning of a student on a teacher's verified answers, and nothing else."""
+
+    teacher: Annotated[str, tyro.conf.Positional]
+    """Directory of the teacher, a chat model. On the command line it comes first."""
+    student: str = ""
+    """Directory of the student: a model of any family, with a tokenizer of its own."""
+    data: str = ""
+    """Rows with `prompt`, `answer` and, where it is known, `language` (zh or en): a .jsonl file."""
+    held_out: str = ""
+    """Rows of the same kind that are not learnt from: what teacher and student are measured on."""
+    out: str = "runs/distill"
+    """Directory of the run; an interrupted run that is there is continued."""
+    template: str = R1_ZERO_TEMPLATE
+    """Text around a prompt for the student before it is taught, with {prompt} in it."""
+    chat_template: str | None = None
+    """Template of conversations, saved with the student: a file, deepseek_r1 or deepseek_v3; None: its own."""
+    seed: int = 0
+    """Seed of everything."""
+    prompts: int = 4000
+    """Prompts that the teacher answers, twice each."""
+    max_completion_length: int = 512
+    """Longest answer in tokens."""
+    lr: float = 1e-4
+    """Learning rate, falling to a tenth on a cosine (R1 gives 1e-4 for a student of 1.5B)."""
+    epochs: int = 2
+    """Times that each trace is seen."""
+    eval_problems: int = 200
+    """Held-out problems that each model is measured on."""
+    eval_samples: int = 16
+    """Samples of each, at temperature 0.6."""
+    fresh: bool = False
+    """Remove the run that is in `out` and start over."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "max_completion_length", "epochs", "eval_problems", "eval_samples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"field {name} is {getattr(self, name)}, it must be at least 1")
+
+
+@dataclass(frozen=True)
 class LadderConfig:
     """The R1 ladder: what it learns from, and how each stage trains. In the stages' own configs the model, the data, the rewards and
     the seed are left open; the ladder fills them in."""

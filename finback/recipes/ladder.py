@@ -127,15 +127,14 @@ def all_scenario_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     return {**after, **facts}
 
 
-def student(run: Run, ladder: LadderConfig) -> dict[str, Any]:
-    """SFT of the dense student on the last model's verified traces, and nothing else (R1 section 2.4)."""
+def student(run: Run, ladder: LadderConfig, teacher: str = "all-scenario-rl") -> dict[str, Any]:
+    """SFT of the dense student on the teacher's verified traces, and nothing else (R1 section 2.4)."""
     checks = [Check(load_reward(spec)) for spec in ("finback.rewards.answers:exact", "finback.rewards.format:think_then_answer")]
-    rows, funnel = sample_and_keep(
-        run, ladder, "all-scenario-rl", None, checks, ladder.student_prompts, samples=2, keep=1, seed=3
-    )
+    rows, funnel = sample_and_keep(run, ladder, teacher, None, checks, ladder.student_prompts, samples=2, keep=1, seed=3)
     traces = [chat_row(row, final_answer_text) for row in rows]
     if len(traces) < ladder.least_rows:
-        others = read_rows(run.directory / "data" / "cold-start.jsonl")
+        file = run.directory / "data" / "cold-start.jsonl"
+        others = read_rows(file) if file.exists() else []
         _too_few(ladder, traces, "the teacher", "give more student_prompts", others)
         traces += others
     file = write_rows(run, "student", traces)

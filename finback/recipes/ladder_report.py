@@ -43,10 +43,15 @@ def measured(run: Run) -> dict[str, Mapping[str, Any]]:
 
 
 def ladder_table(run: Run) -> str:
+    """`comparison_table` of the run's models."""
+    return comparison_table(measured(run))
+
+
+def comparison_table(models: Mapping[str, Mapping[str, Any]]) -> str:
     """A Markdown table of every model on every set, with 95% intervals over problems."""
-    header = "| model | problems | pass@1, T 0.6 | greedy | cons@16 | pass@16 | form | mixed thoughts | tokens |"
+    header = "| model | problems | pass@1, T 0.6 | greedy | cons@k | pass@k | form | mixed thoughts | tokens |"
     lines = [header, "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
-    for name, results in measured(run).items():
+    for name, results in models.items():
         for title, n in results.items():
             lines.append(
                 f"| {name} | {title} | {_interval(n['pass_at_1'])} | {_interval(n['greedy'])} | {n['cons'][0]:.1%} | "

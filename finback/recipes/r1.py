@@ -1,5 +1,6 @@
 """The R1 ladder on one's own base model and task, as one command that can be interrupted (R1 section 2)."""
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -47,18 +48,32 @@ def r1(config: R1Config) -> Path:
     return run.directory / "final"
 
 
+def check_problems(name: str, file: str) -> None:
+    """InputError if the field `name` does not name a .jsonl file of rows with a prompt and an answer."""
+    if not file:
+        raise InputError(f"field {name} is missing; give a .jsonl file of rows with a prompt and an answer")
+    _check_file(name, file)
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line) if line else {"prompt": "", "answer": ""}
+        except ValueError as error:
+            raise InputError(f"{file}, line {number} is not JSON ({error}); mend or remove the line") from None
+        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("prompt", "answer")):
+            raise InputError(f"{file}, line {number}: the row needs a prompt and an answer, both texts")
+
+
+def _check_file(name: str, file: str) -> None:
+    if not file.endswith(".jsonl") or not Path(file).is_file():
+        raise InputError(f"field {name} names {file}, which is no .jsonl file that can be read")
+
+
 def check_files(config: R1Config) -> None:
     """InputError for what cannot be read, before anything is written."""
-    for name in ("data", "held_out", "general", "general_prompts"):
-        file = getattr(config, name)
-        if name in ("data", "held_out") and not file:
-            raise InputError(f"field {name} is missing; give a .jsonl file of rows with a prompt and an answer")
-        if file and (not file.endswith(".jsonl") or not Path(file).is_file()):
-            raise InputError(f"field {name} names {file}, which is no .jsonl file that can be read")
-    for name in ("data", "held_out"):
-        for number, row in enumerate(ladder.read_rows(Path(getattr(config, name))), start=1):
-            if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("prompt", "answer")):
-                raise InputError(f"{getattr(config, name)}, line {number}: the row needs a prompt and an answer, both texts")
+    check_problems("data", config.data)
+    check_problems("held_out", config.held_out)
+    for name in ("general", "general_prompts"):
+        if getattr(config, name):
+            _check_file(name, getattr(config, name))
     open_checkpoint(Path(config.base))
     if config.student:
         open_checkpoint(Path(config.student))

@@ -15,12 +15,14 @@ from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
 from finback.model.checkpoint import save
 from finback.model.transformer import Transformer
+from finback.ops.memory import available_memory
 from finback.rewards.pool import RewardPool
 from finback.rewards.reward import load_reward
 from finback.rl.batch import Batch, cut_batches, sample_log_probs
 from finback.rl.config import GRPOConfig
 from finback.rl.grpo import global_token_loss, group_advantages, has_spread, sequence_level_loss, token_level_loss
 from finback.rl.health import UpdateTotals, kept_samples, nothing_to_learn, rollout_metrics
+from finback.rl.memory import check_memory
 from finback.rl.prompts import Prompt, read_prompts
 from finback.rl.rollout import Rollout, roll_out
 from finback.rl.session import (
@@ -70,12 +72,14 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
             notes.append(f"continuing {run} after step {state.progress.step}")
         context = state.model.config.max_position_embeddings
         stream.prompts = read_prompts(config.data, tokenizer, config.template, longest=context - config.max_completion_length)
+        width = max(len(prompt.token_ids) for prompt in stream.prompts) + config.max_completion_length
+        check_memory(config, state.model.config, width, device, available_memory(device))
         llm = LLM(
             model=state.model,
             tokenizer=tokenizer,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max(1024, config.max_num_seqs),
-            max_model_len=max(len(prompt.token_ids) for prompt in stream.prompts) + config.max_completion_length,
+            max_model_len=width,
             block_size=_ENGINE_BLOCK,
         )
         run.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ import pytest
 from finback.cli import main
 from finback.config import InputError
 from finback.data.chains import ChainSettings, clean_thought, generate_chains
-from finback.recipes.config import R1Config
+from finback.recipes.config import DistillConfig, R1Config
+from finback.recipes.distill import distill
 from finback.recipes.r1 import r1
 from finback.train.sft import sft
 from finback.train.sft_config import SFTConfig
@@ -102,6 +103,31 @@ def test_a_gate_stops_the_run_with_a_reason(files: Path, tmp_path: Path) -> None
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert "base" in manifest["stages"]
     assert "r1-zero" not in manifest["stages"]
+
+
+def test_a_teacher_teaches_a_student_of_another_family(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "r1"
+    r1(_config(files, run, student=None))
+    config = DistillConfig(
+        teacher=str(run / "final"),
+        student=str(files / "student"),
+        data=str(files / "data.jsonl"),
+        held_out=str(files / "held-out.jsonl"),
+        out=str(tmp_path / "run"),
+        template=TEMPLATE,
+        prompts=40,
+        max_completion_length=48,
+        eval_problems=4,
+        eval_samples=4,
+    )
+    assert distill(config) == tmp_path / "run" / "student"
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["stages"]["student"]["rows"] >= 20
+    report = (tmp_path / "run" / "report.md").read_text()
+    for name in ("teacher", "student before", "student"):
+        assert f"| {name} | held out |" in report
+    with pytest.raises(InputError, match="field student is missing"):
+        distill(replace(config, student=""))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""How much memory a GRPO run will need at its peak, told before it starts."""
+
+import torch
+
+from finback.config import InputError, ModelConfig
+from finback.rl.config import GRPOConfig
+from finback.train.config import PretrainConfig
+from finback.train.memory import estimate_memory
+
+_GIB = 2**30
+
+
+def needed_bytes(config: GRPOConfig, model: ModelConfig, longest: int, micro_batch_tokens: int) -> int:
+    """Weights, gradients, moments, activations of one micro-batch, and the reference; `longest` is prompt and sample together, in
+    tokens. The engine's cache is not counted: it takes what is left, up to its own limit."""
+    width = max(longest, model.num_nextn_predict_layers + 1)
+    rows = max(1, micro_batch_tokens // width)
+    training = PretrainConfig(
+        model=model,
+        steps=1,
+        sequence_length=width,
+        global_batch_size=rows,
+        micro_batch_size=rows,
+        bias_update_speed=0.0,
+        precision=config.precision,
+    )
+    estimate = estimate_memory(training)
+    return estimate.on_device + (estimate.parameters if config.beta else 0)
+
+
+def check_memory(config: GRPOConfig, model: ModelConfig, longest: int, device: torch.device, available: int | None) -> int:
+    """The bytes that are needed; InputError with the field to lower if they are above `available`."""
+    needed = needed_bytes(config, model, longest, config.micro_batch_tokens)
+    if available is None or needed <= available:
+        return needed
+    problem = f"this run needs about {needed / _GIB:.1f} GiB on {device} and {available / _GIB:.1f} are available"
+    tokens = config.micro_batch_tokens
+    while tokens > longest:
+        tokens = max(longest, tokens // 2)
+        if needed_bytes(config, model, longest, tokens) <= available:
+            raise InputError(
+                f"{problem}; lower micro_batch_tokens from {config.micro_batch_tokens} to {tokens} (the result stays the same)"
+            )
+    if config.beta:
+        raise InputError(
+            f"{problem}; set beta to 0, which saves the reference, or lower max_completion_length, or take a smaller model"
+        )
+    raise InputError(f"{problem}; lower max_completion_length, or take a smaller model")
