@@ -1,4 +1,4 @@
-"""`finback grpo`: reinforcement learning from rewards, or a run that is continued; `finback r1-zero` is the same from a base model."""
+"""`finback grpo`: reinforcement learning from rewards, or a run that is continued."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +9,7 @@ import tyro
 
 from finback.commands.parse import parse_arguments
 from finback.config import InputError
-from finback.rl.config import R1_ZERO_TEMPLATE, GRPOConfig
-
-R1_ZERO_REWARDS = ("finback.rewards.answers:exact_answer_tag", "finback.rewards.format:r1_zero_format")
+from finback.rl.config import GRPOConfig
 
 
 @dataclass(frozen=True)
@@ -29,19 +27,11 @@ def main(argv: Sequence[str]) -> int:
         "Train a model on prompts by GRPO: samples of its own, scored by rewards.\n"
         "Continue a run with: finback grpo --resume DIR."
     )
-    return _run(argv, "grpo", description, GRPOConfig(model=""))
+    return run(argv, "grpo", description, GRPOConfig(model=""))
 
 
-def main_r1_zero(argv: Sequence[str]) -> int:
-    """`finback r1-zero BASE --data FILE --out DIR`."""
-    description = (
-        "R1-Zero: GRPO on a base model, with R1's template and rules alone as rewards (an exact answer, and the form).\n"
-        "Rows need a prompt and an answer. Continue a run with: finback r1-zero --resume DIR."
-    )
-    return _run(argv, "r1-zero", description, GRPOConfig(model="", template=R1_ZERO_TEMPLATE, reward=R1_ZERO_REWARDS))
-
-
-def _run(argv: Sequence[str], verb: str, description: str, default: GRPOConfig) -> int:
+def run(argv: Sequence[str], verb: str, description: str, default: GRPOConfig) -> int:
+    """A verb that trains by GRPO from the fields of `default`."""
     if any(word.split("=")[0] == "--resume" for word in argv):
         words = [word for argument in argv for word in argument.split("=", 1)]
         if len(words) != 2 or words[0] != "--resume":

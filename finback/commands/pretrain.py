@@ -27,8 +27,10 @@ PRESET gives every field below its value (shown are those of the preset on the l
 class Arguments:
     """Words of `finback pretrain PRESET`; the fields of the run's config stand beside them."""
 
-    preset: Annotated[Literal["tiny", "small", "v2-lite-16b", "v3-671b"], tyro.conf.Positional]
-    """Model and recipe to start from: tiny, small, v2-lite-16b or v3-671b. It comes first."""
+    preset: Annotated[
+        Literal["nano", "nano-dense", "tiny", "tiny-dense", "small", "v2-lite-16b", "v3-671b"], tyro.conf.Positional
+    ]
+    """Model and recipe to start from: nano, nano-dense, tiny, tiny-dense, small, v2-lite-16b or v3-671b. It comes first."""
     config: Annotated[PretrainConfig, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")]
     out: Path | None = None
     """Directory of the run: config, metrics, checkpoints, report. `data` may also name .txt, .jsonl and .parquet files

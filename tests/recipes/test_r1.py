@@ -45,6 +45,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("raw", "raw-student"):
         checkpoint = sft(directory / name, config, directory / f"sft-{name}")
         checkpoint.rename(directory / ("student" if "student" in name else "base"))
+    answers = directory / "answers.jsonl"
+    with answers.open("w") as out:
+        for chain in generate_chains(150, ChainSettings(2, 2, 6), seed=5):
+            content = ("答案：" if chain.language == "zh" else "Answer: ") + "7"
+            reply = {"role": "assistant", "reasoning_content": clean_thought(chain), "content": content}
+            out.write(json.dumps({"messages": [{"role": "user", "content": chain.question}, reply]}) + "\n")
+    sft(directory / "raw", replace(config, data=(str(answers),)), directory / "sft-teacher").rename(directory / "teacher")
     return directory
 
 
@@ -106,10 +113,8 @@ def test_a_gate_stops_the_run_with_a_reason(files: Path, tmp_path: Path) -> None
 
 
 def test_a_teacher_teaches_a_student_of_another_family(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tmp_path / "r1"
-    r1(_config(files, run, student=None))
     config = DistillConfig(
-        teacher=str(run / "final"),
+        teacher=str(files / "teacher"),
         student=str(files / "student"),
         data=str(files / "data.jsonl"),
         held_out=str(files / "held-out.jsonl"),
