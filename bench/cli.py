@@ -58,7 +58,7 @@ def main(
         quick: Fewer repetitions: enough to see that it works, too few for a claim.
         out: Directory of the JSON files.
         llama_bin: Directory of llama.cpp's programs, for `engine`; the PATH if not given.
-        mtp_directory: A trained model with an MTP module, for `engine`; runs/quickstart/final if not given.
+        mtp_directory: A trained model with an MTP module, for `engine`; runs/quickstart/base if not given.
     """
     sizes = dict(SIZES["quick" if quick else "full"])
     if llama_bin is not None:

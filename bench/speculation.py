@@ -19,7 +19,7 @@ from bench.peers import their_mtp, their_twin
 from bench.results import Row
 from finback import LLM, SamplingParams
 from finback.config import ModelConfig
-from finback.data.problems import generate_problems
+from finback.data.chains import ChainSettings, generate_chains, prompt_text
 from finback.engine.batch import Chunk
 from finback.engine.native import NativeDecoder
 from finback.engine.runner import Runner
@@ -40,7 +40,7 @@ _BLOCK = 64
 class Size:
     """How much is measured. A turn answers all prompts, one after another."""
 
-    directory: Path | None = ROOT / "runs" / "quickstart" / "final"
+    directory: Path | None = ROOT / "runs" / "quickstart" / "base"
     drafts: tuple[int, ...] = (1, 2)
     temperatures: tuple[float, ...] = (0.0, 0.6)
     problems: int = 6
@@ -115,11 +115,10 @@ def run(size: Size) -> tuple[list[Row], list[str]]:
 
 
 def make_prompts(size: Size, directory: Path) -> list[list[int]]:
-    """Openings of what the model knows: held-out problems up to where their thoughts begin, and fables of its own."""
+    """Openings of what the model knows: held-out sums up to where the answer begins, and fables of its own."""
     llm = LLM(directory)
     assert llm.tokenizer is not None
-    problems = generate_problems(size.problems, seed=1, levels=(1, 2), held_out=True)
-    texts = [problem.text[: problem.text.index("<think>\n") + len("<think>\n")] for problem in problems if problem.reasoning]
+    texts = [prompt_text(chain.question) for chain in generate_chains(size.problems, ChainSettings(), seed=1, held_out=True)]
     params = [SamplingParams(temperature=0.6, seed=seed, max_tokens=size.opening, ignore_eos=True) for seed in range(size.fables)]
     fables = llm.generate([_OPENINGS[number % len(_OPENINGS)] for number in range(size.fables)], params)
     add_bos = llm.tokenizer.add_bos_token
@@ -284,7 +283,7 @@ def _notes(size: Size, prompts: list[list[int]]) -> list[str]:
     name = os.path.relpath(size.directory, ROOT) if size.directory.is_relative_to(ROOT) else size.directory.name
     return [
         f"Drafts: the model of {name}, in the dtype in which it is stored, one request at a time: {len(prompts)} openings, of held-out "
-        f"problems and of fables that it wrote itself, at most {size.new_tokens} new tokens each. Tokens with and without drafts were "
+        f"sums and of fables that it wrote itself, at most {size.new_tokens} new tokens each. Tokens with and without drafts were "
         "compared and are equal. Acceptance: of all drafted tokens.",
         "Times as fast by the kernels alone, if Python cost nothing: (1 + accepted per step) x (kernels of one row) / (kernels that "
         "verify + kernels that draft), timed in this run over what was written, at the measured acceptance.",

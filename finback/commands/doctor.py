@@ -24,7 +24,7 @@ from finback.presets import PRESETS
 OLDEST_TORCH = (2, 11)
 GB = 1e9
 WORTHWHILE_RATIO = 1.3  # bf16 is advised where its matrix products are this much faster than fp32
-QUICKSTART_MEMORY_BYTES = 3 * GB
+QUICKSTART_MEMORY_BYTES = 4 * GB
 QUICKSTART_DISK_BYTES = 2 * GB
 TRAINING_SHARE = 0.3  # of the measured matrix rate, that training reaches: a rough figure for rough times
 DAY_SECONDS = 86400.0

@@ -223,7 +223,7 @@ def test_bf16_that_gains_nothing_is_not_advised():
 @pytest.mark.parametrize(
     ("changes", "name", "state", "words"),
     [
-        ({"hardware": {"memory_available_bytes": GIB}}, "quickstart", "no", "needs 3.0 GB of free memory, here 1.1 GB"),
+        ({"hardware": {"memory_available_bytes": GIB}}, "quickstart", "no", "needs 4.0 GB of free memory, here 1.1 GB"),
         ({"hardware": {"disk_free_bytes": GIB}}, "pretrain tiny", "no", "needs 2.0 GB of free disk, here 1.1 GB"),
         ({"torch": {"version": "2.4.1"}}, "quickstart", "no", "torch 2.4.1 is too old, 2.11 is the oldest supported"),
         ({"torch": {"error": "not installed"}}, "GPU", "no", "torch is not installed"),
