@@ -165,7 +165,7 @@ def measure(run: Run, ladder: LadderConfig, name: str, form: PromptForm) -> dict
         greedy = evaluate_answers(llm, task, form, replace(drawn, temperature=0.0))
         results[title] = _numbers(sampled, greedy)
         print(describe(name, title, results[title]))
-    return {"results": results, "samples": []}
+    return {"results": results}
 
 
 def _numbers(sampled: TaskResult, greedy: TaskResult) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def read_prompts(files: Sequence[str], tokenizer: Tokenizer, template: str | Non
     for file in files:
         for place, row in _rows(Path(file)):
             text = _prompt_text(row, tokenizer, template, place)
-            token_ids = tokenizer.encode(text, add_bos=not _has_bos(text, tokenizer))
+            token_ids = tokenizer.encode(text, add_bos=tokenizer.add_bos_token and not _has_bos(text, tokenizer))
             if len(token_ids) > longest:
                 raise InputError(
                     f"{place}: the prompt has {len(token_ids)} tokens, and the model's context leaves {longest} beside "

@@ -160,6 +160,19 @@ def test_the_rows_of_a_run_hold_each_step_once_and_what_is_watched(tmp_path):
     assert samples[0]["prompt"].startswith("Q: count")
 
 
+def test_a_prompt_has_the_tokens_that_the_engine_gives_it(tmp_path):
+    """Also where a tokenizer has a begin token that it does not put before a text, as Qwen's and SmolLM2's do."""
+    config = grpo_config(tmp_path)
+    model, tokenizer = finback.load(config.model, dtype=torch.float32), load_tokenizer(config.model)
+    for adds in (True, False):
+        tokenizer.add_bos_token = adds
+        llm = LLM(model=model, tokenizer=tokenizer)
+        for prompt in read_prompts(config.data, tokenizer, config.template, longest=100)[:2]:
+            (out,) = llm.generate([prompt.text], SamplingParams(max_tokens=1))
+            assert prompt.token_ids == out.prompt_token_ids
+            assert (prompt.token_ids[0] == tokenizer.bos_token_id) == adds
+
+
 def test_each_prompt_comes_once_an_epoch_and_orders_differ():
     stream = PromptStream(3)
     stream.prompts = [read_only_prompt(length) for length in range(1, 8)]
