@@ -160,6 +160,17 @@ def test_the_rows_of_a_run_hold_each_step_once_and_what_is_watched(tmp_path):
     assert samples[0]["prompt"].startswith("Q: count")
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("{", "it is not valid JSON"), ('{"answer": "3"}', "the row has no prompt"), ("[1]", "the row has no prompt")],
+)
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, words):
+    config = grpo_config(tmp_path)
+    (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "count"}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(InputError, match=rf"prompts\.jsonl, line 2: {words}"):
+        grpo(config, tmp_path / "run")
+
+
 def test_a_prompt_has_the_tokens_that_the_engine_gives_it(tmp_path):
     """Also where a tokenizer has a begin token that it does not put before a text, as Qwen's and SmolLM2's do."""
     config = grpo_config(tmp_path)
@@ -208,7 +219,7 @@ def test_the_learning_rate_by_hand():
     [
         ({"reward": ()}, "field reward is empty"),
         ({"data": ()}, "field data is empty"),
-        ({"data": ("/nowhere/prompts.jsonl",)}, "which is no file"),
+        ({"data": ("/nowhere/prompts.jsonl",)}, r"prompts\.jsonl does not exist"),
         ({"max_completion_length": 127}, "the prompt has"),
     ],
 )
