@@ -46,6 +46,7 @@ ROOMS["__main__"] = ["cli"]
 NEVER_TORCH = {"config", "parallel.schedule", "parallel.eplb", "planner"}  # besides every room's config.py
 FAST_TO_IMPORT = {"root", "cli", "presets", "commands"}  # `--help` imports these: torch only inside functions
 HANDED_ON = {"finback.rewards": ["run_code"]}  # public under that name; its module imports the standard library only
+HANDED_ON_LATER = {"finback.ops"}  # public names whose modules import torch: found on first use, as the root's
 BRINGS_TORCH = {"torch", "transformers", "safetensors.torch", "triton"}
 
 
@@ -152,6 +153,9 @@ def violations(root: Path) -> list[str]:
 def _is_bare(module: Module) -> bool:
     """Whether a package's __init__ is empty, or hands on the names that the public surface has there and nothing else."""
     body = ast.parse(module.path.read_text(encoding="utf-8")).body
+    if module.name in HANDED_ON_LATER:
+        functions = [statement.name for statement in body if isinstance(statement, ast.FunctionDef)]
+        return functions == ["__getattr__"] and all(imported.target.split(".")[0] != "finback" for imported in module.imports)
     names = [node.name for statement in body if isinstance(statement, ast.ImportFrom) for node in statement.names]
     expected = HANDED_ON.get(module.name, [])
     return names in ([], expected) and len(body) == (2 if names else 0)

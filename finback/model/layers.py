@@ -1,5 +1,7 @@
 """The small layers: linear, RMSNorm, SwiGLU feed-forward. Parameters are allocated, not initialised."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,7 +13,10 @@ from finback.ops.swiglu import swiglu
 
 
 class Linear(nn.Module):
-    """y = W x, or W x + b: W [out, in] and b [out], as the published files store them. Only dense models have biases."""
+    """y = W x, or W x + b: W [out, in] and b [out], as the published files store them. Only dense models have biases.
+
+    `product` is how W x is computed: a pass over a finished model (`quant.fp8_training`) may set another function.
+    """
 
     def __init__(
         self,
@@ -24,9 +29,10 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
+        self.product: Callable[[Tensor, Tensor], Tensor] = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        product = linear(x, self.weight)
+        product = self.product(x, self.weight)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
@@ -43,16 +49,23 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(silu(gate x) * up x): the dense feed-forward, and the shared experts."""
+    """down(silu(gate x) * up x): the dense feed-forward, and the shared experts.
+
+    `whole`, set by a pass over a finished model, computes it at once: (rows [M, D], three weights) -> [M, D].
+    """
 
     def __init__(self, size: int, width: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.gate_proj = Linear(size, width, device, dtype)
         self.up_proj = Linear(size, width, device, dtype)
         self.down_proj = Linear(width, size, device, dtype)
+        self.whole: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Float[Tensor, "*N D"], recompute: bool = False) -> Float[Tensor, "*N D"]:
         """With `recompute`, the activation is rebuilt in backward from the two products that feed it."""
+        if self.whole is not None:
+            weights = (self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+            return self.whole(x.flatten(0, -2), *weights).view(*x.shape[:-1], -1)
         gate, up = self.gate_proj(x), self.up_proj(x)
         hidden = swiglu(gate, up)
         with rebuilt((hidden,), lambda: (swiglu(gate, up),), recompute):

@@ -53,7 +53,11 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer, stacked: gate_proj, up_proj [E, F, D], down_proj [E, D, F]."""
+    """All routed experts of a layer, stacked: gate_proj, up_proj [E, F, D], down_proj [E, D, F].
+
+    `whole`, set by a pass over a finished model, computes them at once: (rows [M, D] in expert order, three weights, rows of each
+    expert [E], gate value of each row [M]) -> [M, D].
+    """
 
     def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -61,6 +65,7 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(count, width, size, device=device, dtype=dtype))
         self.up_proj = nn.Parameter(torch.empty(count, width, size, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(count, size, width, device=device, dtype=dtype))
+        self.whole: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
     def forward(
         self,
@@ -72,6 +77,11 @@ class Experts(nn.Module):
         """Sum over each token's experts of value * expert(token). Gate values multiply the narrow activation, not the output."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         n_experts = self.gate_proj.shape[0]
+        if self.whole is not None:
+            dispatch = dispatch_order(indices, n_experts)
+            row_values = values.flatten().index_select(0, dispatch.order)
+            weights = (self.gate_proj, self.up_proj, self.down_proj)
+            return unpermute(self.whole(permute(x, dispatch), *weights, dispatch.rows, row_values), dispatch, x.shape[0])
         if not torch.is_grad_enabled() and dtype == self.gate_proj.dtype:
             few = few_tokens(x, indices, values, self.gate_proj, self.up_proj, self.down_proj)
             if few is not None:

@@ -6,8 +6,11 @@ code. What DeepSeek's files call `scale_inv` is that scale: the factor that take
 
 Ragged edges belong to a smaller tile; nothing is padded. A block of weights that is all zero has scale 1, and no scale
 is below float32's smallest normal number, so that none is ever zero. Activations bound the largest magnitude below by
-1e-4 instead, as DeepSeek's own code does. A tile that holds inf or nan gets an infinite or nan scale: nothing here
-waits for the device to look.
+1e-4 instead, as DeepSeek's own code for inference does; gradients, which are smaller, do not. A tile that holds inf or nan gets an
+infinite or nan scale: nothing here waits for the device to look.
+
+A scale may be rounded up to a power of two (UE8M0, V3 section 3.3.3): dequantising and quantising in another direction then moves
+only the values that the new tile's scale makes too small.
 
 Requantising is stable. With a = 448 * s rounded to float32, a / 448 is s or its neighbour, and a second round gives the
 same number again; the quotients move by far less than half a code. So a payload whose blocks reach code 448 comes back
@@ -32,8 +35,9 @@ _STRIP_ELEMENTS = 1 << 21  # float32 scratch of a cast: 8 MiB, about what stays 
 
 
 @torch.no_grad()
-def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast a weight [M, N] to its payload [M, N] in E4M3 and scale_inv [ceil(M / 128), ceil(N / 128)] in float32.
+def quantize_128x128(weight: Tensor, *, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+    """Cast a weight [M, N] to its payload [M, N] in E4M3 and scale_inv [ceil(M / 128), ceil(N / 128)] in float32, with `ue8m0` a power
+    of two.
 
     Works strip by strip: beside its results it needs a few MiB. Raises ValueError if `weight` is not a matrix.
     """
@@ -46,6 +50,8 @@ def quantize_128x128(weight: Tensor) -> tuple[Tensor, Tensor]:
         values = weight[strip].to(torch.float32, copy=True)
         scale = _block_amax(values) / LARGEST_CODE
         scale = torch.where(scale == 0, 1.0, scale.clamp_min(_SMALLEST_SCALE))
+        if ue8m0:
+            scale = next_power_of_two(scale)
         scale_inv[blocks] = scale
         _store(payload[strip], values, _per_row(scale, values.shape[0]))
     return payload, scale_inv
@@ -67,19 +73,21 @@ def dequantize_128x128(
     weight = torch.empty(rows, columns, dtype=dtype, device=payload.device) if out is None else out
     for strip, blocks in _strips(rows, columns):
         values = payload[strip].to(torch.float32)
-        _scale_tiles(values, _per_row(scale_inv[blocks].to(torch.float32), values.shape[0]))
+        scale_tiles(values, _per_row(scale_inv[blocks].to(torch.float32), values.shape[0]))
         weight[strip] = values
     return weight
 
 
 @torch.no_grad()
-def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_1x128(x: Tensor, *, ue8m0: bool = False, smallest_amax: float = SMALLEST_ACTIVATION_AMAX) -> tuple[Tensor, Tensor]:
     """Cast activations [..., N] to their payload [..., N] in E4M3 and scales [..., ceil(N / 128)] in float32.
 
-    One scale per row and 128 channels: max(amax, 1e-4) / 448.
+    One scale per row and 128 channels: max(amax, smallest_amax) / 448, with `ue8m0` rounded up to a power of two.
     """
     values = x.to(torch.float32, copy=True)
-    scale = _row_amax(values).clamp_min(SMALLEST_ACTIVATION_AMAX) / LARGEST_CODE
+    scale = (tile_amax(values).clamp_min(smallest_amax) / LARGEST_CODE).clamp_min(_SMALLEST_SCALE)
+    if ue8m0:
+        scale = next_power_of_two(scale)
     payload = torch.empty(x.shape, dtype=FP8, device=x.device)
     _store(payload, values, scale)
     return payload, scale
@@ -89,8 +97,15 @@ def quantize_1x128(x: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_1x128(payload: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The activations [..., N] in `dtype`: what `quantize_1x128` stands for."""
     values = payload.to(torch.float32)
-    _scale_tiles(values, scale)
+    scale_tiles(values, scale)
     return values.to(dtype)
+
+
+def next_power_of_two(scale: Tensor) -> Tensor:
+    """Each positive float32 rounded up to a power of two, exactly; inf and nan stay."""
+    mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent with mantissa in [0.5, 1)
+    power = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    return torch.where(torch.isfinite(scale), power, scale)
 
 
 def _tiles(size: int) -> int:
@@ -118,7 +133,7 @@ def _split(x: Tensor) -> list[Tensor]:
     return parts
 
 
-def _row_amax(values: Tensor) -> Tensor:
+def tile_amax(values: Tensor) -> Tensor:
     """Largest magnitude per row and 128 channels: [..., N] -> [..., ceil(N / 128)]."""
     extremes = (part.aminmax(dim=-1) for part in _split(values))
     return torch.cat([torch.maximum(high, -low) for low, high in extremes], dim=-1)
@@ -126,7 +141,7 @@ def _row_amax(values: Tensor) -> Tensor:
 
 def _block_amax(values: Tensor) -> Tensor:
     """Largest magnitude per 128 x 128 block: [M, N] -> [ceil(M / 128), ceil(N / 128)]."""
-    return torch.cat([part.amax(dim=-1) for part in _split(_row_amax(values).T)], dim=-1).T
+    return torch.cat([part.amax(dim=-1) for part in _split(tile_amax(values).T)], dim=-1).T
 
 
 def _with_scales(values: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -138,7 +153,7 @@ def _with_scales(values: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor
         start = stop
 
 
-def _scale_tiles(values: Tensor, scale: Tensor) -> None:
+def scale_tiles(values: Tensor, scale: Tensor) -> None:
     """Multiply each tile of `values` [..., N] in place by its scale [..., ceil(N / 128)]."""
     for tiles, factor in _with_scales(values, scale):
         tiles.mul_(factor)

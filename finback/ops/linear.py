@@ -53,7 +53,7 @@ class _Linear(torch.autograd.Function):
 
 def rows_times(rows: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
     """rows [M, P] times matrix [P, Q] -> [M, Q], in `out` if given; the matrix may be a transposed view."""
-    if rows.shape[0] >= _FEW_ROWS and prefers_onednn(rows, matrix):
+    if rows.shape[0] >= _FEW_ROWS and rows.shape[1] > 0 and prefers_onednn(rows, matrix):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, matrix.t(), None, "none", [], "")
         return product if out is None else out.copy_(product)
     return torch.mm(rows, matrix, out=out)

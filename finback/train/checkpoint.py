@@ -95,7 +95,7 @@ def fresh_state(config: PretrainConfig, stream: TokenStream, device: torch.devic
     torch.manual_seed(config.seed)
     model = Transformer(replace(config.model, torch_dtype="float32", fp8=False), device=device, dtype=torch.float32)
     initialise(model, config)
-    return new_state(model, stream, moments_dtype=config.moments_dtype, ema_decay=config.ema_decay)
+    return new_state(model, stream, moments_dtype=config.moments, ema_decay=config.ema_decay)
 
 
 def new_state(
@@ -229,7 +229,7 @@ def load_checkpoint(
 ) -> TrainingState[TokenStream]:
     """The state that `save_checkpoint` wrote. `stream` is set to its position, torch's random states are set."""
     model = load(checkpoint, dtype=torch.float32, device=device)
-    state = new_state(model, stream, moments_dtype=config.moments_dtype, ema_decay=config.ema_decay)
+    state = new_state(model, stream, moments_dtype=config.moments, ema_decay=config.ema_decay)
     restore_state(checkpoint, state)
     return state
 

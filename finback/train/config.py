@@ -9,6 +9,8 @@ from finback.config import InputError, ModelConfig, nearest
 
 Precision = Literal["fp32", "bf16", "fp8"]
 MomentsDtype = Literal["fp32", "bf16"]
+FP8Scales = Literal["float32", "ue8m0"]
+GradientTiles = Literal["1x128", "128x128"]
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -76,8 +78,8 @@ class PretrainConfig:
     """Gradients are scaled down to this global norm."""
     max_nonfinite_steps: int = 3
     """The run stops after this many steps in a row whose gradient norm is not finite; such steps change no weight."""
-    moments_dtype: MomentsDtype = "fp32"
-    """Storage of AdamW's moments; V3 keeps them in bf16."""
+    moments_dtype: MomentsDtype | None = None
+    """Storage of AdamW's moments; None: bf16 with precision fp8, as V3 keeps them, and fp32 otherwise."""
 
     bias_update_speed: float = 0.001
     """Gamma: the router bias of an expert moves by this much per step (V3 section 2.1.2); 0 for models without one."""
@@ -93,7 +95,12 @@ class PretrainConfig:
     """Tokens after which lambda switches."""
 
     precision: Precision = "bf16"
-    """Matrix products: fp32, or bf16 (autocast; weights, gradients and router stay fp32). fp8 is planned."""
+    """Matrix products: fp32, bf16 (autocast; weights, gradients and router stay fp32), or fp8 (V3 section 3.3: E4M3 in the products
+    of attention's projections, feed-forwards and experts, bf16 elsewhere; emulated where the device has no FP8)."""
+    fp8_scales: FP8Scales = "float32"
+    """Scales of the FP8 tiles; ue8m0: all of them powers of two."""
+    fp8_gradient_tiles: GradientTiles = "1x128"
+    """Tiles of the output gradients in FP8. 128x128 is what the paper found to diverge; it is here to be seen."""
     recompute: Recompute = "none"
     """What backward computes again to save memory: nothing, V3's choice (norms, MLA up-projections, SwiGLU), or layers."""
     ema_decay: float | None = None
@@ -125,6 +132,11 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         _check_numbers(self)
         _check_together(self)
+
+    @property
+    def moments(self) -> MomentsDtype:
+        """Storage of AdamW's moments, as resolved."""
+        return self.moments_dtype or ("bf16" if self.precision == "fp8" else "fp32")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: the model in its published form under "model", tuples as lists."""
@@ -186,7 +198,9 @@ _ABOVE_ZERO = ("minutes", "lr", "adam_epsilon", "max_grad_norm")
 _FROM_ZERO_BELOW_ONE = ("adam_beta1", "adam_beta2", "ema_decay")
 _CHOICES = {
     "precision": ("fp32", "bf16", "fp8"),
-    "moments_dtype": ("fp32", "bf16"),
+    "moments_dtype": ("fp32", "bf16", None),
+    "fp8_scales": ("float32", "ue8m0"),
+    "fp8_gradient_tiles": ("1x128", "128x128"),
     "recompute": ("none", "selective", "full"),
 }
 
@@ -198,7 +212,7 @@ def check_numbers(
     at_least_zero: Sequence[str],
     above_zero: Sequence[str],
     from_zero_below_one: Sequence[str],
-    choices: Mapping[str, Sequence[str]],
+    choices: Mapping[str, Sequence[str | None]],
 ) -> None:
     """Check the fields of a config by name; InputError names the first that is wrong. `integers` gives their least values. A field
     whose type allows None may be None."""
@@ -222,7 +236,7 @@ def check_numbers(
             )
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
-            raise InputError(f"field {name} is {getattr(config, name)!r}, it must be one of {', '.join(allowed)}")
+            raise InputError(f"field {name} is {getattr(config, name)!r}, it must be one of {', '.join(filter(None, allowed))}")
 
 
 def _check_numbers(c: PretrainConfig) -> None:
@@ -251,8 +265,10 @@ def _check_together(c: PretrainConfig) -> None:
     if len(limits) != 1:
         given = " and ".join(limits) or "none of them"
         raise InputError(f"exactly one of the fields steps, tokens and minutes ends a run, but {given} is given; keep one")
-    if c.precision == "fp8":
-        raise InputError("field precision is 'fp8', which this version cannot train in yet; use bf16 or fp32")
+    if c.precision != "fp8" and (c.fp8_scales, c.fp8_gradient_tiles) != ("float32", "1x128"):
+        raise InputError(
+            f"fields fp8_scales and fp8_gradient_tiles belong to precision fp8, but precision is {c.precision}; leave them out"
+        )
     if c.sequence_length > c.model.max_position_embeddings:
         limit = c.model.max_position_embeddings
         raise InputError(

@@ -37,7 +37,7 @@ def evaluate(model: Transformer, rows: Int64[Tensor, "rows T_plus_1"], *, micro_
     total = 0.0
     for part in rows.split(micro_batch_size):
         part = part.to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != "fp32"):
             output = model.train_forward(part[:, :-1], mtp=False)
             total += float(linear_cross_entropy(output.hidden.flatten(0, 1), model.lm_head.weight, part[:, 1:].flatten()))
     return total / (rows.shape[0] * (rows.shape[1] - 1))

@@ -61,7 +61,7 @@ def accumulate_gradients(
     sums = torch.zeros(3, dtype=torch.float64, device=micro_batches[0].device)
     counts: Tensor | None = None
     for rows in micro_batches:
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=precision != "fp32"):
             output = model.train_forward(rows[:, :-1], recompute=recompute)
             main, mtp = loss_sums(output, model.lm_head.weight, rows)
         balance = output.balance_loss * (rows.shape[0] / sequences)

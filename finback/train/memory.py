@@ -46,15 +46,15 @@ def estimate_memory(config: PretrainConfig) -> MemoryEstimate:
     counts = count_params(m)
     shared = m.num_nextn_predict_layers * 2 * m.vocab_size * m.hidden_size  # stored twice, held once
     parameters = counts.total + counts.mtp - shared
-    low = 2 if config.precision == "bf16" else 4
+    low = 4 if config.precision == "fp32" else 2
     tokens = config.micro_batch_size * config.sequence_length
     head_passes = 1 + m.num_nextn_predict_layers
     logits = min(_LOGITS_AT_ONCE, tokens * m.vocab_size) * _LOGITS_COPIES_BYTES
     return MemoryEstimate(
         parameters=4 * parameters,
         gradients=4 * parameters,
-        moments=2 * parameters * (2 if config.moments_dtype == "bf16" else 4),
-        low_precision_weights=2 * parameters if config.precision == "bf16" else 0,
+        moments=2 * parameters * (2 if config.moments == "bf16" else 4),
+        low_precision_weights=0 if config.precision == "fp32" else 2 * parameters,
         activations=int(_WITH_GAPS * tokens * _activation_bytes(m, low, config.recompute)),
         head=int(_WITH_GAPS * (logits + head_passes * (4 * m.vocab_size * m.hidden_size + low * tokens * m.hidden_size))),
         moving_average=4 * parameters if config.ema_decay is not None else 0,

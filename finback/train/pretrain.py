@@ -12,7 +12,9 @@ from torch import Tensor
 from finback.config import InputError, count_params
 from finback.data.stream import TokenStream
 from finback.data.tokenizer import Tokenizer
+from finback.ops.fp8_linear import Recipe
 from finback.ops.memory import available_memory
+from finback.quant.fp8_training import train_in_fp8
 from finback.train.balance import update_expert_bias
 from finback.train.budget import Plan, fixed_total_tokens, next_plan, planned_total, read_plans, write_plans
 from finback.train.checkpoint import (
@@ -78,6 +80,8 @@ def pretrain(config: PretrainConfig, directory: str | Path, *, resume: bool = Fa
             else:
                 state = load_checkpoint(checkpoint, config, stream, device)
                 notes.append(f"continuing {run} after step {state.progress.step}")
+            if config.precision == "fp8":
+                train_in_fp8(state.model, Recipe(config.fp8_scales == "ue8m0", config.fp8_gradient_tiles))
             with MetricsWriter(
                 run,
                 total_steps=_total_steps(config),

@@ -135,7 +135,7 @@ def test_weights_that_are_there_bring_their_tokenizer(run: Run, text: Path, tmp_
             "tiny --out {out} --data {text}/a.txt --model.hidden-size 0",
             "pretrain: config field hidden_size is 0, it must be",
         ),
-        ("tiny --out {out} --data {text}/a.txt --precision fp8", "cannot train in yet; use bf16 or fp32"),
+        ("tiny --out {out} --data {text}/a.txt --fp8-scales ue8m0", "belong to precision fp8, but precision is bf16"),
         ("tiny --out {out} --data {text}/a.txt --precision int4", "invalid choice 'int4' for argument '--precision'"),
         ("tiny --out {out} --data {text}/a.txt", "vocab_size is 4096, but this text gives only"),
         ("tiny --out {out} --data {text}/b.jsonl --text-field words", "line 1 has no text in field 'words'"),

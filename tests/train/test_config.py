@@ -43,7 +43,10 @@ BASE = PretrainConfig(model=tiny().model, steps=10)
         ({"batch_ramp_tokens": 8}, "a batch-size ramp needs"),
         ({"sequence_length": 4096}, "field sequence_length is 4096, above the model's max_position_embeddings (2048)"),
         ({"sequence_length": 1}, "field sequence_length is 1, it must be above num_nextn_predict_layers (1)"),
-        ({"precision": "fp8"}, "field precision is 'fp8', which this version cannot train in yet; use bf16 or fp32"),
+        (
+            {"fp8_scales": "ue8m0"},
+            "fields fp8_scales and fp8_gradient_tiles belong to precision fp8, but precision is bf16; leave them out",
+        ),
         ({"threads": 0}, "field threads is 0"),
         ({"save_every": 0}, "field save_every is 0"),
         ({"keep_checkpoints": -1}, "field keep_checkpoints is -1"),
