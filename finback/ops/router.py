@@ -48,6 +48,23 @@ def _select_in_torch(choice: Tensor, top_k: int, n_group: int, topk_group: int, 
     return choice.topk(top_k, dim=-1, sorted=False).indices
 
 
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    topk_method: str = "noaux_tc",
+    scoring_func: str = "sigmoid",
+    normalise: bool = True,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The whole gate from the router's logits float32 [N, E]: gate values float32 and experts int64, both [N, K]."""
+    scores = logits.sigmoid() if scoring_func == "sigmoid" else logits.softmax(-1)
+    indices = select_experts(scores, bias, top_k, n_group, topk_group, topk_method)
+    return gate_values(scores, indices, normalise, scaling), indices
+
+
 def gate_values(scores: Tensor, indices: Tensor, normalise: bool, scaling: float) -> Tensor:
     """What each chosen expert's output is multiplied by: the unbiased scores, renormalised over the chosen, scaled: float32 [N, K]."""
     values = scores.gather(1, indices)
