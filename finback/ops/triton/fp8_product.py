@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finback.ops.fp8 import TILE
+from finback.ops.triton.cast import rounded
 
 _BLOCK_M = 128
 _BLOCK_N = 128
@@ -61,7 +62,7 @@ def fp8_gemm_kernel(
         a, a_scale, b, b_scale, row, column, rows, columns, depth, tiles_k, block_m, block_n, tile, b_by_rows
     )  # fmt: skip
     place = row[:, None].to(tl.int64) * columns + column[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < columns))
+    tl.store(out + place, rounded(total, out.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < columns))
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def grouped_fp8_gemm_kernel(
         b_scale + group.to(tl.int64) * scale_rows * tiles_k, row, column, rows, columns, depth, tiles_k, block_m, block_n, tile, False,
     )  # fmt: skip
     place = (first + row[:, None]) * columns + column[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < columns))
+    tl.store(out + place, rounded(total, out.dtype.element_ty), mask=(row[:, None] < rows) & (column[None, :] < columns))
 
 
 def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:

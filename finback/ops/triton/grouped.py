@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from finback.ops.grouped import Dispatch
+from finback.ops.triton.cast import rounded
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _PAIRS = 128
@@ -82,7 +83,7 @@ def sum_rows_kernel(rows, inverse, out, size, choices: tl.constexpr, block: tl.c
     for choice in tl.static_range(choices):
         row = tl.load(inverse + token * choices + choice)
         total += tl.load(rows + row * size + column, mask=column < size, other=0.0).to(tl.float32)
-    tl.store(out + token * size + column, total.to(out.dtype.element_ty), mask=column < size)
+    tl.store(out + token * size + column, rounded(total, out.dtype.element_ty), mask=column < size)
 
 
 def dispatch_order(expert_indices: Tensor, n_experts: int) -> Dispatch:
