@@ -6,7 +6,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,9 +122,18 @@ class Service:
             raise APIError(422, str(error)) from None
 
     async def answer(
-        self, model: str, key: Key | None, prompt: list[int], params: Sequence[SamplingParams], usage: Usage, **options: Any
+        self,
+        model: str,
+        key: Key | None,
+        prompt: list[int],
+        params: Sequence[SamplingParams],
+        usage: Usage,
+        turn: Callable[..., AsyncIterator[Delta]] = run_turn,
+        **options: Any,
     ) -> AsyncIterator[tuple[int, Delta]]:
         """One answer for each of `params`, interleaved as (index, delta). However it ends, it is counted and charged once.
+
+        `turn` is `run_turn` or `run_completion`, `options` are what it takes.
 
         Raises APIError for what the engine refuses, before or in the middle.
         """
@@ -135,15 +144,15 @@ class Service:
 
         async def read(index: int) -> None:
             # Everything goes through the queue: a task's own exception would be nobody's.
-            turn = run_turn(self.worker, prompt, params[index], usages[index], close_thought=self._close_thought, **options)
+            deltas = turn(self.worker, prompt, params[index], usages[index], close_thought=self._close_thought, **options)
             try:
-                async for delta in turn:
+                async for delta in deltas:
                     queue.put_nowait((index, delta))
                 queue.put_nowait((index, None))
             except (InputError, EngineFailure, APIError) as error:
                 queue.put_nowait((index, error))
             finally:
-                await turn.aclose()  # type: ignore[attr-defined]
+                await deltas.aclose()  # type: ignore[attr-defined]
 
         tasks = [asyncio.create_task(read(index)) for index in range(len(params))]
         try:

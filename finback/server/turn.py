@@ -134,3 +134,26 @@ async def run_turn(
             return
         grammar = None if params.grammar is None else replace(params.grammar, after_think=False)
         params, budget = replace(params, max_tokens=left, grammar=grammar), None
+
+
+async def run_completion(
+    engine: Engine, prompt: list[int], params: SamplingParams, usage: Usage, *, close_thought: Callable[[], list[int]] = list
+) -> AsyncIterator[Delta]:
+    """The continuation of a text as it stands: whatever the model writes is content."""
+    usage.prompt_tokens = len(prompt)
+    stream = engine.answer(prompt, params)
+    first = True
+    try:
+        async for increment in stream:
+            if first:
+                usage.hit_tokens = increment.num_cached_tokens // CACHE_UNIT * CACHE_UNIT
+                first = False
+            usage.completion_tokens += len(increment.token_ids)
+            delta = Delta(content=increment.text, finish_reason=increment.finish_reason)
+            if increment.logprobs is not None:
+                pairs = zip(increment.token_ids, increment.logprobs, strict=True)
+                delta.content_logprobs = [TokenLogprob(*pair) for pair in pairs]
+            if not delta.is_empty or delta.finish_reason is not None:
+                yield delta
+    finally:
+        await stream.aclose()  # type: ignore[attr-defined]
