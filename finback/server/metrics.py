@@ -29,7 +29,9 @@ class Metrics:
         self._requests = Counter(
             "finback:request_success", "Answers by how they ended.", ["model_name", "finished_reason"], registry=self.registry
         )
-        self._errors = Counter("finback:request_errors", "Errors by HTTP status.", ["model_name", "status"], registry=self.registry)
+        self._errors = Counter(
+            "finback:request_errors", "Errors by HTTP status.", ["model_name", "status"], registry=self.registry
+        )
 
     def _histogram(self, name: str, words: str, buckets: Sequence[float]) -> Histogram:
         made = Histogram(f"finback:{name}", words, ["model_name"], registry=self.registry, buckets=buckets)

@@ -172,7 +172,9 @@ def completion_job(service: Service, body: CompletionRequest, key: Key | None) -
     else:
         token_ids = tokenizer.encode(body.prompt, add_bos=tokenizer.add_bos_token)
     if not token_ids:
-        raise APIError(400, "the prompt is empty, and this tokenizer starts with no token of its own; give some text", param="prompt")
+        raise APIError(
+            400, "the prompt is empty, and this tokenizer starts with no token of its own; give some text", param="prompt"
+        )
     params = _params(service, body, len(token_ids), body.max_tokens, key, logprobs=body.logprobs)
     return CompletionJob(body.model, key, token_ids, params, body.prompt if body.echo else "")
 

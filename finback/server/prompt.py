@@ -39,7 +39,9 @@ def chat_prompt(
     if turns[-1]["role"] == "assistant":
         if not messages[-1].get("prefix"):
             raise APIError(
-                400, "the last message is the assistant's; add a user's message, or set its field prefix to true", param="messages"
+                400,
+                "the last message is the assistant's; add a user's message, or set its field prefix to true",
+                param="messages",
             )
         prefix = turns.pop()["content"]
         if not turns:
@@ -52,7 +54,9 @@ def chat_prompt(
     except InputError as error:
         raise APIError(400, str(error), param="messages") from None
     thinks = opens_thought(text)
-    can_think = THINK_TOKEN in tokenizer.backend.get_vocab(with_added_tokens=True) or THINK_TOKEN in (tokenizer.chat_template or "")
+    can_think = THINK_TOKEN in tokenizer.backend.get_vocab(with_added_tokens=True) or THINK_TOKEN in (
+        tokenizer.chat_template or ""
+    )
     if thinks and thinking is False:
         text, thinks = text.rstrip("\n") + "\n" + CLOSE_THOUGHT, False
     elif thinking and not thinks and can_think:
@@ -84,7 +88,10 @@ def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
         calls = message.get("tool_calls")
         if calls:
             turn["tool_calls"] = [
-                {"type": "function", "function": {"name": call["function"]["name"], "arguments": call["function"].get("arguments") or "{}"}}
+                {
+                    "type": "function",
+                    "function": {"name": call["function"]["name"], "arguments": call["function"].get("arguments") or "{}"},
+                }
                 for call in calls
             ]
             turn["content"] = turn["content"] or None

@@ -52,7 +52,10 @@ class Service:
         """Whether a model's name asks for a thought; None leaves it to the template. 404 for a name that is not served."""
         if model not in self.models:
             raise APIError(
-                404, f"there is no model {model!r} here; there are {', '.join(self.models)}", code="model_not_found", param="model"
+                404,
+                f"there is no model {model!r} here; there are {', '.join(self.models)}",
+                code="model_not_found",
+                param="model",
             )
         return {CHAT_MODEL: False, REASONER_MODEL: True}.get(model)
 
@@ -95,7 +98,9 @@ class Service:
     def admit(self) -> None:
         """503 where too many wait already."""
         if self.worker.open >= self.config.max_num_seqs + self.config.max_waiting:
-            raise APIError(503, "the server is overloaded; ask again in a moment", code="overloaded", headers={"Retry-After": "5"})
+            raise APIError(
+                503, "the server is overloaded; ask again in a moment", code="overloaded", headers={"Retry-After": "5"}
+            )
 
     def max_tokens(self, asked: int | None, prompt_tokens: int) -> int:
         """The longest answer: as asked, up to the room that is left; min(4096, room) if nothing was asked."""

@@ -109,7 +109,9 @@ async def run_turn(
                     delta.reasoning += rest.reasoning
                     delta.content += rest.content
                     delta.tool_calls += rest.tool_calls
-                    delta.finish_reason = "tool_calls" if called and increment.finish_reason == "stop" else increment.finish_reason
+                    delta.finish_reason = (
+                        "tool_calls" if called and increment.finish_reason == "stop" else increment.finish_reason
+                    )
                     yield delta
                     return
                 if not delta.is_empty:

@@ -99,7 +99,9 @@ class EngineWorker:
                 ids.clear()
                 self._deliver([(request, EngineFailure("the engine failed; the server's log says why")) for request in failed])
                 continue
-            self._deliver([(requests[increment.request_id], increment) for increment in increments if increment.request_id in requests])
+            self._deliver(
+                [(requests[increment.request_id], increment) for increment in increments if increment.request_id in requests]
+            )
             for increment in increments:
                 if increment.finish_reason is not None and increment.request_id in requests:
                     ids.pop(requests.pop(increment.request_id).ticket)
@@ -118,7 +120,9 @@ class EngineWorker:
             return
         requests[request_id], ids[message.ticket] = message, request_id
 
-    def _deliver(self, parts: "list[tuple[_Submission, Increment | EngineFailure]] | list[tuple[_Submission, InputError]]") -> None:
+    def _deliver(
+        self, parts: "list[tuple[_Submission, Increment | EngineFailure]] | list[tuple[_Submission, InputError]]"
+    ) -> None:
         """Everything of a step at once: the event loop wakes once."""
 
         def put() -> None:
