@@ -94,7 +94,7 @@ def show(argv: list[str]) -> int:
     table = Table(box=box.SIMPLE)
     for heading in ("name", "made", "balance (yuan)", "requests", "tokens", "spent (yuan)", "requests a minute"):
         table.add_column(heading, justify="left" if heading in ("name", "made") else "right")
-    for key in store.keys():
+    for key in store.all():
         requests, tokens, cost = store.usage(key.id)
         limit = "no limit" if key.requests_per_minute is None else str(key.requests_per_minute)
         made = datetime.fromtimestamp(key.created, UTC).strftime("%Y-%m-%d %H:%M")

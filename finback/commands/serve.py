@@ -73,8 +73,9 @@ def _serve(config: ServeConfig, listening: socket.socket) -> int:
         num_speculative_tokens=config.num_speculative_tokens,
     )
     name = config.name or config.directory.resolve().name
-    rates = (decimal(field, getattr(config, field)) for field in ("price_hit", "price_miss", "price_output"))
-    discount = decimal("off_peak_discount", config.off_peak_discount)
+    hit, miss, output, discount = (
+        decimal(field, getattr(config, field)) for field in ("price_hit", "price_miss", "price_output", "off_peak_discount")
+    )
     service = Service(
         config=config,
         name=name,
@@ -82,7 +83,7 @@ def _serve(config: ServeConfig, listening: socket.socket) -> int:
         tokenizer=tokenizer,
         metrics=Metrics(llm, name),
         store=store,
-        prices=None if store is None else prices(*rates, config.off_peak_minutes, discount),
+        prices=None if store is None else prices(hit, miss, output, config.off_peak_minutes, discount),
     )
     server = uvicorn.Server(
         uvicorn.Config(

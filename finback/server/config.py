@@ -73,8 +73,8 @@ class ServeConfig:
             raise InputError(f"field keep_alive_seconds is {self.keep_alive_seconds}, it must be above 0")
         if self.keys is None and not is_loopback(self.host):
             raise InputError(
-                f"field host is {self.host!r}, where anyone could use the model for nothing; give --keys FILE (finback keys add makes one), "
-                "or keep to 127.0.0.1"
+                f"field host is {self.host!r}, where anyone could use the model for nothing; give --keys FILE (finback keys add makes "
+                "one), or keep to 127.0.0.1"
             )
         for name in ("price_hit", "price_miss", "price_output", "off_peak_discount"):
             value = decimal(name, getattr(self, name))

@@ -1,7 +1,7 @@
 """Keys, balances and usage in one SQLite file. `finback keys` writes it, the server reads and charges it, also at the same time.
 
-Keys are random, so a plain SHA-256 of them is enough to store. Money is whole nano-yuan. A request is charged once: its id is the primary
-key of its row, and row and balance change in one transaction, which a killed process leaves done or not begun.
+Keys are random, so a plain SHA-256 of them is enough to store. Money is whole nano-yuan. A request is charged once: its id is the
+primary key of its row, and row and balance change in one transaction, which a killed process leaves done or not begun.
 """
 
 import hashlib
@@ -164,7 +164,7 @@ class KeyStore:
         """InputError if there is none."""
         row = self._row("name = ? AND revoked IS NULL", name)
         if row is None:
-            names = ", ".join(key.name for key in self.keys() if key.revoked is None) or "none"
+            names = ", ".join(key.name for key in self.all() if key.revoked is None) or "none"
             raise InputError(f"there is no key named {name!r} in {self.file}; there are: {names}")
         return row
 
@@ -177,7 +177,7 @@ class KeyStore:
         assert row is not None
         return row
 
-    def keys(self) -> list[Key]:
+    def all(self) -> list[Key]:
         """All of them, in the order in which they were made."""
         with closing(self._db.execute(f"SELECT {_COLUMNS} FROM keys ORDER BY id")) as rows:
             return [Key(*row) for row in rows]

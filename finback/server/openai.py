@@ -34,8 +34,10 @@ class Job:
     usage: Usage = field(default_factory=Usage)
 
     def deltas(self, service: Service) -> AsyncIterator[tuple[int, Delta]]:
-        options = {"thinking": self.prompt.thinking, "tools": self.tools, "budget": self.budget}
-        return service.answer(self.model, self.key, self.prompt.token_ids, self.params, self.usage, **options)
+        return service.answer(
+            self.model, self.key, self.prompt.token_ids, self.params, self.usage,
+            thinking=self.prompt.thinking, tools=self.tools, budget=self.budget,
+        )  # fmt: skip
 
 
 def chat_job(service: Service, body: ChatRequest, key: Key | None) -> Job:

@@ -1,7 +1,7 @@
-"""From messages to the tokens that the model reads (deepseek.md's conventions: section numbers are those of DeepSeek's API pages).
+"""From messages to the tokens that the model reads.
 
-Earlier reasoning never enters the prompt, in whatever form clients send it. Whether the model thinks is decided here: by what the prompt
-ends with.
+Earlier reasoning never enters the prompt, in whatever form clients send it. Whether the model thinks is decided here: by what the
+prompt ends with.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""The engine in a thread of its own. The thread alone touches the `LLM`; requests and aborts come to it through a queue, and what a step
-has added goes back to the event loop in one call for all of them."""
+"""The engine in a thread of its own. The thread alone touches the `LLM`; requests and aborts come to it through a queue, and what a
+step has added goes back to the event loop in one call for all of them."""
 
 import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 from finback.config import InputError
@@ -120,9 +120,7 @@ class EngineWorker:
             return
         requests[request_id], ids[message.ticket] = message, request_id
 
-    def _deliver(
-        self, parts: "list[tuple[_Submission, Increment | EngineFailure]] | list[tuple[_Submission, InputError]]"
-    ) -> None:
+    def _deliver(self, parts: "Sequence[tuple[_Submission, Increment | InputError | EngineFailure]]") -> None:
         """Everything of a step at once: the event loop wakes once."""
 
         def put() -> None:
