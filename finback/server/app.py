@@ -40,6 +40,7 @@ def create_app(service: Service) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
         yield
+        await service.endings.finish()
         service.worker.stop()
 
     app = FastAPI(title="finback", version=finback.__version__, lifespan=lifespan, redoc_url=None)
@@ -61,15 +62,15 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         key = service.authenticate(request.headers)
         job = openai.chat_job(service, body, key)
         if body.stream:
-            return await stream(request, openai.chat_events(service, body, job), seconds)
-        return await whole(request, openai.chat_answer(service, body, job), seconds)
+            return await stream(request, openai.chat_events(service, body, job), service.endings, seconds)
+        return await whole(request, openai.chat_answer(service, body, job), service.endings, seconds)
 
     async def completions(request: Request, body: CompletionRequest) -> Response:
         key = service.authenticate(request.headers)
         job = openai.completion_job(service, body, key)
         if body.stream:
-            return await stream(request, openai.completion_events(service, body, job), seconds)
-        return await whole(request, openai.completion_answer(service, body, job), seconds)
+            return await stream(request, openai.completion_events(service, body, job), service.endings, seconds)
+        return await whole(request, openai.completion_answer(service, body, job), service.endings, seconds)
 
     for prefix in ("", "/v1", "/beta", "/beta/v1"):
         shown = prefix in ("/v1", "/beta")
@@ -78,7 +79,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
-    def models(request: Request) -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
         service.key_of(request.headers)
         entries = [{"id": name, "object": "model", "created": service.created, "owned_by": "finback"} for name in service.models]
         return {"object": "list", "data": entries}
@@ -87,7 +88,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         app.get(f"{prefix}/models", responses=ERRORS, include_in_schema=bool(prefix))(models)
 
     @app.get("/user/balance", responses=ERRORS)
-    def balance(request: Request) -> dict[str, Any]:
+    async def balance(request: Request) -> dict[str, Any]:
         key = service.key_of(request.headers)
         if key is None:
             return {"is_available": True, "balance_infos": []}
@@ -100,7 +101,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         return {"is_available": key.balance > 0, "balance_infos": [info]}
 
     @app.get("/finback/info")
-    def info() -> dict[str, Any]:
+    async def info() -> dict[str, Any]:
         prices = service.prices
         return {
             "model": service.name,
@@ -114,11 +115,11 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         }
 
     @app.get("/health")
-    def health() -> dict[str, str]:
+    async def health() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -131,11 +132,11 @@ def nano_per_yuan_million() -> int:
 
 def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
-    def page() -> Response:
+    async def page() -> Response:
         return _file("index.html")
 
     @app.get("/static/{path:path}", include_in_schema=False)
-    def static(path: str) -> Response:
+    async def static(path: str) -> Response:
         return _file(path)
 
 
@@ -167,6 +168,8 @@ def _add_errors(app: FastAPI, service: Service) -> None:
             where = first["ctx"]["error"] if "ctx" in first else first["msg"]
             return answer(APIError(400, f"the body is not valid JSON: {where}"))
         place, words = told(dict(first))
+        if first["type"] in ("missing", "model_attributes_type", "model_type", "dict_type") and not place:
+            return answer(APIError(400, "the body must be a JSON object, sent with Content-Type: application/json"))
         return answer(APIError(422, words, param=place or None))
 
     @app.exception_handler(HTTPException)
@@ -211,12 +214,18 @@ class Guard:
         async def counted() -> Message:
             nonlocal read
             message = await receive()
-            read += len(message.get("body", b""))
-            if read > limit:
-                raise _too_large(limit)
-            return message
+            before, read = read, read + len(message.get("body", b""))
+            if read <= limit:
+                return message
+            if before <= limit:
+                await _refuse(send, _too_large(limit))
+            return {"type": "http.disconnect"}  # for the application the client is gone
 
-        await self.app(scope, counted, send)
+        async def unless_refused(message: Message) -> None:
+            if read <= limit:
+                await send(message)
+
+        await self.app(scope, counted, unless_refused)
 
 
 def _too_large(limit: int) -> APIError:

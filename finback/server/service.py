@@ -19,6 +19,7 @@ from finback.server.keys import Key, KeyStore, Prices, now
 from finback.server.metrics import Metrics
 from finback.server.prompt import CLOSE_THOUGHT
 from finback.server.turn import Delta, Usage, run_turn
+from finback.server.wire import Endings
 from finback.server.worker import EngineFailure, EngineWorker
 
 logger = logging.getLogger("finback.server")
@@ -37,6 +38,7 @@ class Service:
     metrics: Metrics
     store: KeyStore | None
     prices: Prices | None
+    endings: Endings = field(default_factory=Endings)
     created: int = field(default_factory=lambda: int(time.time()))
     _recent: dict[int, deque[float]] = field(default_factory=dict)  # key id -> when its last requests came
 
@@ -49,10 +51,10 @@ class Service:
         return self.worker.llm.max_model_len
 
     def thinking_of(self, model: str) -> bool | None:
-        """Whether a model's name asks for a thought; None leaves it to the template. 404 for a name that is not served."""
+        """Whether a model's name asks for a thought; None leaves it to the template. 400 for a name that is not served."""
         if model not in self.models:
             raise APIError(
-                404,
+                400,
                 f"there is no model {model!r} here; there are {', '.join(self.models)}",
                 code="model_not_found",
                 param="model",

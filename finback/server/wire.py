@@ -22,9 +22,28 @@ def event(data: Any, name: str | None = None) -> bytes:
     return line if name is None else f"event: {name}\n".encode() + line
 
 
+class Endings:
+    """What has to be finished after a client has gone: its `finally` frees blocks and writes down what was used. The task that served
+    it is cancelled by then, so it is work for tasks of their own."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def end(self, pending: "asyncio.Future[Any]", events: AsyncIterator[bytes] | None = None) -> None:
+        """Give up what is not finished, and close the events."""
+        task = asyncio.create_task(_end(pending, events))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def finish(self) -> None:
+        """Wait for all of it."""
+        await asyncio.gather(*self._tasks)
+
+
 async def stream(
     request: Request,
     events: AsyncIterator[bytes],
+    endings: Endings,
     seconds: float,
     error_event: Callable[[APIError], bytes] = lambda error: event(error.body()),
     media_type: str = "text/event-stream",
@@ -36,10 +55,10 @@ async def stream(
     try:
         ready = await _first(request, pending, seconds)
     except BaseException:
-        await _end(pending, events)
+        endings.end(pending, events)
         raise
     if ready and isinstance(error := pending.exception(), APIError):
-        await _end(pending, events)
+        endings.end(pending, events)
         raise error
 
     async def body() -> AsyncIterator[bytes]:
@@ -60,18 +79,18 @@ async def stream(
                 yield chunk
                 pending = asyncio.ensure_future(anext(iterator, None))
         finally:
-            await _end(pending, events)
+            endings.end(pending, events)
 
     return StreamingResponse(body(), media_type=media_type, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
 
-async def whole(request: Request, answer: Awaitable[dict[str, Any]], seconds: float) -> Response:
+async def whole(request: Request, answer: Awaitable[dict[str, Any]], endings: Endings, seconds: float) -> Response:
     """One JSON body. Where it takes longer than `seconds`, empty lines keep the connection open until it is there."""
     pending = asyncio.ensure_future(answer)
     try:
         ready = await _first(request, pending, seconds)
     except BaseException:
-        await _end(pending, None)
+        endings.end(pending)
         raise
     if ready:
         return JSONResponse(pending.result())
@@ -85,7 +104,7 @@ async def whole(request: Request, answer: Awaitable[dict[str, Any]], seconds: fl
             except APIError as error:
                 yield orjson.dumps(error.body())
         finally:
-            await _end(pending, None)
+            endings.end(pending)
 
     return StreamingResponse(body(), media_type="application/json")
 
@@ -112,7 +131,6 @@ async def _gone(request: Request) -> None:
 
 
 async def _end(pending: "asyncio.Future[Any]", events: AsyncIterator[bytes] | None) -> None:
-    """Give up what is not finished: its `finally` frees the blocks and writes down what was used."""
     if not pending.done():
         pending.cancel()
     await asyncio.gather(pending, return_exceptions=True)
