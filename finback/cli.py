@@ -30,6 +30,8 @@ VERBS = {
     "reward-model": ("train a reward model on pairs or labels", "finback.commands.reward_model:main"),
     "generate": ("continue a prompt with a trained model", "finback.commands.generate:main"),
     "chat": ("talk with a model in the terminal", "finback.commands.chat:main"),
+    "serve": ("an API that DeepSeek's and OpenAI's clients use unchanged, and a chat page", "finback.commands.serve:main"),
+    "keys": ("keys, balances and usage of a server", "finback.commands.keys:main"),
     "eval": ("measure a model on tasks: pass@1, cons@k, pass@k, with intervals", "finback.commands.eval:main"),
     "convert": ("rewrite a checkpoint in another dtype, in FP8 or as a GGUF file", "finback.commands.convert:main"),
 }

@@ -1,0 +1,315 @@
+"""OpenAI's and DeepSeek's door: /chat/completions, /completions (FIM with suffix), and what they answer."""
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finback.config import InputError
+from finback.data.reasoning import ToolCallIncrement
+from finback.data.tokenizer import Tokenizer
+from finback.engine.config import SamplingParams
+from finback.engine.grammar_config import Grammar
+from finback.server.errors import APIError
+from finback.server.keys import Key
+from finback.server.prompt import Prompt, chat_prompt, fim_prompt
+from finback.server.schemas import ChatRequest, CompletionRequest, Sampling, Thinking
+from finback.server.service import Service
+from finback.server.turn import Delta, TokenLogprob, Usage, run_completion
+from finback.server.wire import DONE, event
+
+
+@dataclass
+class Job:
+    """A chat request, checked and turned into what the engine takes."""
+
+    model: str
+    key: Key | None
+    prompt: Prompt
+    params: list[SamplingParams]
+    tools: bool
+    budget: int | None
+    usage: Usage = field(default_factory=Usage)
+
+    def deltas(self, service: Service) -> AsyncIterator[tuple[int, Delta]]:
+        return service.answer(
+            self.model, self.key, self.prompt.token_ids, self.params, self.usage,
+            thinking=self.prompt.thinking, tools=self.tools, budget=self.budget,
+        )  # fmt: skip
+
+
+def chat_job(service: Service, body: ChatRequest, key: Key | None) -> Job:
+    """Raises APIError for what cannot be answered."""
+    thinking, budget = service.thinking_of(body.model), body.thinking_budget
+    if isinstance(body.thinking, bool):
+        thinking = body.thinking
+    elif isinstance(body.thinking, Thinking):
+        thinking = {"enabled": True, "disabled": False}.get(body.thinking.type, thinking)
+        budget = body.thinking.budget_tokens or budget
+    service.admit()
+    choice = body.tool_choice or "auto"
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []] if choice != "none" else []
+    prompt = chat_prompt(
+        service.tokenizer, [message.model_dump(exclude_unset=True) for message in body.messages], thinking=thinking, tools=tools
+    )
+    grammar = _grammar(body, tools, choice, after_think=prompt.thinking)
+    params = _params(
+        service, body, len(prompt.token_ids), body.max_completion_tokens or body.max_tokens, key,
+        grammar=grammar, logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )  # fmt: skip
+    return Job(body.model, key, prompt, params, bool(tools), budget)
+
+
+def _grammar(body: ChatRequest, tools: list[dict[str, Any]], choice: Any, *, after_think: bool) -> Grammar | None:
+    form = body.response_format
+    wants_json = form is not None and form.type != "text"
+    if tools and wants_json:
+        raise APIError(422, "response_format and tools cannot be asked for together; leave one out", param="response_format")
+    try:
+        if tools:
+            named = choice if isinstance(choice, str) else choice.model_dump()
+            parallel = body.parallel_tool_calls is not False
+            return Grammar.tool_calls(tools, named, parallel=parallel, after_think=after_think)
+        if form is None or form.type == "text":
+            return None
+        if form.json_schema is not None and form.type == "json_schema":
+            return Grammar.json_schema(form.json_schema.schema_, after_think=after_think)
+        return Grammar.json_object(after_think=after_think)
+    except InputError as error:
+        raise APIError(422, str(error), param="tools" if tools else "response_format") from None
+
+
+def _params(
+    service: Service, body: Sampling, prompt_tokens: int, max_tokens: int | None, key: Key | None, **more: Any
+) -> list[SamplingParams]:
+    """For each of the n answers its own; those after the first have seeds that follow."""
+    bias = None
+    if body.logit_bias:
+        try:
+            bias = {int(token): value for token, value in body.logit_bias.items()}
+        except ValueError:
+            raise APIError(422, "field logit_bias maps token ids, whole numbers, to values", param="logit_bias") from None
+    fields = {
+        "temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "min_p": body.min_p,
+        "frequency_penalty": body.frequency_penalty, "presence_penalty": body.presence_penalty, "logit_bias": bias, "stop": body.stop,
+        "max_tokens": service.max_tokens(max_tokens, prompt_tokens), "cache_key": "" if key is None else str(key.id), **more,
+    }  # fmt: skip
+    return [
+        service.params(seed=None if body.seed is None else (body.seed + index) % 2**63, **fields) for index in range(body.n or 1)
+    ]
+
+
+async def chat_events(service: Service, body: ChatRequest, job: Job) -> AsyncIterator[bytes]:
+    """The answer as server-sent events, one for each step of the engine."""
+    head = _head("chat.completion.chunk", "chatcmpl", body.model)
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    calls = [_Calls() for _ in job.params]
+
+    def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+
+    opened: set[int] = set()
+    async for index, part in _closing(job.deltas(service)):
+        if index not in opened:
+            opened.add(index)
+            yield chunk(index, {"role": "assistant", "content": ""})
+        delta: dict[str, Any] = {}
+        if part.reasoning:
+            delta[body.reasoning_field] = part.reasoning
+        if part.content:
+            delta["content"] = part.content
+        if part.tool_calls:
+            delta["tool_calls"] = [calls[index].delta(call) for call in part.tool_calls]
+        if delta or part.finish_reason or part.content_logprobs or part.reasoning_logprobs:
+            yield chunk(index, delta, part.finish_reason, _chat_logprobs(service.tokenizer, body, part))
+    if with_usage:
+        yield event({**head, "choices": [], "usage": usage_body(job.usage)})
+    yield DONE
+
+
+async def chat_answer(service: Service, body: ChatRequest, job: Job) -> dict[str, Any]:
+    """The answer in one piece."""
+    wholes = [Delta() for _ in job.params]
+    calls = [_Calls() for _ in job.params]
+    async for index, part in _closing(job.deltas(service)):
+        add(wholes[index], part)
+        for call in part.tool_calls:
+            calls[index].delta(call)
+    choices = []
+    for index, (part, made) in enumerate(zip(wholes, calls, strict=True)):
+        message: dict[str, Any] = {"role": "assistant", "content": part.content}
+        if job.prompt.thinking or part.reasoning:
+            message[body.reasoning_field] = part.reasoning
+        if made.calls:
+            message["tool_calls"] = made.calls
+            message["content"] = part.content or None
+        logprobs = _chat_logprobs(service.tokenizer, body, part)
+        choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": part.finish_reason})
+    return {**_head("chat.completion", "chatcmpl", body.model), "choices": choices, "usage": usage_body(job.usage)}
+
+
+@dataclass
+class CompletionJob:
+    model: str
+    key: Key | None
+    token_ids: list[int]
+    params: list[SamplingParams]
+    echo: str
+    usage: Usage = field(default_factory=Usage)
+
+    def deltas(self, service: Service) -> AsyncIterator[tuple[int, Delta]]:
+        return service.answer(self.model, self.key, self.token_ids, self.params, self.usage, turn=run_completion)
+
+
+def completion_job(service: Service, body: CompletionRequest, key: Key | None) -> CompletionJob:
+    """Raises APIError for what cannot be answered."""
+    service.thinking_of(body.model)
+    service.admit()
+    tokenizer = service.tokenizer
+    if body.suffix is not None:
+        token_ids = fim_prompt(tokenizer, body.prompt, body.suffix)
+    else:
+        token_ids = tokenizer.encode(body.prompt, add_bos=tokenizer.add_bos_token)
+    if not token_ids:
+        raise APIError(
+            400, "the prompt is empty, and this tokenizer starts with no token of its own; give some text", param="prompt"
+        )
+    params = _params(service, body, len(token_ids), body.max_tokens, key, logprobs=body.logprobs)
+    return CompletionJob(body.model, key, token_ids, params, body.prompt if body.echo else "")
+
+
+async def completion_events(service: Service, body: CompletionRequest, job: CompletionJob) -> AsyncIterator[bytes]:
+    head = _head("text_completion", "cmpl", body.model)
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    opened: set[int] = set()
+    async for index, part in _closing(job.deltas(service)):
+        text = part.content if index in opened else job.echo + part.content
+        opened.add(index)
+        choice = {
+            "index": index, "text": text, "logprobs": _text_logprobs(service.tokenizer, body, part), "finish_reason": part.finish_reason
+        }  # fmt: skip
+        yield event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+    if with_usage:
+        yield event({**head, "choices": [], "usage": usage_body(job.usage)})
+    yield DONE
+
+
+async def completion_answer(service: Service, body: CompletionRequest, job: CompletionJob) -> dict[str, Any]:
+    wholes = [Delta() for _ in job.params]
+    async for index, part in _closing(job.deltas(service)):
+        add(wholes[index], part)
+    choices = [
+        {"index": index, "text": job.echo + part.content, "logprobs": _text_logprobs(service.tokenizer, body, part),
+         "finish_reason": part.finish_reason}
+        for index, part in enumerate(wholes)
+    ]  # fmt: skip
+    return {**_head("text_completion", "cmpl", body.model), "choices": choices, "usage": usage_body(job.usage)}
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """Zeros are told, not left out."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_cache_hit_tokens": usage.hit_tokens,
+        "prompt_cache_miss_tokens": usage.miss_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.hit_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+def add(whole: Delta, part: Delta) -> None:
+    """Append a step to what came before."""
+    whole.reasoning += part.reasoning
+    whole.content += part.content
+    whole.tool_calls += part.tool_calls
+    whole.reasoning_logprobs += part.reasoning_logprobs
+    whole.content_logprobs += part.content_logprobs
+    whole.finish_reason = part.finish_reason or whole.finish_reason
+
+
+class _Calls:
+    """The tool calls of one answer as they grow."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def delta(self, part: ToolCallIncrement) -> dict[str, Any]:
+        """The increment on the wire; the first of a call carries its id, type and name."""
+        if part.index == len(self.calls):
+            call = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": {"name": part.name, "arguments": ""}}
+            self.calls.append(call)
+            self.calls[-1]["function"]["arguments"] += part.arguments
+            return {"index": part.index, **call, "function": {"name": part.name, "arguments": part.arguments}}
+        self.calls[part.index]["function"]["arguments"] += part.arguments
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+
+
+def parsed_arguments(call: dict[str, Any]) -> Any:
+    """A call's arguments as a value; an object with the text under "arguments" where it is cut and no JSON."""
+    text = call["function"]["arguments"]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"arguments": text}
+
+
+def _head(kind: str, prefix: str, model: str) -> dict[str, Any]:
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": "finback",
+    }
+
+
+async def _closing(deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[tuple[int, Delta]]:
+    """The same, closed at once when it is left early, and not when the garbage collector finds it."""
+    try:
+        async for item in deltas:
+            yield item
+    finally:
+        await deltas.aclose()  # type: ignore[attr-defined]
+
+
+def _chat_logprobs(tokenizer: Tokenizer, body: ChatRequest, part: Delta) -> dict[str, Any] | None:
+    if not body.logprobs:
+        return None
+    return {
+        "content": [_token(tokenizer, item) for item in part.content_logprobs],
+        "reasoning_content": [_token(tokenizer, item) for item in part.reasoning_logprobs],
+    }
+
+
+def _token(tokenizer: Tokenizer, item: TokenLogprob) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = tokenizer.token_bytes(token_id)
+        return {"token": raw.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+
+    top = [entry(token_id, logprob) for token_id, logprob in item.logprobs.top]
+    return {**entry(item.token_id, item.logprobs.logprob), "top_logprobs": top}
+
+
+def _text_logprobs(tokenizer: Tokenizer, body: CompletionRequest, part: Delta) -> dict[str, Any] | None:
+    if body.logprobs is None:
+        return None
+    entries = [_token(tokenizer, item) for item in part.content_logprobs]
+    return {
+        "tokens": [entry["token"] for entry in entries],
+        "token_logprobs": [entry["logprob"] for entry in entries],
+        "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
+        "text_offset": _offsets([entry["token"] for entry in entries]),
+    }
+
+
+def _offsets(tokens: Sequence[str]) -> list[int]:
+    places, place = [], 0
+    for token in tokens:
+        places.append(place)
+        place += len(token)
+    return places

@@ -1,0 +1,125 @@
+"""From messages to the tokens that the model reads.
+
+Earlier reasoning never enters the prompt, in whatever form clients send it. Whether the model thinks is decided here: by what the
+prompt ends with.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from finback.config import InputError
+from finback.data.reasoning import opens_thought
+from finback.data.tokenizer import END_THINK_TOKEN, FIM_BEGIN_TOKEN, FIM_END_TOKEN, FIM_HOLE_TOKEN, THINK_TOKEN, Tokenizer
+from finback.server.errors import APIError
+
+CLOSE_THOUGHT = f"\n{END_THINK_TOKEN}\n\n"
+"""What ends a thought that the server closes."""
+_THOUGHT = re.compile(rf"^\s*{re.escape(THINK_TOKEN)}.*?{re.escape(END_THINK_TOKEN)}\s*", re.S)
+
+
+class Prompt(NamedTuple):
+    """What is sent to the engine."""
+
+    token_ids: list[int]
+    thinking: bool
+    """Whether the answer starts inside a thought."""
+
+
+def chat_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, thinking: bool | None, tools: Sequence[Mapping[str, Any]] = ()
+) -> Prompt:
+    """The prompt of a conversation. `thinking` None leaves to the template whether the model thinks.
+
+    A last assistant message with `prefix` true is continued; its `reasoning_content` then is part of what is continued.
+    """
+    turns = [_turn(message) for message in messages]
+    prefix = None
+    if turns[-1]["role"] == "assistant":
+        if not messages[-1].get("prefix"):
+            raise APIError(
+                400,
+                "the last message is the assistant's; add a user's message, or set its field prefix to true",
+                param="messages",
+            )
+        prefix = turns.pop()["content"]
+        if not turns:
+            raise APIError(400, "there is nothing but a prefix to continue; put a user's message before it", param="messages")
+    if tools and "tools" not in (tokenizer.chat_template or ""):
+        turns = _with_tools(turns, tools)
+    variables = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
+    try:
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tools=list(tools) or None, **variables)  # type: ignore[arg-type]
+    except InputError as error:
+        raise APIError(400, str(error), param="messages") from None
+    thinks = opens_thought(text)
+    can_think = THINK_TOKEN in tokenizer.backend.get_vocab(with_added_tokens=True) or THINK_TOKEN in (
+        tokenizer.chat_template or ""
+    )
+    if thinks and thinking is False:
+        text, thinks = text.rstrip("\n") + "\n" + CLOSE_THOUGHT, False
+    elif thinking and not thinks and can_think:
+        text, thinks = f"{text}{THINK_TOKEN}\n", True
+    if prefix is not None:
+        if thinks:
+            reasoning = messages[-1].get("reasoning_content") or messages[-1].get("reasoning") or ""
+            text, thinks = text + (reasoning or "") + CLOSE_THOUGHT, False
+        text += prefix
+    return Prompt(tokenizer.encode(text), thinks)
+
+
+def fim_prompt(tokenizer: Tokenizer, prompt: str, suffix: str) -> list[int]:
+    """Fill in the middle, in the order of V3's training: prefix, suffix, middle."""
+    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+    if not all(token in vocabulary for token in (FIM_BEGIN_TOKEN, FIM_HOLE_TOKEN, FIM_END_TOKEN)):
+        raise APIError(400, "this model's tokenizer has no tokens to fill in the middle with; leave out suffix", param="suffix")
+    text = f"{FIM_BEGIN_TOKEN}{prompt}{FIM_HOLE_TOKEN}{suffix}{FIM_END_TOKEN}"
+    return tokenizer.encode(text, add_bos=tokenizer.add_bos_token)
+
+
+def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates take it: content as one text, no reasoning, tool calls with arguments as JSON text."""
+    role = message["role"]
+    content = _text(message.get("content"))
+    turn: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
+    if role == "assistant":
+        turn["content"] = _THOUGHT.sub("", content, count=1)
+        calls = message.get("tool_calls")
+        if calls:
+            turn["tool_calls"] = [
+                {
+                    "type": "function",
+                    "function": {"name": call["function"]["name"], "arguments": call["function"].get("arguments") or "{}"},
+                }
+                for call in calls
+            ]
+            turn["content"] = turn["content"] or None
+    return turn
+
+
+def _text(content: Any) -> str:
+    """Content as clients send it: a text, nothing, or a list of parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for part in content:
+        kind = part.get("type")
+        if kind not in ("text", "input_text"):
+            raise APIError(422, f"a message has a part of type {kind!r}; this model reads text only", param="messages")
+        texts.append(part.get("text") or "")
+    return "".join(texts)
+
+
+def _with_tools(turns: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """V3's template does not list the tools: they are described in the system message, as its model card does it."""
+    described = "\n\n".join(
+        f"- `{tool['function']['name']}`:\n```json\n{json.dumps(tool, ensure_ascii=False)}\n```" for tool in tools
+    )
+    words = f"## Tools\n\n### Function\n\nYou have the following functions available:\n\n{described}"
+    if turns and turns[0]["role"] == "system":
+        first = turns[0]["content"]
+        return [{"role": "system", "content": f"{first}\n\n{words}" if first else words}, *turns[1:]]
+    return [{"role": "system", "content": words}, *turns]

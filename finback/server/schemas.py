@@ -1,0 +1,170 @@
+"""What clients may send, as pydantic models: outside input is rejected here or nowhere. Names and ranges are DeepSeek's and OpenAI's.
+
+Fields that we do not know are ignored, as the hosted services do: clients send many that change nothing here.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StrictBool, StrictInt, StrictStr, field_validator, model_validator
+
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Stop = StrictStr | Annotated[list[StrictStr], Field(max_length=16)] | None
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class Part(BaseModel):
+    """A part of a message's content; only texts can be read."""
+
+    type: StrictStr
+    text: StrictStr | None = None
+
+
+class FunctionCall(BaseModel):
+    name: StrictStr
+    arguments: StrictStr | None = None
+
+
+class ToolCall(BaseModel):
+    id: StrictStr | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(BaseModel):
+    """`reasoning_content`, and `reasoning` for it, are taken in any form and dropped, but in a prefix to continue."""
+
+    role: Role
+    content: StrictStr | list[Part] | None = None
+    name: StrictStr | None = None
+    prefix: StrictBool | None = None
+    reasoning_content: JsonValue = None
+    reasoning: JsonValue = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: StrictStr | None = None
+
+
+class StreamOptions(BaseModel):
+    include_usage: StrictBool = False
+
+
+class JSONSchema(BaseModel):
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: StrictStr = "answer"
+    schema_: dict[str, JsonValue] | bool = Field(alias="schema")
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> "ResponseFormat":
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("response_format of type json_schema needs the field json_schema")
+        return self
+
+
+class Thinking(BaseModel):
+    """Whether the model thinks, and for how many tokens at most."""
+
+    type: Literal["enabled", "disabled", "auto", "adaptive"] = "enabled"
+    budget_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+
+
+class Function(BaseModel):
+    name: Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: StrictStr | None = None
+    parameters: dict[str, JsonValue] | None = None
+    strict: StrictBool | None = None
+
+
+class Tool(BaseModel):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(BaseModel):
+    name: StrictStr
+
+
+class NamedTool(BaseModel):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class Sampling(BaseModel):
+    """What chat and plain completions share."""
+
+    model: StrictStr
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[StrictStr, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=16)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, stop: Stop) -> Stop:
+        if stop == "" or (isinstance(stop, list) and "" in stop):
+            raise ValueError("an empty stop text would end every answer at once")
+        return stop
+
+
+class ChatRequest(Sampling):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    thinking: Thinking | StrictBool | None = None
+    thinking_budget: Annotated[StrictInt, Field(ge=1)] | None = None
+    reasoning_field: Literal["reasoning_content", "reasoning"] = "reasoning_content"
+
+    @model_validator(mode="after")
+    def _together(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs true")
+        return self
+
+
+class CompletionRequest(Sampling):
+    prompt: StrictStr
+    suffix: StrictStr | None = None
+    echo: StrictBool | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """Every error has this shape."""
+
+    error: ErrorDetail
+
+
+def told(error: dict[str, Any]) -> tuple[str, str]:
+    """A pydantic error as (field, sentence)."""
+    place = ".".join(str(part) for part in error["loc"] if part != "body")
+    words = str(error["msg"]).removeprefix("Value error, ")
+    value = error.get("input")
+    shown = f", not {value!r}" if isinstance(value, str | int | float | bool) and len(str(value)) < 60 else ""
+    return place, f"field {place}: {words[0].lower() + words[1:]}{shown}" if place else words

@@ -1,0 +1,213 @@
+"""What every door needs: the engine, the tokenizer, keys and metrics, and one way to answer a request and account for it."""
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from finback.config import InputError
+from finback.data.tokenizer import Tokenizer
+from finback.engine.config import DEFAULT_MAX_TOKENS, SamplingParams
+from finback.server.config import ServeConfig
+from finback.server.errors import APIError
+from finback.server.keys import Key, KeyStore, Prices, now
+from finback.server.metrics import Metrics
+from finback.server.prompt import CLOSE_THOUGHT
+from finback.server.turn import Delta, Usage, run_turn
+from finback.server.wire import Endings
+from finback.server.worker import EngineFailure, EngineWorker
+
+logger = logging.getLogger("finback.server")
+
+CHAT_MODEL, REASONER_MODEL = "deepseek-chat", "deepseek-reasoner"
+
+
+@dataclass
+class Service:
+    """One model, served."""
+
+    config: ServeConfig
+    name: str
+    worker: EngineWorker
+    tokenizer: Tokenizer
+    metrics: Metrics
+    store: KeyStore | None
+    prices: Prices | None
+    endings: Endings = field(default_factory=Endings)
+    created: int = field(default_factory=lambda: int(time.time()))
+    _recent: dict[int, deque[float]] = field(default_factory=dict)  # key id -> when its last requests came
+
+    @property
+    def models(self) -> list[str]:
+        return list(dict.fromkeys((CHAT_MODEL, REASONER_MODEL, self.name)))
+
+    @property
+    def context(self) -> int:
+        return self.worker.llm.max_model_len
+
+    def thinking_of(self, model: str) -> bool | None:
+        """Whether a model's name asks for a thought; None leaves it to the template. 400 for a name that is not served."""
+        if model not in self.models:
+            raise APIError(
+                400,
+                f"there is no model {model!r} here; there are {', '.join(self.models)}",
+                code="model_not_found",
+                param="model",
+            )
+        return {CHAT_MODEL: False, REASONER_MODEL: True}.get(model)
+
+    def authenticate(self, headers: Mapping[str, str]) -> Key | None:
+        """The key of a request: 401 without one or with a wrong one, 402 where its balance is spent, 429 where it asks too often."""
+        key = self.key_of(headers)
+        if key is None:
+            return None
+        if key.balance <= 0:
+            raise APIError(402, f"the balance of the key {key.name!r} is spent; top it up", code="insufficient_balance")
+        if key.requests_per_minute is not None:
+            recent, moment = self._recent.setdefault(key.id, deque()), time.monotonic()
+            while recent and recent[0] <= moment - 60:
+                recent.popleft()
+            if len(recent) >= key.requests_per_minute:
+                wait = math.ceil(recent[0] + 60 - moment) if recent else 60
+                raise APIError(
+                    429,
+                    f"the key {key.name!r} may ask {key.requests_per_minute} times a minute; ask again in {wait} s",
+                    code="rate_limit_exceeded",
+                    headers={"Retry-After": str(wait)},
+                )
+            recent.append(moment)
+        return key
+
+    def key_of(self, headers: Mapping[str, str]) -> Key | None:
+        """The key alone, whatever its balance; None where the server has no keys."""
+        if self.store is None:
+            return None
+        scheme, _, secret = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not secret:
+            secret = headers.get("x-api-key", "")
+        if not secret.strip():
+            raise APIError(401, "no key was given; send the header Authorization: Bearer KEY", code="invalid_api_key")
+        key = self.store.find(secret.strip())
+        if key is None:
+            raise APIError(401, "this key is not known here, or it was revoked", code="invalid_api_key")
+        return key
+
+    def admit(self) -> None:
+        """503 where too many wait already."""
+        if self.worker.open >= self.config.max_num_seqs + self.config.max_waiting:
+            raise APIError(
+                503, "the server is overloaded; ask again in a moment", code="overloaded", headers={"Retry-After": "5"}
+            )
+
+    def max_tokens(self, asked: int | None, prompt_tokens: int) -> int:
+        """The longest answer: as asked, up to the room that is left; min(4096, room) if nothing was asked."""
+        room = self.context - prompt_tokens
+        if room < 1:
+            raise APIError(
+                400,
+                f"the messages have {prompt_tokens} tokens and the context is {self.context}, which leaves no room for an answer; "
+                "shorten them",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        if asked is not None and asked > self.context:
+            raise APIError(
+                422, f"field max_tokens is {asked}, above the model's context ({self.context}); lower it", param="max_tokens"
+            )
+        return min(DEFAULT_MAX_TOKENS if asked is None else asked, room)
+
+    def params(self, **fields: Any) -> SamplingParams:
+        """SamplingParams, None meaning the default; 422 for what cannot be meant."""
+        try:
+            return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
+        except InputError as error:
+            raise APIError(422, str(error)) from None
+
+    async def answer(
+        self,
+        model: str,
+        key: Key | None,
+        prompt: list[int],
+        params: Sequence[SamplingParams],
+        usage: Usage,
+        turn: Callable[..., AsyncIterator[Delta]] = run_turn,
+        **options: Any,
+    ) -> AsyncIterator[tuple[int, Delta]]:
+        """One answer for each of `params`, interleaved as (index, delta). However it ends, it is counted and charged once.
+
+        `turn` is `run_turn` or `run_completion`, `options` are what it takes.
+
+        Raises APIError for what the engine refuses, before or in the middle.
+        """
+        request_id, start, first = secrets.token_hex(12), time.perf_counter(), None
+        usages = [Usage() for _ in params]
+        reasons: list[str | None] = [None] * len(params)
+        queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
+
+        async def read(index: int) -> None:
+            # Everything goes through the queue: a task's own exception would be nobody's.
+            deltas = turn(self.worker, prompt, params[index], usages[index], close_thought=self._close_thought, **options)
+            try:
+                async for delta in deltas:
+                    queue.put_nowait((index, delta))
+                queue.put_nowait((index, None))
+            except (InputError, EngineFailure, APIError) as error:
+                queue.put_nowait((index, error))
+            finally:
+                await deltas.aclose()  # type: ignore[attr-defined]
+
+        tasks = [asyncio.create_task(read(index)) for index in range(len(params))]
+        try:
+            left = len(tasks)
+            while left:
+                index, delta = await queue.get()
+                _add_up(usage, usages)
+                if isinstance(delta, InputError):
+                    raise APIError(400, str(delta)) from None
+                if isinstance(delta, EngineFailure):
+                    raise APIError(500, str(delta)) from None
+                if isinstance(delta, Exception):
+                    raise delta
+                if delta is None:
+                    left -= 1
+                    continue
+                if first is None:
+                    first = time.perf_counter()
+                    self.metrics.first_token(first - start)
+                reasons[index] = delta.finish_reason
+                yield index, delta
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            _add_up(usage, usages)
+            end = time.perf_counter()
+            self.metrics.finished(usage, reasons, end - start, None if first is None else end - first)
+            self._charge(request_id, model, key, usage)
+            logger.debug(
+                "%s: %d prompt tokens (%d cached), %d tokens in %.2f s", request_id, usage.prompt_tokens, usage.hit_tokens,
+                usage.completion_tokens, end - start,
+            )  # fmt: skip
+
+    def _charge(self, request_id: str, model: str, key: Key | None, usage: Usage) -> None:
+        if self.store is None or key is None or self.prices is None or not usage.prompt_tokens:
+            return
+        cost = self.prices.cost(usage.hit_tokens, usage.miss_tokens, usage.completion_tokens, now())
+        self.store.charge(request_id, key.id, model, usage.hit_tokens, usage.miss_tokens, usage.completion_tokens, cost)
+
+    def _close_thought(self) -> list[int]:
+        return self.tokenizer.encode(CLOSE_THOUGHT)
+
+
+def _add_up(usage: Usage, parts: Sequence[Usage]) -> None:
+    """Several answers to one prompt read it once."""
+    read = [part for part in parts if part.prompt_tokens]
+    usage.prompt_tokens = read[0].prompt_tokens if read else 0
+    usage.hit_tokens = max((part.hit_tokens for part in read[:1]), default=0)
+    usage.completion_tokens = sum(part.completion_tokens for part in parts)
+    usage.reasoning_tokens = sum(part.reasoning_tokens for part in parts)

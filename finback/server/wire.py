@@ -1,0 +1,138 @@
+"""Answers over HTTP that may take long: the connection is kept open, errors that come in time have their status, and a client that has
+gone ends its request."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import orjson
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from finback.server.errors import APIError
+
+Value = TypeVar("Value")
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """A server-sent event."""
+    line = b"data: " + orjson.dumps(data) + b"\n\n"
+    return line if name is None else f"event: {name}\n".encode() + line
+
+
+class Endings:
+    """What has to be finished after a client has gone: its `finally` frees blocks and writes down what was used. The task that served
+    it is cancelled by then, so it is work for tasks of their own."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def end(self, pending: "asyncio.Future[Any]", events: AsyncIterator[bytes] | None = None) -> None:
+        """Give up what is not finished, and close the events."""
+        task = asyncio.create_task(_end(pending, events))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def finish(self) -> None:
+        """Wait for all of it."""
+        await asyncio.gather(*self._tasks)
+
+
+async def stream(
+    request: Request,
+    events: AsyncIterator[bytes],
+    endings: Endings,
+    seconds: float,
+    error_event: Callable[[APIError], bytes] = lambda error: event(error.body()),
+    media_type: str = "text/event-stream",
+    keep_alive: bytes = KEEP_ALIVE,
+) -> Response:
+    """Send events as they come. An error before the first one, within `seconds`, is an answer of its own; a later one is an event."""
+    iterator = aiter(events)
+    pending = asyncio.ensure_future(anext(iterator, None))
+    try:
+        ready = await _first(request, pending, seconds)
+    except BaseException:
+        endings.end(pending, events)
+        raise
+    if ready and isinstance(error := pending.exception(), APIError):
+        endings.end(pending, events)
+        raise error
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal pending
+        try:
+            while True:
+                done, _ = await asyncio.wait({pending}, timeout=seconds)
+                if not done:
+                    yield keep_alive
+                    continue
+                try:
+                    chunk = pending.result()
+                except APIError as error:
+                    yield error_event(error)
+                    return
+                if chunk is None:
+                    return
+                yield chunk
+                pending = asyncio.ensure_future(anext(iterator, None))
+        finally:
+            endings.end(pending, events)
+
+    return StreamingResponse(body(), media_type=media_type, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+
+
+async def whole(request: Request, answer: Awaitable[dict[str, Any]], endings: Endings, seconds: float) -> Response:
+    """One JSON body. Where it takes longer than `seconds`, empty lines keep the connection open until it is there."""
+    pending = asyncio.ensure_future(answer)
+    try:
+        ready = await _first(request, pending, seconds)
+    except BaseException:
+        endings.end(pending)
+        raise
+    if ready:
+        return JSONResponse(pending.result())
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            while not (await asyncio.wait({pending}, timeout=seconds))[0]:
+                yield b"\n"
+            try:
+                yield orjson.dumps(pending.result())
+            except APIError as error:
+                yield orjson.dumps(error.body())
+        finally:
+            endings.end(pending)
+
+    return StreamingResponse(body(), media_type="application/json")
+
+
+class ClientGone(Exception):
+    """The client has closed the connection; nobody reads what is answered."""
+
+
+async def _first(request: Request, pending: "asyncio.Future[Any]", seconds: float) -> bool:
+    """Wait until it is there, for `seconds` at most; ClientGone if the client leaves before."""
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        done, _ = await asyncio.wait({pending, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gone.cancel()
+    if gone in done and pending not in done:
+        raise ClientGone
+    return pending in done
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _end(pending: "asyncio.Future[Any]", events: AsyncIterator[bytes] | None) -> None:
+    if not pending.done():
+        pending.cancel()
+    await asyncio.gather(pending, return_exceptions=True)
+    if events is not None:
+        await events.aclose()  # type: ignore[attr-defined]

@@ -1,0 +1,316 @@
+"""The API as its official client sees it: answers, thoughts, usage, limits, errors."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from finback.engine.config import SamplingParams
+from finback.server.prompt import chat_prompt
+from tests.server.serving import Served, serving
+
+QUESTION: list[Any] = [{"role": "user", "content": "Where does the whale swim?"}]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving() as running:
+        yield running
+        assert running.is_idle()
+
+
+@pytest.fixture
+def client(served: Served) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0)
+
+
+def run_alone(served: Served, thinking: bool, max_tokens: int, seed: int) -> str:
+    """What the engine says without a server."""
+    prompt = chat_prompt(served.service.tokenizer, QUESTION, thinking=thinking)
+    model = served.llm.model
+    from finback.engine.llm import LLM
+
+    llm = LLM(model=model, tokenizer=served.service.tokenizer, max_num_seqs=1)
+    return llm.generate(prompt.token_ids, SamplingParams(max_tokens=max_tokens, seed=seed))[0].text
+
+
+def test_the_reasoner_thinks_and_the_chat_model_does_not(served: Served, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model="deepseek-reasoner", messages=QUESTION, max_tokens=20, seed=3)
+    message = answer.choices[0].message
+    assert message.reasoning_content == run_alone(served, True, 20, 3)
+    assert message.content == ""
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 20
+    details = answer.usage.completion_tokens_details
+    assert details is not None
+    assert details.reasoning_tokens == 20
+    answer = client.chat.completions.create(model="deepseek-chat", messages=QUESTION, max_tokens=20, seed=3)
+    assert answer.choices[0].message.content == run_alone(served, False, 20, 3)
+    assert "reasoning_content" not in answer.choices[0].message.model_dump(exclude_none=True)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens_details is not None
+    assert answer.usage.completion_tokens_details.reasoning_tokens == 0
+
+
+@pytest.mark.parametrize("model", ["deepseek-chat", "deepseek-reasoner", "tiny"])
+def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI, model: str) -> None:
+    arguments: dict[str, Any] = {"model": model, "messages": QUESTION, "max_tokens": 17, "seed": 5, "n": 2}
+    whole = client.chat.completions.create(**arguments)
+    chunks = list(client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 34
+    for index in range(2):
+        own = [chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].index == index]
+        assert own[0].delta.role == "assistant"
+        assert [choice.finish_reason for choice in own[:-1]] == [None] * (len(own) - 1)
+        assert own[-1].finish_reason == whole.choices[index].finish_reason
+        for field in ("content", "reasoning_content"):
+            joined = "".join(getattr(choice.delta, field, None) or "" for choice in own)
+            assert joined == (getattr(whole.choices[index].message, field, None) or "")
+    assert whole.choices[0].message != whole.choices[1].message, "answers after the first have seeds of their own"
+
+
+def test_usage_tells_hits_in_units_of_64_and_zeros(served: Served) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "鲸鱼" * 40}], "max_tokens": 1}
+    served.llm.reset_prefix_cache()
+    first, second = (httpx.post(f"{served.url}/chat/completions", json=body).json()["usage"] for _ in range(2))
+    assert first["prompt_cache_hit_tokens"] == first["prompt_tokens_details"]["cached_tokens"] == 0
+    assert second["prompt_cache_hit_tokens"] == second["prompt_tokens_details"]["cached_tokens"] > 0
+    assert second["prompt_cache_hit_tokens"] % 64 == 0
+    for usage in (first, second):
+        assert usage["prompt_tokens"] == usage["prompt_cache_hit_tokens"] + usage["prompt_cache_miss_tokens"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_earlier_reasoning_never_enters_the_prompt(served: Served) -> None:
+    def prompt_tokens(**earlier: Any) -> int:
+        turn = {"role": "assistant", "content": "North.", **earlier}
+        body = {"model": "tiny", "messages": [*QUESTION, turn, *QUESTION], "max_tokens": 1}
+        tokens: int = (
+            httpx.post(f"{served.url}/v1/chat/completions", json=body).raise_for_status().json()["usage"]["prompt_tokens"]
+        )
+        return tokens
+
+    plain = prompt_tokens()
+    forms: list[dict[str, Any]] = [
+        {"reasoning_content": "it is a whale " * 9},
+        {"reasoning_content": ""},
+        {"reasoning_content": None},
+        {"reasoning": "thinking"},
+        {"reasoning_content": ["a", {"b": 1}]},
+        {"content": "<think>\nit is a whale\n</think>\n\nNorth."},
+        {"content": [{"type": "text", "text": "North."}]},
+    ]
+    assert [prompt_tokens(**form) for form in forms] == [plain] * len(forms)
+
+
+def test_the_alias_of_the_reasoning_field_is_opt_in(served: Served) -> None:
+    body = {"model": "deepseek-reasoner", "messages": QUESTION, "max_tokens": 4, "seed": 1}
+    url = f"{served.url}/v1/chat/completions"
+    plain = httpx.post(url, json=body).json()["choices"][0]["message"]
+    alias = httpx.post(url, json=body | {"reasoning_field": "reasoning"}).json()["choices"][0]["message"]
+    assert alias["reasoning"] == plain["reasoning_content"]
+    assert "reasoning_content" not in alias
+
+
+def test_a_budget_closes_the_thought_and_the_model_answers(served: Served) -> None:
+    body = {
+        "model": "deepseek-reasoner",
+        "messages": QUESTION,
+        "max_tokens": 40,
+        "seed": 1,
+        "thinking": {"type": "enabled", "budget_tokens": 8},
+    }
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).raise_for_status().json()
+    message, usage = answer["choices"][0]["message"], answer["usage"]
+    assert message["reasoning_content"]
+    assert message["content"]
+    closing = len(served.service.tokenizer.encode("\n</think>\n\n"))
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == 8 + closing
+    assert usage["completion_tokens"] == 40
+    off = body | {"thinking": {"type": "disabled"}}
+    assert "reasoning_content" not in httpx.post(f"{served.url}/v1/chat/completions", json=off).json()["choices"][0]["message"]
+
+
+def test_a_prefix_is_continued(served: Served) -> None:
+    messages = [*QUESTION, {"role": "assistant", "content": "The whale", "prefix": True, "reasoning_content": "north"}]
+    body = {"model": "deepseek-reasoner", "messages": messages, "max_tokens": 3}
+    message = httpx.post(f"{served.url}/beta/chat/completions", json=body).raise_for_status().json()["choices"][0]["message"]
+    assert message["content"]
+    assert "reasoning_content" not in message
+    refused = httpx.post(
+        f"{served.url}/beta/chat/completions", json=body | {"messages": [messages[0], {**messages[1], "prefix": False}]}
+    )
+    assert refused.status_code == 400
+    assert "prefix" in refused.json()["error"]["message"]
+
+
+def test_text_and_fill_in_the_middle(served: Served, client: openai.OpenAI) -> None:
+    text = client.completions.create(model="tiny", prompt="One day", max_tokens=5, seed=2, logprobs=2, echo=True)
+    assert text.choices[0].text.startswith("One day")
+    assert text.choices[0].logprobs is not None
+    assert len(text.choices[0].logprobs.tokens or []) == 5
+    pieces = client.completions.create(model="tiny", prompt="One day", max_tokens=5, seed=2, echo=True, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == text.choices[0].text
+    beta = openai.OpenAI(base_url=f"{served.url}/beta", api_key="none", max_retries=0)
+    middle = beta.completions.create(model="deepseek-chat", prompt="One ", suffix=" whale", max_tokens=3)
+    assert middle.usage is not None
+    assert (
+        middle.usage.prompt_tokens
+        == len(served.service.tokenizer.encode("<｜fim▁begin｜>One <｜fim▁hole｜> whale<｜fim▁end｜>")) + 1
+    )
+
+
+def test_log_probabilities_stop_and_json(served: Served, client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="deepseek-reasoner", messages=QUESTION, max_tokens=6, logprobs=True, top_logprobs=3, temperature=0
+    )
+    logprobs = answer.choices[0].logprobs.model_dump()  # type: ignore[union-attr]
+    assert logprobs["content"] == []
+    assert len(logprobs["reasoning_content"]) == 6
+    entry = logprobs["reasoning_content"][0]
+    assert len(entry["top_logprobs"]) == 3
+    assert entry["logprob"] == entry["top_logprobs"][0]["logprob"]
+    plain = client.chat.completions.create(model="deepseek-chat", messages=QUESTION, max_tokens=12, seed=4)
+    text = plain.choices[0].message.content or ""
+    stop = text[3:5]
+    cut = client.chat.completions.create(model="deepseek-chat", messages=QUESTION, max_tokens=12, seed=4, stop=[stop])
+    assert cut.choices[0].message.content == text[: text.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    schema = {
+        "type": "object",
+        "properties": {"north": {"type": "boolean"}},
+        "required": ["north"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    made = client.chat.completions.create(model="deepseek-chat", messages=QUESTION, max_tokens=200, seed=4, response_format=form)
+    assert isinstance(json.loads(made.choices[0].message.content or "")["north"], bool)
+
+
+TOOL: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_sea",
+        "description": "Where a whale is.",
+        "parameters": {
+            "type": "object",
+            "properties": {"deep": {"type": "boolean"}},
+            "required": ["deep"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_tools_are_called_whole_and_in_pieces_and_answered(client: openai.OpenAI) -> None:
+    arguments: dict[str, Any] = {
+        "model": "deepseek-chat",
+        "messages": QUESTION,
+        "tools": [TOOL],
+        "tool_choice": "required",
+        "max_tokens": 400,
+        "seed": 1,
+        "parallel_tool_calls": False,
+    }
+    choice = client.chat.completions.create(**arguments).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "get_sea"
+    assert isinstance(json.loads(call.function.arguments)["deep"], bool)
+    streamed = [chunk.choices[0] for chunk in client.chat.completions.create(**arguments, stream=True)]
+    parts = [part for piece in streamed for part in piece.delta.tool_calls or []]
+    assert parts[0].id is not None
+    assert parts[0].function is not None
+    assert parts[0].function.name == "get_sea"
+    assert "".join(part.function.arguments or "" for part in parts if part.function) == call.function.arguments
+    assert streamed[-1].finish_reason == "tool_calls"
+    result = {"role": "tool", "tool_call_id": call.id, "content": "deep"}
+    said = choice.message.model_dump(exclude_none=True)
+    more = client.chat.completions.create(
+        model="deepseek-chat", messages=[*QUESTION, said, result], tools=[TOOL], max_tokens=4, tool_choice="none"
+    )
+    assert more.choices[0].message.tool_calls is None
+
+
+ERRORS: list[tuple[dict[str, Any], int, str]] = [
+    ({"model": "gpt-4"}, 400, "there is no model 'gpt-4' here"),
+    ({"messages": []}, 422, "field messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, 422, "field messages.0.role"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 422, "reads text only"),
+    ({"messages": [{"role": "user", "content": "鲸鱼" * 2000}]}, 400, "leaves no room for an answer"),
+    ({"max_tokens": 0}, 422, "field max_tokens"),
+    ({"max_tokens": 5000}, 422, "above the model's context (1024)"),
+    ({"temperature": 3}, 422, "field temperature"),
+    ({"temperature": "hot"}, 422, "field temperature"),
+    ({"top_p": 0}, 422, "field top_p"),
+    ({"n": 100}, 422, "field n"),
+    ({"stop": ["a"] * 17}, 422, "field stop"),
+    ({"stop": ""}, 422, "an empty stop text"),
+    ({"logit_bias": {"x": 1}}, 422, "field logit_bias"),
+    ({"logit_bias": {"99999": 1}}, 400, "outside the model's vocabulary"),
+    ({"top_logprobs": 2}, 422, "top_logprobs needs logprobs"),
+    ({"response_format": {"type": "json_schema"}}, 422, "needs the field json_schema"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "impossible"}}}}, 400, "impossible"),
+    ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, 422, "not among the tools"),
+    ({"tools": [TOOL, TOOL]}, 422, "two functions with the name"),
+]
+
+
+@pytest.mark.parametrize(("change", "status", "words"), ERRORS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_field_is_told_with_its_status(
+    served: Served, change: dict[str, Any], status: int, words: str, stream: bool
+) -> None:
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 2, "stream": stream} | change
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, set(error)) == (status, {"message", "type", "param", "code"}), error
+    assert words in error["message"], error
+
+
+def test_bodies_that_are_no_json_or_too_large(served: Served) -> None:
+    url, kind = f"{served.url}/v1/chat/completions", {"content-type": "application/json"}
+    assert httpx.post(url, content="{", headers=kind).status_code == 400
+    assert httpx.post(url, content=b"\xff\xfe", headers=kind).status_code == 400
+    assert httpx.post(url, content="{}").status_code == 400
+    large = httpx.post(url, content=b" " * (5 * 2**20), headers=kind)
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
+    chunked = httpx.post(url, content=(b" " * 2**20 for _ in range(6)), headers=kind)
+    assert chunked.status_code == 413
+
+
+def test_other_names_for_this_machine_and_other_pages_are_refused(served: Served) -> None:
+    assert httpx.get(f"{served.url}/v1/models", headers={"host": "evil.example"}).status_code == 403
+    assert httpx.get(f"{served.url}/v1/models", headers={"host": "localhost:1"}).status_code == 200
+    answer = httpx.options(
+        f"{served.url}/v1/chat/completions", headers={"origin": "https://evil.example", "access-control-request-method": "POST"}
+    )
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_facts(served: Served, client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["deepseek-chat", "deepseek-reasoner", "tiny"]
+    assert httpx.get(f"{served.url}/user/balance").json() == {"is_available": True, "balance_infos": []}
+    assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    metrics = httpx.get(f"{served.url}/metrics").text
+    assert 'finback:kv_cache_usage_perc{model_name="tiny"} 0.0' in metrics
+    assert "finback:time_to_first_token_seconds_bucket" in metrics
+    assert httpx.get(f"{served.url}/docs").status_code == 200
+    assert httpx.get(f"{served.url}/static/../app.py").status_code == 404
+    assert httpx.get(f"{served.url}/static/%2e%2e/app.py").status_code == 404
+
+
+def test_a_client_that_leaves_frees_its_blocks(served: Served) -> None:
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 900, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body) as answer:
+        next(answer.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/chat/completions", json=body | {"stream": False}, timeout=0.3)
+    assert served.is_idle()

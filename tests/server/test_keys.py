@@ -1,0 +1,219 @@
+"""Keys and money: the store alone, the verb, and a server that charges."""
+
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from finback.cli import main as finback
+from finback.config import InputError
+from finback.server.keys import NANO, KeyStore, nano, prices, yuan
+from tests.server.serving import Served, serving, write_model
+
+QUESTION = {"model": "tiny", "messages": [{"role": "user", "content": "Where does the whale swim?"}], "max_tokens": 5}
+R1 = prices(Decimal(1), Decimal(4), Decimal(16), None, Decimal(0))
+
+
+def test_a_key_is_found_by_its_text_and_stored_as_a_hash(tmp_path: Path) -> None:
+    store = KeyStore(tmp_path / "keys.sqlite", create=True)
+    secret = store.add("ann", nano(Decimal("2.5")))
+    key = store.find(secret)
+    assert key is not None
+    assert (key.name, key.balance) == ("ann", 5 * NANO // 2)
+    assert store.find(secret[:-1]) is None
+    assert secret.encode() not in (tmp_path / "keys.sqlite").read_bytes()
+    assert (tmp_path / "keys.sqlite").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(InputError, match="a key named 'ann' already"):
+        store.add("ann")
+    store.revoke("ann")
+    assert store.find(secret) is None
+    with pytest.raises(InputError, match=r"no key named 'ann' in .*; there are: none"):
+        store.top_up("ann", 1)
+    assert store.add("ann") != secret, "a name is free again"
+
+
+def test_a_request_is_charged_once_and_what_was_granted_goes_first(tmp_path: Path) -> None:
+    store = KeyStore(tmp_path / "keys.sqlite", create=True)
+    store.add("ann", 100)
+    store.top_up("ann", 50)
+    key = store.named("ann")
+    assert store.charge("r1", key.id, "m", 0, 1, 2, 70)
+    assert not store.charge("r1", key.id, "m", 0, 1, 2, 70)
+    assert (store.named("ann").granted, store.named("ann").topped_up) == (30, 50)
+    assert store.charge("r2", key.id, "m", 0, 1, 2, 40)
+    assert (store.named("ann").granted, store.named("ann").topped_up) == (0, 40)
+    assert store.charge("r3", key.id, "m", 64, 1, 2, 60)
+    assert store.named("ann").balance == -20
+    assert store.usage(key.id) == (3, 73, 170)
+
+
+def test_prices_are_those_of_the_table_and_lower_off_peak() -> None:
+    noon = datetime(2025, 2, 28, 12, 0, tzinfo=UTC)
+    assert R1.cost(10**6, 10**6, 10**6, noon) == 21 * NANO
+    assert R1.cost(64, 7, 3, noon) == 64 * 1000 + 7 * 4000 + 3 * 16000
+    cheap = prices(Decimal(1), Decimal(4), Decimal(16), (16 * 60 + 30, 30), Decimal("0.75"))
+    moments = {(16, 29): False, (16, 30): True, (23, 59): True, (0, 0): True, (0, 29): True, (0, 30): False}
+    for (hour, minute), off_peak in moments.items():
+        cost = cheap.cost(0, 0, 1000, noon.replace(hour=hour, minute=minute))
+        assert cost == (4 if off_peak else 16) * 10**6, (hour, minute)
+    assert [yuan(amount) for amount in (0, NANO, NANO // 4, 1, -3 * NANO)] == ["0.00", "1.00", "0.25", "0.000000001", "-3.00"]
+
+
+def test_files_that_hold_something_else_are_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no file .*; make it with finback keys add"):
+        KeyStore(tmp_path / "none.sqlite")
+    (tmp_path / "text").write_text("no database, but a text that is long enough to be one")
+    with pytest.raises(InputError, match="cannot be used as a file of keys"):
+        KeyStore(tmp_path / "text", create=True)
+    with sqlite3.connect(tmp_path / "other.sqlite") as other:
+        other.execute("CREATE TABLE t (x)")
+    other.close()
+    with pytest.raises(InputError, match="holds no keys of this version"):
+        KeyStore(tmp_path / "other.sqlite", create=True)
+    assert (tmp_path / "text").read_text().startswith("no database")
+
+
+def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "keys.sqlite")
+
+    def run(words: str) -> tuple[int, str]:
+        code = finback(["keys", *words.split(), "--keys", file])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    code, secret = run("add ann --balance 3 --requests-per-minute 7")
+    assert (code, bool(re.fullmatch(r"sk-[\w-]{40,}\n", secret))) == (0, True)
+    assert run("top-up ann 0.5") == (0, "the key 'ann' has 3.50 yuan\n")
+    code, table = run("list")
+    assert code == 0
+    assert re.search(r"ann .* 3\.50 +0 +0 +0\.00 +7", table)
+    assert run("revoke ann") == (0, "the key 'ann' is revoked\n")
+    assert run("revoke ann")[0] == 2
+    assert "it must be above 0" in run("top-up bob 0")[1]
+    assert "it must be a number" in run("add bob --balance much")[1]
+    assert "unknown action" in run("drop ann")[1]
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    return tmp_path / "keys.sqlite"
+
+
+@pytest.fixture
+def secrets(keys: Path) -> dict[str, str]:
+    store = KeyStore(keys, create=True)
+    return {"ann": store.add("ann", NANO), "bob": store.add("bob", 0), "eve": store.add("eve", NANO, 2)}
+
+
+@pytest.fixture
+def served(keys: Path, secrets: dict[str, str]) -> Iterator[Served]:
+    with serving(keys) as running:
+        yield running
+        assert running.is_idle()
+
+
+def ask(served: Served, secret: str | None, **change: Any) -> httpx.Response:
+    headers = {} if secret is None else {"authorization": f"Bearer {secret}"}
+    return httpx.post(f"{served.url}/v1/chat/completions", json=QUESTION | change, headers=headers, timeout=60)
+
+
+def test_keys_are_asked_for_charged_and_refused(served: Served, keys: Path, secrets: dict[str, str]) -> None:
+    store = KeyStore(keys)
+    assert ask(served, None).status_code == 401
+    assert ask(served, "sk-wrong").status_code == 401
+    assert ask(served, secrets["bob"]).status_code == 402
+    usage = ask(served, secrets["ann"]).raise_for_status().json()["usage"]
+    cost = R1.cost(
+        usage["prompt_cache_hit_tokens"], usage["prompt_cache_miss_tokens"], usage["completion_tokens"], datetime.now(UTC)
+    )
+    assert store.named("ann").balance == NANO - cost
+    headers = {"authorization": f"Bearer {secrets['ann']}"}
+    info = httpx.get(f"{served.url}/user/balance", headers=headers).json()
+    assert info["is_available"] is True
+    assert info["balance_infos"][0]["currency"] == "CNY"
+    assert info["balance_infos"][0]["total_balance"] == yuan(NANO - cost)
+    assert [ask(served, secrets["eve"], max_tokens=1).status_code for _ in range(3)] == [200, 200, 429]
+    limited = ask(served, secrets["eve"])
+    assert 1 <= int(limited.headers["retry-after"]) <= 60
+    store.revoke("ann")
+    assert ask(served, secrets["ann"]).status_code == 401
+    assert httpx.get(f"{served.url}/finback/info").json()["prices"] == {"hit": 1.0, "miss": 4.0, "output": 16.0}
+
+
+def test_a_client_that_leaves_pays_for_what_was_written(served: Served, keys: Path, secrets: dict[str, str]) -> None:
+    store = KeyStore(keys)
+    headers = {"authorization": f"Bearer {secrets['ann']}"}
+    body = QUESTION | {"max_tokens": 900, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body, headers=headers) as answer:
+        lines = answer.iter_lines()
+        for _ in range(6):
+            next(lines)
+    assert served.is_idle()
+    deadline = time.monotonic() + 20
+    while not store.usage(store.named("ann").id)[0]:
+        assert time.monotonic() < deadline, "nothing was charged"
+        time.sleep(0.01)
+    requests, tokens, cost = store.usage(store.named("ann").id)
+    assert requests == 1
+    assert 20 < tokens < 900
+    assert store.named("ann").balance == NANO - cost < NANO
+
+
+def test_prefixes_are_not_shared_between_keys(served: Served, keys: Path, secrets: dict[str, str]) -> None:
+    KeyStore(keys).top_up("bob", NANO)
+    long = {"messages": [{"role": "user", "content": "鲸鱼" * 60}]}
+    hits = [ask(served, secrets[name], **long).json()["usage"]["prompt_cache_hit_tokens"] for name in ("ann", "bob", "ann")]
+    assert hits[0] == hits[1] == 0
+    assert hits[2] > 0
+
+
+def test_many_at_once_are_each_charged_once(served: Served, keys: Path, secrets: dict[str, str]) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda seed: ask(served, secrets["ann"], seed=seed), range(24)))
+    assert {answer.status_code for answer in answers} == {200}
+    used = [answer.json()["usage"] for answer in answers]
+    store = KeyStore(keys)
+    requests, tokens, cost = store.usage(store.named("ann").id)
+    assert (requests, tokens) == (24, sum(usage["total_tokens"] for usage in used))
+    assert store.named("ann").balance == NANO - cost
+
+
+def test_a_killed_server_loses_no_balance(tmp_path: Path, keys: Path, secrets: dict[str, str]) -> None:
+    """kill -9 in the middle of an answer: what was charged stays charged, once, and the file is sound."""
+    model = write_model(tmp_path / "model")
+    command = [sys.executable, "-m", "finback", "serve", str(model), "--port", "0", "--keys", str(keys), "--num-blocks", "60"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    try:
+        url = re.search(r"http://\S+", process.stdout.readline())
+        assert url is not None
+        headers = {"authorization": f"Bearer {secrets['ann']}"}
+        body = QUESTION | {"model": "model"}
+        endless = body | {"stream": True, "max_tokens": 900}
+        httpx.post(f"{url[0]}/v1/chat/completions", json=body, headers=headers, timeout=60).raise_for_status()
+        with httpx.stream("POST", f"{url[0]}/v1/chat/completions", json=endless, headers=headers) as answer:
+            next(answer.iter_lines())
+            process.send_signal(signal.SIGKILL)
+    except httpx.RemoteProtocolError:
+        pass
+    finally:
+        process.kill()
+        _, log = process.communicate()
+    store = KeyStore(keys)
+    requests, _, cost = store.usage(store.named("ann").id)
+    assert requests == 1
+    assert store.named("ann").balance == NANO - cost
+    assert secrets["ann"] not in log
+    assert "whale" not in log
