@@ -262,7 +262,7 @@ function showControls() {
 
 function showTotal() {
   const total = totalUsage(current.messages);
-  $("total").textContent = total ? t("total", { usage: describeUsage(total.usage, total.price) }) : "";
+  $("total").textContent = total ? t("total", { usage: describeUsage({ ...total.usage, thought: 0 }, total.price) }) : "";
 }
 
 function editQuestion(message) {

@@ -19,6 +19,8 @@ const PURIFY = {
   ALLOWED_TAGS:
     "a b blockquote br code del div em h1 h2 h3 h4 h5 h6 hr i img input kbd li ol p pre s span strong sub sup table tbody td th thead tr u ul".split(" "),
   ALLOWED_ATTR: ["align", "alt", "checked", "class", "data-display", "data-language", "disabled", "href", "src", "start", "title", "type"],
+  // DOMPurify holds every attribute it does not know against the expression for addresses, unless it is named here.
+  ADD_URI_SAFE_ATTR: ["align", "checked", "data-display", "data-language", "disabled", "start", "type"],
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:|data:image\/(?:png|jpeg|gif|webp);base64,)/i,
@@ -169,10 +171,12 @@ function typesetOne(node) {
   }
   try {
     // Building nodes instead of HTML keeps the page free of inline styles, which its policy forbids.
-    katex.render(source, place, { displayMode, throwOnError: false, trust: false, strict: "ignore", maxSize: 20, maxExpand: 200 });
+    katex.render(source, place, { displayMode, throwOnError: true, trust: false, strict: "ignore", maxSize: 20, maxExpand: 200 });
   } catch (error) {
-    // KaTeX's own errors are shown in place; what is left is a formula so deep that the stack ends: its source stays.
+    // What is no formula to KaTeX, or so deep that the stack ends, stays as its source, with the reason as a tooltip.
     if (!(error instanceof RangeError || error instanceof katex.ParseError)) throw error;
+    node.classList.add("failed");
+    node.title = error.message.slice(0, 200);
     return;
   }
   node.replaceWith(place);

@@ -44,7 +44,7 @@ export function editElement(message, send, cancel) {
   const form = element(
     "form",
     {
-      className: "edit",
+      className: "editing",
       onsubmit: (event) => {
         event.preventDefault();
         if (field.value.trim()) send(field.value.trim());
@@ -160,7 +160,7 @@ export class AnswerView {
 
   usageText(usage, price) {
     const { elapsed } = this.message;
-    const rate = elapsed > 0 && usage.output > 1 ? (usage.output - 1) / elapsed : 0;
+    const rate = elapsed > 0.2 && usage.output > 1 ? (usage.output - 1) / elapsed : 0;
     const words = describeUsage(usage, price);
     return rate ? `${words} · ${t("speed", { rate: rate < 10 ? rate.toFixed(1) : Math.round(rate) })}` : words;
   }

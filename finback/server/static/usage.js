@@ -33,7 +33,7 @@ export function totalUsage(messages) {
   return { usage: sum, price };
 }
 
-/** "1,234 in (1,024 cached) · 356 out · 211 thought · ¥0.0012". */
+/** "1,234 in (1,024 cached) · 356 out · 211 thought · ¥0.0012"; the thought is part of what is out. */
 export function describeUsage(usage, price) {
   const fields = { input: count(usage.hit + usage.miss), cached: count(usage.hit), output: count(usage.output) };
   const parts = [t(usage.hit ? "usageCached" : "usage", fields)];
