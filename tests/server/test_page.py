@@ -285,6 +285,17 @@ def test_reload_keeps_history_and_delete_can_be_undone(page: Page) -> None:
 
 
 @needs_browser
+def test_reload_in_the_middle_keeps_what_had_come(page: Page) -> None:
+    page.ask("endless story", wait=False)
+    page.wait("(document.querySelector('.answer')?.innerText.length ?? 0) > 20")
+    page.tab.reload()
+    page.wait_idle()
+    assert page.text(".user .bubble") == "endless story"
+    assert "and on" in page.text(".answer")
+    assert page.text(".note") == "The connection ended before the answer did."
+
+
+@needs_browser
 @pytest.mark.parametrize(
     ("question", "note"),
     [
@@ -363,7 +374,9 @@ def test_hostile_output_stays_text(browser: Any) -> None:
         page.ask("hostile <img src=x onerror=window.broken=30>")
         page.tab.click(".thought summary")
         page.tab.wait_for_selector(".thought-body pre")
-        page.tab.locator("#messages a").evaluate_all("links => links.forEach((link) => link.dispatchEvent(new MouseEvent('mouseover')))")
+        page.tab.locator("#messages a").evaluate_all(
+            "links => links.forEach((link) => link.dispatchEvent(new MouseEvent('mouseover')))"
+        )
         found = page.tab.evaluate(
             """() => ({
               broken: window.broken ?? null,
@@ -391,7 +404,19 @@ def test_hostile_output_stays_text(browser: Any) -> None:
 def test_phone_width_never_scrolls_sideways(browser: Any, peer: tuple[str, Script]) -> None:
     page = Page(browser, peer[0], viewport={"width": 360, "height": 640}, has_touch=True, is_mobile=True)
     peer[1].answers["wide"] = [
-        ("x" * 400, "w" * 900 + "\n\n```\n" + "c" * 500 + "\n```\n\n$$" + "a+" * 200 + "b$$\n\n|" + " long |" * 30 + "\n|" + "---|" * 30 + "\n")
+        (
+            "x" * 400,
+            "w" * 900
+            + "\n\n```\n"
+            + "c" * 500
+            + "\n```\n\n$$"
+            + "a+" * 200
+            + "b$$\n\n|"
+            + " long |" * 30
+            + "\n|"
+            + "---|" * 30
+            + "\n",
+        )
     ]
     wide = "document.documentElement.scrollWidth > innerWidth || document.getElementById('scroll').scrollWidth > innerWidth"
     assert not page.tab.evaluate(wide)
@@ -429,7 +454,19 @@ def test_keyboard_alone_is_enough(page: Page, peer: tuple[str, Script]) -> None:
         tab.keyboard.press("Tab")
         order.append(tab.evaluate(focused))
         assert tab.evaluate(visible), order
-    reached = ["skip", "new", "open", "icon edit", "icon trash", "model", "export", "settings-open", "icon copy", "icon again", "question"]
+    reached = [
+        "skip",
+        "new",
+        "open",
+        "icon edit",
+        "icon trash",
+        "model",
+        "export",
+        "settings-open",
+        "icon copy",
+        "icon again",
+        "question",
+    ]
     places = [order.index(each) for each in reached]
     assert places == sorted(places), order
     tab.focus("#settings-open")
@@ -520,11 +557,15 @@ def test_copy_and_export_hand_out_the_source(page: Page) -> None:
 @needs_browser
 def test_full_storage_is_told_and_broken_entries_are_left_out(browser: Any, peer: tuple[str, Script]) -> None:
     page = Page(browser, peer[0])
-    page.tab.evaluate("localStorage.setItem('finback.conversation.bad', '{\"id\": 3'); localStorage.setItem('finback.settings', '[7]')")
+    page.tab.evaluate(
+        "localStorage.setItem('finback.conversation.bad', '{\"id\": 3'); localStorage.setItem('finback.settings', '[7]')"
+    )
     page.tab.reload()
     page.tab.wait_for_selector("#toast", state="visible")
     assert "could not be read" in page.text("#toast-text")
-    page.tab.evaluate("{ let size = 1 << 22; while (size > 0) try { localStorage.setItem('x' + size, 'x'.repeat(size)); } catch {} finally { size >>= 1; } }")
+    page.tab.evaluate(
+        "{ let size = 1 << 22; while (size > 0) try { localStorage.setItem('x' + size, 'x'.repeat(size)); } catch {} finally { size >>= 1; } }"
+    )
     page.ask("sum anyway")
     assert "storage is full" in page.text("#toast-text")
     assert page.tab.locator(".answer strong").inner_text() == "42"
@@ -566,5 +607,7 @@ def test_a_megabyte_leaves_the_page_responsive(browser: Any, kind: str) -> None:
             seen = now
         assert seen > 600_000  # what is typeset loses its signs
         assert page.tab.evaluate("window.drawnLate") > 10  # the browser drew between the steps
-        assert page.tab.evaluate("JSON.parse(localStorage.getItem(Object.keys(localStorage).find((k) => k.includes('conversation')))).messages[1].content.length") == len(text)
+        assert page.tab.evaluate(
+            "JSON.parse(localStorage.getItem(Object.keys(localStorage).find((k) => k.includes('conversation')))).messages[1].content.length"
+        ) == len(text)
         page.context.close()

@@ -47,9 +47,10 @@ async function connect() {
     if (!$("offline").hidden) {
       $("offline").hidden = true;
       toast(t("back"));
-    }
+    } else if (info.keys_required && !settings.key) toast(t("keyNeeded"), t("settings"), () => openSettings(settings, info));
   } catch (error) {
-    if (error instanceof ServerError && error.status < 500) return;
+    if (error instanceof ServerError && error.status < 500) return toast(t("failed", { message: error.message }));
+    if (!(error instanceof ServerError || error instanceof TypeError || error instanceof SyntaxError)) throw error;
     $("offline").hidden = false;
     connecting = setTimeout(connect, RETRY_MS);
   }
@@ -74,6 +75,7 @@ async function answer(conversation) {
   conversation.messages.push(message);
   const run = { conversation, message, controller: new AbortController(), view: null, thinkingSince: null, clock: 0 };
   running = run;
+  conversation.updated = Date.now();
   follow = true;
   showConversation();
   announce(t("announceStart"));
@@ -105,7 +107,8 @@ async function stream(run, request) {
   for (;;) {
     const { done, value } = await chunks.next();
     if (done) {
-      if (!value && !message.end) message.error = { kind: "cutOff" };
+      if (value) message.end ??= "stop";
+      else if (!message.end) message.error = { kind: "cutOff" };
       return;
     }
     const now = performance.now();
@@ -153,7 +156,6 @@ function stop() {
 // --- conversations ----------------------------------------------------------------------------------------------------------
 
 function save(conversation) {
-  conversation.updated = Date.now();
   if (!conversations.includes(conversation)) return;
   conversations.sort((a, b) => b.updated - a.updated);
   const problem = store.saveConversation(conversation);
@@ -251,7 +253,7 @@ function showConversation() {
   scrollToEnd();
 }
 
-/** Only the last answer can be asked for again, and nothing while one is on its way: the page's style hides those buttons. */
+/** While an answer is on its way nothing else can be asked: the page's style hides the buttons for it. */
 function showControls() {
   const busy = running?.conversation === current;
   document.body.classList.toggle("busy", busy);

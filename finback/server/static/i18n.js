@@ -64,6 +64,7 @@ export const STRINGS = {
     none: "None",
     key: "API key",
     keyHelp: "Needed only where the server asks for one. Forgotten when this tab closes.",
+    keyNeeded: "This server asks for an API key",
     balance: "Balance: {amount}",
     theme: "Theme",
     themeSystem: "As the system",
@@ -81,7 +82,6 @@ export const STRINGS = {
     storageBroken: "A stored conversation could not be read and was left out.",
     imageLink: "Image: {text}",
     version: "Version {version}",
-    colon: ": ",
   },
   zh: {
     skip: "跳到提问框",
@@ -146,6 +146,7 @@ export const STRINGS = {
     none: "无",
     key: "API 密钥",
     keyHelp: "仅在服务器要求时填写；关闭此标签页后即清除。",
+    keyNeeded: "此服务器需要 API 密钥",
     balance: "余额：{amount}",
     theme: "主题",
     themeSystem: "跟随系统",
@@ -163,7 +164,6 @@ export const STRINGS = {
     storageBroken: "有一个已存的对话无法读取，已略过。",
     imageLink: "图片：{text}",
     version: "版本 {version}",
-    colon: "：",
   },
 };
 

@@ -144,7 +144,7 @@ export class AnswerView {
       this.bodyView.write(content);
       this.bodyView.end();
     }
-    const note = error ? errorText(error) : end === "stopped" ? t("stopped") : end === "length" ? t("lengthEnd") : "";
+    const note = error ? errorText(error) : endText(end);
     this.note.hidden = !note;
     this.note.classList.toggle("error", Boolean(error));
     this.note.textContent = note;
@@ -164,6 +164,13 @@ export class AnswerView {
     const words = describeUsage(usage, price);
     return rate ? `${words} · ${t("speed", { rate: rate < 10 ? rate.toFixed(1) : Math.round(rate) })}` : words;
   }
+}
+
+/** How an answer ended, where that is worth a word; one without an end was cut off by a reload. */
+function endText(end) {
+  if (end === "stopped") return t("stopped");
+  if (end === "length") return t("lengthEnd");
+  return end ? "" : t("cutOff");
 }
 
 /** What went wrong, in the reader's language: {kind, status, message}. */
