@@ -115,6 +115,8 @@ def test_a_megabyte_leaves_the_page_responsive(browser: Any, kind: str) -> None:
             seen = now
         assert seen > 600_000  # what is typeset loses its signs
         assert page.tab.evaluate("window.drawnLate") > 10  # the browser drew between the steps
-        stored = "JSON.parse(Object.entries(localStorage).find(([name]) => name.includes('conversation'))[1]).messages[1].content.length"
+        stored = (
+            "JSON.parse(Object.entries(localStorage).find(([key]) => key.includes('conversation'))[1]).messages[1].content.length"
+        )
         assert page.tab.evaluate(stored) == len(text)
         page.context.close()
