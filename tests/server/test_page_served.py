@@ -1,0 +1,78 @@
+"""The chat page on the real service: a tiny random model that is made on the spot, asked from headless Chromium."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.page_browser import Page, chromium, needs_browser
+
+pytest.importorskip("finback.server.app", reason="the service needs the packages of the extra serve")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started
+
+
+def limit_answers(page: Page, tokens: int) -> None:
+    """At temperature 0 as well, where a random model says the same each time."""
+    page.tab.click("#settings-open")
+    page.tab.locator("#temperature").fill("0")
+    page.tab.fill("#max-tokens", str(tokens))
+    page.tab.keyboard.press("Tab")
+    page.tab.keyboard.press("Escape")
+
+
+@needs_browser
+def test_finback_serve_shows_a_page_that_answers(browser: Any, tmp_path: Path) -> None:
+    """The verb itself, its files and its policy headers: a question streams a thought and its counts, with nothing refused."""
+    from tests.server.serving import write_model
+
+    command = [sys.executable, "-m", "finback", "serve", str(write_model(tmp_path)), "--port", "0"]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        address = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
+        try:
+            assert address
+            page = Page(browser, address[0])
+            assert sorted(page.tab.locator("#model option").all_inner_texts())[:2] == ["deepseek-chat", "deepseek-reasoner"]
+            limit_answers(page, 24)
+            page.ask("Which whale is the second largest?")
+            assert re.search(r"\d+ in · \d+ out · \d+ thought", page.text(".usage"))
+            assert page.text(".note") == "The answer reached the token limit."
+            assert page.text(".thought summary").startswith("Thought for ")
+            page.tab.select_option("#model", "deepseek-chat")
+            page.ask("And without a thought?")
+            assert len(page.text(".answer")) > 0
+            assert page.tab.locator(".assistant").last.locator(".thought").is_hidden()
+            assert page.problems == []
+            page.context.close()
+        finally:
+            process.terminate()
+
+
+@needs_browser
+def test_stopping_frees_what_the_request_held(browser: Any) -> None:
+    from tests.server.serving import serving
+
+    with serving() as served:
+        page = Page(browser, served.url)
+        page.tab.select_option("#model", "deepseek-chat")
+        limit_answers(page, 900)
+        page.ask("Tell a long story", wait=False)
+        page.wait("(document.querySelector('.answer')?.textContent.length ?? 0) > 10")
+        page.tab.click("#stop")
+        page.wait_idle()
+        assert page.text(".note") == "You stopped this answer."
+        assert served.is_idle()
+        page.context.close()
+        assert page.problems == []
