@@ -31,6 +31,8 @@ class GRPOConfig:
     """Files of prompts, .jsonl or .parquet: rows with a `prompt` (a text or a list of messages), and what the rewards read."""
     reward: tuple[str, ...] = ()
     """Rewards as module:function[:weight] or file.py:function[:weight]; their weighted sum is what is learnt from."""
+    reward_model: tuple[str, ...] = ()
+    """Reward models as DIR[:weight], directories that finback reward-model wrote; their scores are added to the rewards'."""
     template: str | None = None
     """Text around a prompt, with {prompt} in it; None: the model's own chat template."""
     seed: int = 0
@@ -189,6 +191,6 @@ def _check_numbers(c: GRPOConfig) -> None:
     for name, choices in _CHOICES.items():
         if getattr(c, name) not in choices:
             raise InputError(f"field {name} is {getattr(c, name)!r}, it must be one of {', '.join(choices)}")
-    for name in ("data", "reward"):
+    for name in ("data", "reward", "reward_model"):
         if not isinstance(getattr(c, name), tuple) or not all(isinstance(item, str) for item in getattr(c, name)):
             raise InputError(f"field {name} is {getattr(c, name)!r}, it must be a list of texts")

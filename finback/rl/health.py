@@ -18,17 +18,17 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, spread: Tensor) -> dict[s
     """Of the samples, before any update. `entropy` is the mean of -log p of the tokens drawn, which at temperature 1 is unbiased."""
     completions = rollout.completions
     tokens = sum(len(c.token_ids) for c in completions)
-    components: dict[str, float] = {}
+    components: dict[str, list[float]] = {}
     failed = 0
     for completion in completions:
         assert completion.score is not None
         failed += bool(completion.score.failures)
         for name, value in completion.score.components.items():
-            components[name] = components.get(name, 0.0) + value / len(completions)
+            components.setdefault(name, []).append(value)
     return {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std(-1, correction=0).mean()),
-        **{f"reward/{name}": value for name, value in components.items()},
+        **{f"reward/{name}": math.fsum(values) / len(values) for name, values in components.items()},
         "failed_rewards": failed / len(completions),
         "completion_length": tokens / len(completions),
         "truncated": sum(c.finish_reason == "length" for c in completions) / len(completions),

@@ -1,6 +1,6 @@
 """Prompts of a run: rows of data files, as texts and token ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -18,10 +18,15 @@ class Prompt:
     text: str
     token_ids: list[int]
     example: Mapping[str, Any]
+    judged_by: frozenset[str] | None = None
+    """Names of the rewards that judge its samples; None: all of them."""
 
 
-def read_prompts(files: Sequence[str], tokenizer: Tokenizer, template: str | None, *, longest: int) -> list[Prompt]:
-    """The rows of .jsonl and .parquet files, in order. `longest` is the most tokens that a prompt may have.
+def read_prompts(
+    files: Sequence[str], tokenizer: Tokenizer, template: str | None, *, longest: int, rewards: Collection[str] | None = None
+) -> list[Prompt]:
+    """The rows of .jsonl and .parquet files, in order. `longest` is the most tokens that a prompt may have. A row's `judged_by` names
+    those of the `rewards` that judge its samples; without `rewards` it is not looked at.
 
     Raises InputError, naming file and line (or row), for a row without a prompt, one that is too long, or a file without rows.
     """
@@ -38,10 +43,15 @@ def read_prompts(files: Sequence[str], tokenizer: Tokenizer, template: str | Non
                 f"{row.where}: the prompt has {len(token_ids)} tokens, and the model's context leaves {longest} beside "
                 "max_completion_length; shorten it, or lower max_completion_length"
             )
-        prompts.append(Prompt(text, token_ids, row.record))
+        prompts.append(Prompt(text, token_ids, row.record, _judged_by(row.record, rewards, row.where)))
     if not prompts:
         raise InputError("field data names no rows; give .jsonl or .parquet files with a prompt in each row")
     return prompts
+
+
+def judges(prompt: Prompt, reward: str) -> bool:
+    """Whether the reward of that name judges samples of the prompt."""
+    return prompt.judged_by is None or reward in prompt.judged_by
 
 
 def render_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer, template: str | None) -> str:
@@ -56,6 +66,15 @@ def render_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer, templat
 def _has_bos(text: str, tokenizer: Tokenizer) -> bool:
     """Chat templates write the token themselves."""
     return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+
+def _judged_by(row: Mapping[str, Any], rewards: Collection[str] | None, place: str) -> frozenset[str] | None:
+    names = row.get("judged_by")
+    if rewards is None or names is None:
+        return None
+    if not isinstance(names, list) or not names or not all(name in rewards for name in names):
+        raise InputError(f"{place}: judged_by is {names!r}, it must be a list of rewards of this run: {', '.join(rewards)}")
+    return frozenset(names)
 
 
 def _prompt_text(row: Any, tokenizer: Tokenizer, template: str | None, place: str) -> str:

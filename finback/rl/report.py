@@ -107,7 +107,8 @@ def _draw(run: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
 
 
 def _summary(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [f"**Rewards**: {', '.join(f'`{spec}`' for spec in config['reward'])}."]
+    rewards = (*config["reward"], *config.get("reward_model", ()))
+    lines = [f"**Rewards**: {', '.join(f'`{spec}`' for spec in rewards)}."]
     lines.append(
         f"**Samples**: {config['prompts_per_step']} prompts x {config['num_generations']} a step at temperature "
         f"{config['temperature']:g}; loss `{config['loss']}`, epsilon {config['epsilon']:g}, beta {config['beta']:g}, "

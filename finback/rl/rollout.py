@@ -9,8 +9,8 @@ from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
 from finback.engine.request import FinishReason
 from finback.rewards.pool import RewardPool
-from finback.rewards.reward import Score
-from finback.rl.prompts import Prompt
+from finback.rewards.reward import Reward, Score
+from finback.rl.prompts import Prompt, judges
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Rollout:
 
 def roll_out(
     llm: LLM,
-    pool: RewardPool,
+    pool: RewardPool | None,
     prompts: Sequence[Prompt],
     num_generations: int,
     params: SamplingParams,
@@ -59,7 +59,7 @@ def roll_out(
 
     A sample's draws depend on (seed, step, its prompt's place, its own place) and nothing else. Finished samples go to the
     reward processes at once; one that no reward can score by its deadline comes back with 0 and the reason, so that none
-    is waited for without end. A sample that the engine itself cannot finish counts as it is.
+    is waited for without end. A sample that the engine itself cannot finish counts as it is. Without a `pool` all have score 0.
     """
     start = time.perf_counter()
     groups = [[Completion(prompt) for _ in range(num_generations)] for prompt in prompts]
@@ -80,13 +80,17 @@ def roll_out(
                 if increment.finish_reason is not None:
                     completion.finish_reason = increment.finish_reason
                     unfinished.discard(increment.request_id)
-                    pool.submit((i, j), completion.prompt.text, completion.text, completion.prompt.example)
-            _collect(pool, groups, wait=False)
+                    if pool is None:
+                        completion.score = Score(0.0, {})
+                    else:
+                        pool.submit((i, j), completion.prompt.text, completion.text, completion.prompt.example)
+            if pool is not None:
+                _collect(pool, groups, wait=False)
     finally:
         for request_id in places:
             llm.abort(request_id)
     sampled = time.perf_counter()
-    while pool.outstanding:
+    while pool is not None and pool.outstanding:
         _collect(pool, groups, wait=True)
     end = time.perf_counter()
     return Rollout(groups, end - start, end - sampled)
@@ -96,7 +100,17 @@ def _collect(pool: RewardPool, groups: list[list[Completion]], *, wait: bool) ->
     for key, score in pool.collect(wait=wait):
         assert isinstance(key, tuple)
         i, j = key
-        groups[i][j].score = score
+        groups[i][j].score = own_score(score, groups[i][j].prompt, pool.rewards)
+
+
+def own_score(score: Score, prompt: Prompt, rewards: Sequence[Reward]) -> Score:
+    """Of a sample's score what comes from the rewards that judge its row; the others are left out of it."""
+    if prompt.judged_by is None:
+        return score
+    components = {name: value for name, value in score.components.items() if judges(prompt, name)}
+    failures = {name: sentence for name, sentence in score.failures.items() if judges(prompt, name)}
+    total = sum(reward.weight * components[reward.name] for reward in rewards if reward.name in components)
+    return Score(float(total), components, failures)
 
 
 def sample_seed(*parts: int) -> int:

@@ -16,6 +16,7 @@ from finback.data.stream import permute
 from finback.model.checkpoint import load
 from finback.model.transformer import Transformer
 from finback.rl.config import GRPOConfig
+from finback.rl.model_rewards import absolute_spec
 from finback.rl.prompts import Prompt
 from finback.train.checkpoint import TrainingState, new_state, restore_state
 from finback.train.session import CONFIG_FILE
@@ -67,11 +68,16 @@ def read_run_config(directory: str | Path) -> GRPOConfig:
 
 def resolve_config(config: GRPOConfig, directory: Path, resume: bool) -> GRPOConfig:
     """`config` with absolute paths, checked against what is in `directory`."""
-    if not config.reward:
+    if not config.reward and not config.reward_model:
         raise InputError("field reward is empty; give module:function[:weight], such as finback.rewards.answers:exact")
     if not config.data:
         raise InputError("field data is empty; give .jsonl or .parquet files of prompts")
-    absolute = replace(config, model=os.path.abspath(config.model), data=tuple(os.path.abspath(path) for path in config.data))
+    absolute = replace(
+        config,
+        model=os.path.abspath(config.model),
+        data=tuple(os.path.abspath(path) for path in config.data),
+        reward_model=tuple(absolute_spec(spec) for spec in config.reward_model),
+    )
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; give a directory for the run")
     if not resume:

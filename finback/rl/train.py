@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from finback.model.checkpoint import save
 from finback.model.transformer import Transformer
 from finback.ops.memory import available_memory
 from finback.rewards.pool import RewardPool
-from finback.rewards.reward import load_reward
+from finback.rewards.reward import Reward, load_rewards
 from finback.rl.batch import Batch, cut_batches, sample_log_probs
 from finback.rl.config import GRPOConfig
 from finback.rl.grpo import global_token_loss, group_advantages, has_spread, sequence_level_loss, token_level_loss
 from finback.rl.health import UpdateTotals, kept_samples, nothing_to_learn, rollout_metrics
 from finback.rl.memory import check_memory
+from finback.rl.model_rewards import ModelReward, add_model_scores, load_model_rewards, model_reward_names, weight_bytes
 from finback.rl.prompts import Prompt, read_prompts
 from finback.rl.rollout import Rollout, roll_out
 from finback.rl.session import (
@@ -60,7 +62,9 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
     run, device = Path(directory), choose_device(config.device)
     config = resolve_config(config, run, resume)
     tokenizer = load_tokenizer(config.model)
-    rewards = [load_reward(spec) for spec in config.reward]
+    rewards = load_rewards(config.reward) if config.reward else ()
+    names = [reward.name for reward in rewards]
+    model_names = model_reward_names(config.reward_model, names)
     with cpu_threads(config.threads):
         remove_leftovers(run)
         checkpoint, notes = newest_sound_checkpoint(run) if resume else (None, [])
@@ -71,9 +75,17 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
             state = load_policy(checkpoint, config, stream, device)
             notes.append(f"continuing {run} after step {state.progress.step}")
         context = state.model.config.max_position_embeddings
-        stream.prompts = read_prompts(config.data, tokenizer, config.template, longest=context - config.max_completion_length)
+        stream.prompts = read_prompts(
+            config.data,
+            tokenizer,
+            config.template,
+            longest=context - config.max_completion_length,
+            rewards=[*names, *model_names],
+        )
         width = max(len(prompt.token_ids) for prompt in stream.prompts) + config.max_completion_length
-        check_memory(config, state.model.config, width, device, available_memory(device))
+        beside = weight_bytes(config.reward_model)
+        check_memory(config, state.model.config, width, device, available_memory(device), beside)
+        judges = load_model_rewards(config.reward_model, device, names)
         llm = LLM(
             model=state.model,
             tokenizer=tokenizer,
@@ -86,7 +98,7 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
         with (
             locked(run),
             deferred_interrupts() as interrupted,
-            RewardPool(rewards, processes=config.reward_processes, deadline=config.reward_deadline) as pool,
+            _reward_pool(config, rewards) as pool,
             MetricsWriter(run, total_steps=config.steps, resume_step=state.progress.step if resume else None) as metrics,
         ):
             if checkpoint is None:
@@ -94,7 +106,14 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
             for sentence in (*_introduction(config, state, stream.prompts), *notes):
                 metrics.say(sentence)
             reference = load_reference(config, run, state.progress.step, device)
-            return train(config, run, state, reference, llm, pool, metrics, interrupted)
+            return train(config, run, state, reference, llm, pool, judges, metrics, interrupted)
+
+
+def _reward_pool(config: GRPOConfig, rewards: Sequence[Reward]) -> AbstractContextManager[RewardPool | None]:
+    """None where reward models alone judge."""
+    if not rewards:
+        return nullcontext()
+    return RewardPool(rewards, processes=config.reward_processes, deadline=config.reward_deadline)
 
 
 def train(
@@ -103,7 +122,8 @@ def train(
     state: TrainingState[PromptStream],
     reference: Transformer | None,
     llm: LLM,
-    pool: RewardPool,
+    pool: RewardPool | None,
+    judges: Sequence[ModelReward],
     metrics: MetricsWriter,
     interrupted: threading.Event,
 ) -> Path:
@@ -118,6 +138,7 @@ def train(
         llm.reset_prefix_cache()
         prompts = state.stream.next_batch(config.prompts_per_step)
         rollout = roll_out(llm, pool, prompts, config.num_generations, params, seed=config.seed, step=step)
+        add_model_scores(rollout.completions, judges)
 
         # advantages, within each group
         rewards = torch.tensor([[completion.reward for completion in group] for group in rollout.groups], dtype=torch.float64)

@@ -21,7 +21,7 @@ from finback.rl.rollout import Completion
 from finback.rl.session import PromptStream, minibatch_order
 from finback.rl.train import grpo, learning_rate
 from finback.train.metrics import read_metrics
-from tests.rl.policies import TIMES, dense, grpo_config
+from tests.rl.policies import TIMES, dense, grpo_config, write_reward_model
 
 
 def _rows(run: Path) -> list[dict]:
@@ -48,10 +48,17 @@ def test_the_reward_rises(tmp_path, model):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"beta": 0.05, "reference_steps": 2, "minibatches": 2, "num_iterations": 2, "temperature": 0.8, "loss": "sequence"}],
-    ids=["plain", "reference"],
+    [
+        {},
+        {"beta": 0.05, "reference_steps": 2, "minibatches": 2, "num_iterations": 2, "temperature": 0.8, "loss": "sequence"},
+        {"reward_model": ("judge:0.1",)},
+    ],
+    ids=["plain", "reference", "reward-model"],
 )
 def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(tmp_path, changes):
+    if "reward_model" in changes:
+        write_reward_model(tmp_path / "judge", "pointwise")
+        changes = changes | {"reward_model": tuple(str(tmp_path / spec) for spec in changes["reward_model"])}
     config = grpo_config(tmp_path, steps=4, save_every=1, keep_checkpoints=0, **changes)
     whole = grpo(config, tmp_path / "whole")
     grpo(config, tmp_path / "cut")
