@@ -50,6 +50,7 @@ class UpdateTotals:
         self._tokens, self._clipped, self._kl = 0, 0.0, 0.0
         self._gap, self._gap_tokens = 0.0, 0
         self._computed = 0
+        self._mtp_loss, self._mtp_updates = 0.0, 0
         self._norms: list[float] = []
 
     def add_gap(self, batch: Batch, log_probs: Tensor, step: int) -> None:
@@ -79,6 +80,10 @@ class UpdateTotals:
         if batch.reference_log_probs is not None:
             self._kl += float((k3_divergence(log_probs, batch.reference_log_probs) * batch.mask).sum())
 
+    def add_mtp_loss(self, loss: float) -> None:
+        """The mean over tokens and depths of one update."""
+        self._mtp_loss, self._mtp_updates = self._mtp_loss + loss, self._mtp_updates + 1
+
     def add_norm(self, norm: float) -> None:
         self._norms.append(norm)
 
@@ -99,6 +104,8 @@ class UpdateTotals:
             "tokens_per_second": self._computed / max(seconds, 1e-9),
             "training_seconds": seconds,
         }
+        if self._mtp_updates:
+            row["mtp_loss"] = self._mtp_loss / self._mtp_updates
         if self._gap_tokens:
             row["logprob_gap"] = self._gap / self._gap_tokens
         if self._tokens:

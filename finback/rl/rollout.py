@@ -5,6 +5,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
 from finback.engine.request import FinishReason
@@ -23,6 +25,8 @@ class Completion:
     text: str = ""
     finish_reason: FinishReason | None = None
     score: Score | None = None
+    experts: Tensor | None = None
+    """int16 [prompt and sample but the last token, layers, K]: what the engine's routers chose, where it is recorded."""
 
     @property
     def reward(self) -> float:
@@ -78,7 +82,7 @@ def roll_out(
                 completion.log_probs += [entry.logprob for entry in increment.logprobs or ()]
                 completion.text += increment.text
                 if increment.finish_reason is not None:
-                    completion.finish_reason = increment.finish_reason
+                    completion.finish_reason, completion.experts = increment.finish_reason, increment.experts
                     unfinished.discard(increment.request_id)
                     if pool is None:
                         completion.score = Score(0.0, {})

@@ -99,21 +99,21 @@ def write_run_config(directory: Path, config: GRPOConfig) -> None:
 
 
 def new_policy(config: GRPOConfig, stream: PromptStream, device: torch.device) -> TrainingState[PromptStream]:
-    """The model to start from, in float32, with a fresh optimizer. MTP modules are frozen: the policy's loss does not reach them."""
-    return _policy(Path(config.model), stream, device)
+    """The model to start from, in float32, with a fresh optimizer."""
+    return _policy(Path(config.model), config, stream, device)
 
 
 def load_policy(checkpoint: Path, config: GRPOConfig, stream: PromptStream, device: torch.device) -> TrainingState[PromptStream]:
     """A policy as `save_checkpoint` wrote it."""
-    state = _policy(checkpoint, stream, device)
+    state = _policy(checkpoint, config, stream, device)
     restore_state(checkpoint, state)
     return state
 
 
-def _policy(directory: Path, stream: PromptStream, device: torch.device) -> TrainingState[PromptStream]:
+def _policy(directory: Path, config: GRPOConfig, stream: PromptStream, device: torch.device) -> TrainingState[PromptStream]:
     model = load(directory, dtype=torch.float32, device=device)
     for module in model.mtp_modules:
-        module.requires_grad_(False)
+        module.requires_grad_(not config.freeze_mtp)
     return new_state(model, stream, moments_dtype="fp32", ema_decay=None)
 
 

@@ -19,8 +19,9 @@ from finback.model.transformer import Transformer
 from finback.ops.memory import available_memory
 from finback.rewards.pool import RewardPool
 from finback.rewards.reward import Reward, load_rewards
-from finback.rl.batch import Batch, cut_batches, sample_log_probs
+from finback.rl.batch import Batch, BatchLogProbs, cut_batches, sample_log_probs
 from finback.rl.config import GRPOConfig
+from finback.rl.drafting import clip_apart, draft_acceptance, draft_loss_sum
 from finback.rl.grpo import global_token_loss, group_advantages, has_spread, sequence_level_loss, token_level_loss
 from finback.rl.health import UpdateTotals, kept_samples, nothing_to_learn, rollout_metrics
 from finback.rl.memory import check_memory
@@ -39,9 +40,8 @@ from finback.rl.session import (
 )
 from finback.train.balance import update_expert_bias
 from finback.train.checkpoint import TrainingState, list_checkpoints, newest_sound_checkpoint, remove_leftovers, save_checkpoint
-from finback.train.loop import diverged, due, expert_biases, not_applied, take_gradients
+from finback.train.loop import clipped_update, diverged, due, expert_biases, not_applied, take_gradients
 from finback.train.metrics import MetricsWriter
-from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
 from finback.train.session import choose_device, cpu_threads, deferred_interrupts, locked
 
 _ENGINE_BLOCK = 16  # tokens: prompts of a few dozen are shared by a group's samples, too
@@ -82,6 +82,8 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
             longest=context - config.max_completion_length,
             rewards=[*names, *model_names],
         )
+        if config.replay_experts and not state.model.config.num_moe_layers:
+            raise InputError("field replay_experts is true, but this model has no routed experts; leave it out")
         width = max(len(prompt.token_ids) for prompt in stream.prompts) + config.max_completion_length
         beside = weight_bytes(config.reward_model)
         check_memory(config, state.model.config, width, device, available_memory(device), beside)
@@ -93,6 +95,7 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
             max_num_batched_tokens=max(1024, config.max_num_seqs),
             max_model_len=width,
             block_size=_ENGINE_BLOCK,
+            return_experts=config.replay_experts,
         )
         run.mkdir(parents=True, exist_ok=True)
         with (
@@ -144,10 +147,15 @@ def train(
         rewards = torch.tensor([[completion.reward for completion in group] for group in rollout.groups], dtype=torch.float64)
         advantages, spread = group_advantages(rewards), has_spread(rewards)
 
+        # how well the MTP modules draft what this policy writes
+        drafting = measure_drafts(config, state.model, rollout)
+
         # update, minibatch by minibatch
         began = time.perf_counter()
         totals = update(config, state, reference, rollout, advantages, spread, step)
         training_seconds = time.perf_counter() - began
+        if drafting and step == config.steps:
+            drafting["mtp_acceptance_after"] = measure_drafts(config, state.model, rollout)["mtp_acceptance"]
 
         # the reference follows every so many steps, and is kept for a run that is resumed
         if reference is not None and step % config.reference_steps == 0:
@@ -158,7 +166,7 @@ def train(
         progress.step, progress.tokens = step, progress.tokens + sum(len(c.token_ids) for c in rollout.completions)
         progress.seconds += time.perf_counter() - start
         row = {"step": step, "tokens": progress.tokens, "seconds": progress.seconds, "lr": learning_rate(config, step, 0)}
-        metrics.log(row | rollout_metrics(rollout, rewards, spread) | totals.metrics(training_seconds))
+        metrics.log(row | rollout_metrics(rollout, rewards, spread) | drafting | totals.metrics(training_seconds))
         metrics.log_samples(step, kept_samples(rollout, config.samples_per_step))
         if not totals.finite:
             progress.nonfinite_steps += 1
@@ -196,6 +204,7 @@ def update(
     """
     model, totals = state.model, UpdateTotals(config)
     device, pad = next(model.parameters()).device, model.config.pad_token_id or 0
+    depths = 0 if config.freeze_mtp else model.config.num_nextn_predict_layers
     completions, flat = rollout.completions, advantages.flatten().tolist()
     teaches = (spread.unsqueeze(1) | (config.beta > 0)).expand_as(advantages).flatten().tolist()
     minibatches: list[tuple[list[Batch], int, int]] = []  # batches, and of the whole minibatch samples and tokens
@@ -210,27 +219,41 @@ def update(
         for number, (batches, _, _) in enumerate(minibatches):
             for batch in batches:
                 if reference is not None:
-                    batch.reference_log_probs = _log_probs(reference, batch, config)[0]
+                    batch.reference_log_probs = _log_probs(reference, batch, config, replay=False).at_temperature
                 if number > 0:
-                    batch.old_log_probs, at_one, _ = _log_probs(model, batch, config)
-                    totals.add_gap(batch, at_one, step)
+                    now = _log_probs(model, batch, config)
+                    batch.old_log_probs = now.at_temperature
+                    totals.add_gap(batch, now.at_one, step)
 
     for iteration in range(config.num_iterations):
         for number, (batches, num_samples, num_tokens) in enumerate(minibatches):
             counts: Tensor | None = None
+            drafted, mtp_loss = sum(int(batch.mask.sum()) for batch in batches) * depths, 0.0
             for batch in batches:
-                log_probs, at_one, batch_counts = _log_probs(model, batch, config)
+                now = _log_probs(model, batch, config, mtp=depths > 0)
                 if batch.old_log_probs is None:
-                    batch.old_log_probs = log_probs.detach()
-                    totals.add_gap(batch, at_one, step)
-                loss = objective(config, batch, log_probs, num_samples, num_tokens)
-                loss.backward()
-                totals.add(batch, log_probs.detach(), float(loss.detach()))
-                counts = batch_counts if counts is None else counts + batch_counts
+                    batch.old_log_probs = now.at_temperature.detach()
+                    totals.add_gap(batch, now.at_one, step)
+                loss = objective(config, batch, now.at_temperature, num_samples, num_tokens)
+                drafts = draft_loss_sum(model, batch, now.mtp_hidden) / max(1, drafted)
+                (loss + config.mtp_loss_weight * drafts).backward()
+                totals.add(batch, now.at_temperature.detach(), float(loss.detach()))
+                mtp_loss += float(drafts.detach())
+                counts = now.expert_counts if counts is None else counts + now.expert_counts
+            if counts is not None and depths:
+                totals.add_mtp_loss(mtp_loss)
             if counts is not None:
                 place = iteration * len(minibatches) + number
                 totals.add_norm(_optimizer_step(config, state, counts, learning_rate(config, step, place)))
     return totals
+
+
+def measure_drafts(config: GRPOConfig, model: Transformer, rollout: Rollout) -> dict[str, float]:
+    """`mtp_acceptance` on a few samples of the rollout; empty where there are no MTP modules."""
+    pad = model.config.pad_token_id or 0
+    return draft_acceptance(
+        model, rollout, micro_batch_tokens=config.micro_batch_tokens, pad_token_id=pad, precision=config.precision
+    )
 
 
 def objective(config: GRPOConfig, batch: Batch, log_probs: Tensor, num_samples: int, num_tokens: int) -> Tensor:
@@ -258,29 +281,19 @@ def learning_rate(config: GRPOConfig, step: int, place: int) -> float:
     return rate * min(1.0, updates / max(1, config.warmup_steps))
 
 
-def _log_probs(model: Transformer, batch: Batch, config: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
-    return sample_log_probs(model, batch, temperature=config.temperature, precision=config.precision)
+def _log_probs(model: Transformer, batch: Batch, config: GRPOConfig, *, mtp: bool = False, replay: bool = True) -> BatchLogProbs:
+    return sample_log_probs(model, batch, temperature=config.temperature, precision=config.precision, mtp=mtp, replay=replay)
 
 
 def _optimizer_step(config: GRPOConfig, state: TrainingState[PromptStream], counts: Tensor, lr: float) -> float:
-    """Clip and apply what `.grad` holds, then move the router biases; returns the norm. One that is not finite changes nothing."""
+    """Clip and apply what `.grad` holds, then move the router biases; returns the policy's norm. One that is not finite changes
+    nothing. Frozen MTP modules are not in the counts."""
     parameters = state.parameters
     gradients = take_gradients(parameters)
-    norm = gradient_norm(gradients)
-    if norm == norm and norm != float("inf"):
-        adamw_update(
-            parameters,
-            gradients,
-            state.adam,
-            lr=lr,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            epsilon=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            gradient_scale=clip_scale(norm, config.max_grad_norm),
-        )
-        if config.bias_update_speed and state.model.config.uses_expert_bias:
-            update_expert_bias(expert_biases(state.model), counts, config.bias_update_speed)
+    norm = clip_apart(state.model, gradients, config.max_grad_norm)
+    applied = clipped_update(parameters, gradients, state.adam, config, lr=lr, norm=norm)
+    if applied and config.bias_update_speed and state.model.config.uses_expert_bias:
+        update_expert_bias(expert_biases(state.model)[: len(counts)], counts, config.bias_update_speed)
     return norm
 
 

@@ -50,8 +50,16 @@ def test_the_reward_rises(tmp_path, model):
     "changes",
     [
         {},
-        {"beta": 0.05, "reference_steps": 2, "minibatches": 2, "num_iterations": 2, "temperature": 0.8, "loss": "sequence"},
-        {"reward_model": ("judge:0.1",)},
+        {
+            "beta": 0.05,
+            "reference_steps": 2,
+            "minibatches": 2,
+            "num_iterations": 2,
+            "temperature": 0.8,
+            "loss": "sequence",
+            "replay_experts": True,
+        },
+        {"reward_model": ("judge:0.1",), "freeze_mtp": True},
     ],
     ids=["plain", "reference", "reward-model"],
 )
@@ -125,7 +133,7 @@ def test_log_probs_of_the_batch_are_those_of_the_model_alone(tmp_path):
         log_probs = [entry.logprob for entry in out.logprobs]
         completions.append(Completion(prompt, out.token_ids, log_probs, out.text, out.finish_reason, Score(0.0, {}, {})))
     for batch in cut_batches(completions, [0.0] * 5, 60, 2, torch.device("cpu")):
-        got, at_one, _ = sample_log_probs(model, batch, temperature=0.7, precision="fp32")
+        got, at_one, *_ = sample_log_probs(model, batch, temperature=0.7, precision="fp32")
         assert batch.num_tokens <= 60 or len(batch.completions) == 1
         for row, completion in enumerate(batch.completions):
             ids = torch.tensor([completion.prompt.token_ids + completion.token_ids])
