@@ -29,6 +29,8 @@ class GRPOConfig:
     """Directory of the policy to start from, any that finback loads. On the command line it comes first."""
     data: tuple[str, ...] = ()
     """Files of prompts, .jsonl or .parquet: rows with a `prompt` (a text or a list of messages), and what the rewards read."""
+    skip_malformed: bool = False
+    """Leave out rows that are malformed or too long, and say how many and where."""
     reward: tuple[str, ...] = ()
     """Rewards as module:function[:weight] or file.py:function[:weight]; their weighted sum is what is learnt from."""
     reward_model: tuple[str, ...] = ()
@@ -167,7 +169,7 @@ _INTEGERS = {
     "keep_checkpoints": 0,
     "samples_per_step": 0,
 }
-_BOOLEANS = ("freeze_mtp", "replay_experts")
+_BOOLEANS = ("freeze_mtp", "replay_experts", "skip_malformed")
 _AT_LEAST_ZERO = ("mtp_loss_weight", "beta", "final_lr", "weight_decay", "bias_update_speed", "adam_beta1", "adam_beta2")
 _ABOVE_ZERO = (
     "temperature",

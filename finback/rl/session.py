@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from finback.model.transformer import Transformer
 from finback.rl.config import GRPOConfig
 from finback.rl.model_rewards import absolute_spec
 from finback.rl.prompts import Prompt
-from finback.train.checkpoint import TrainingState, new_state, restore_state
+from finback.train.checkpoint import TrainingState, list_checkpoints, new_state, restore_state
 from finback.train.session import CONFIG_FILE
 
 REFERENCES = "references"
@@ -121,10 +122,25 @@ def reference_directory(run: Path, step: int) -> Path:
     return run / REFERENCES / f"step-{step}"
 
 
+def reference_step(config: GRPOConfig, step: int) -> int:
+    """The step whose policy is the reference after step `step`; 0: the model that the run started from."""
+    return step // config.reference_steps * config.reference_steps
+
+
+def prune_references(config: GRPOConfig, run: Path, step: int) -> None:
+    """After step `step`, remove the references that neither the run itself nor one that is resumed from a checkpoint needs."""
+    kept = {reference_step(config, int(checkpoint.name.partition("-")[2])) for checkpoint in list_checkpoints(run)}
+    kept.add(reference_step(config, step))
+    folder = run / REFERENCES
+    for directory in folder.iterdir() if folder.is_dir() else ():
+        if directory.name not in {reference_directory(run, number).name for number in kept}:
+            shutil.rmtree(directory)
+
+
 def load_reference(config: GRPOConfig, run: Path, step: int, device: torch.device) -> Transformer | None:
     """The reference that holds after step `step`; None where the loss has none."""
     if config.beta == 0:
         return None
-    refreshed = step // config.reference_steps * config.reference_steps
+    refreshed = reference_step(config, step)
     directory = reference_directory(run, refreshed) if refreshed else Path(config.model)
     return load(directory, dtype=torch.float32, device=device).requires_grad_(False)

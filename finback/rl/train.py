@@ -26,7 +26,7 @@ from finback.rl.grpo import global_token_loss, group_advantages, has_spread, seq
 from finback.rl.health import UpdateTotals, kept_samples, nothing_to_learn, rollout_metrics
 from finback.rl.memory import check_memory
 from finback.rl.model_rewards import ModelReward, add_model_scores, load_model_rewards, model_reward_names, weight_bytes
-from finback.rl.prompts import Prompt, read_prompts
+from finback.rl.prompts import Prompt, read_prompts, tell_skipped
 from finback.rl.rollout import Rollout, roll_out
 from finback.rl.session import (
     PromptStream,
@@ -34,6 +34,7 @@ from finback.rl.session import (
     load_reference,
     minibatch_order,
     new_policy,
+    prune_references,
     reference_directory,
     resolve_config,
     write_run_config,
@@ -75,13 +76,16 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
             state = load_policy(checkpoint, config, stream, device)
             notes.append(f"continuing {run} after step {state.progress.step}")
         context = state.model.config.max_position_embeddings
+        skipped: list[str] | None = [] if config.skip_malformed else None
         stream.prompts = read_prompts(
             config.data,
             tokenizer,
             config.template,
             longest=context - config.max_completion_length,
             rewards=[*names, *model_names],
+            skipped=skipped,
         )
+        notes += tell_skipped(skipped or [])
         if config.replay_experts and not state.model.config.num_moe_layers:
             raise InputError("field replay_experts is true, but this model has no routed experts; leave it out")
         width = max(len(prompt.token_ids) for prompt in stream.prompts) + config.max_completion_length
@@ -182,6 +186,7 @@ def train(
         # save
         if step == config.steps or interrupted.is_set() or due(step, config.save_every):
             checkpoints = [save_checkpoint(run, state, tokenizer_from=config.model, keep=config.keep_checkpoints)]
+            prune_references(config, run, step)
         if interrupted.is_set() and step < config.steps:
             metrics.say(f"stopped after step {step}; continue with: finback grpo --resume {run}")
             raise KeyboardInterrupt

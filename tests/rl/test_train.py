@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,6 +185,37 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, words):
     (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "count"}}\n{line}\n', encoding="utf-8")
     with pytest.raises(InputError, match=rf"prompts\.jsonl, line 2: {words}"):
         grpo(config, tmp_path / "run")
+
+
+def test_malformed_rows_are_left_out_on_request_and_counted(tmp_path, capsys):
+    config = grpo_config(tmp_path, steps=1, skip_malformed=True)
+    bad = ["{", '{"answer": "3"}', "[1]", json.dumps({"prompt": "fish " * 200}), "7", "nothing"]
+    good = [json.dumps({"prompt": f"count {i}"}) for i in range(3)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join([good[0], *bad, *good[1:]]) + "\n", encoding="utf-8")
+    grpo(config, tmp_path / "run")
+    told = capsys.readouterr().out
+    assert "GRPO on 3 prompts" in told
+    assert re.search(r"6 malformed rows of \S*prompts\.jsonl are left out:", told)
+    assert re.search(r"prompts\.jsonl, line 2: it is not valid JSON", told)
+    assert re.search(r"prompts\.jsonl, line 5: the prompt has \d+ tokens", told)
+    assert "and 1 more" in told
+    (tmp_path / "prompts.jsonl").write_text("\n".join(bad), encoding="utf-8")
+    with pytest.raises(
+        InputError, match=r"names no rows.*; 6 rows are malformed, the first one: .*prompts\.jsonl, line 1: it is not"
+    ):
+        grpo(config, tmp_path / "other")
+
+
+def test_references_are_kept_as_long_as_a_kept_checkpoint_needs_them(tmp_path):
+    config = grpo_config(tmp_path, steps=9, beta=0.05, reference_steps=2, save_every=3, keep_checkpoints=2)
+    whole = grpo(config, tmp_path / "run")
+    # Checkpoints 6 and 9 are there: 6 goes on with the reference of step 6, 9 with that of step 8.
+    assert sorted(path.name for path in (tmp_path / "run" / "references").iterdir()) == ["step-6", "step-8"]
+    before, rows = _weights(whole), _rows(tmp_path / "run")
+    (whole / "model.safetensors").write_bytes(b"damaged")
+    resumed = _weights(grpo(config, tmp_path / "run", resume=True))  # from step 6 on
+    assert all(torch.equal(before[name], resumed[name]) for name in before)
+    assert _rows(tmp_path / "run") == rows
 
 
 def test_a_prompt_has_the_tokens_that_the_engine_gives_it(tmp_path):
