@@ -17,7 +17,7 @@ class Batch:
     [B, T] and begin with the samples' first tokens."""
 
     def __init__(
-        self, completions: Sequence[Completion], advantages: Sequence[float], pad_token_id: int, device: torch.device
+        self, completions: Sequence[Completion], advantages: Sequence[float | Tensor], pad_token_id: int, device: torch.device
     ) -> None:
         width = max(_length(completion) for completion in completions)
         longest = max(1, *(len(completion.token_ids) for completion in completions))
@@ -38,7 +38,8 @@ class Batch:
             torch.from_numpy(array).to(device) for array in (ids, valid, predicts, mask, engine)
         )
         self.experts = _experts(completions, width, device)
-        self.advantages = torch.tensor(advantages, dtype=torch.float32, device=device)
+        self.advantages = _padded_advantages(advantages, longest).to(device)
+        """[B], or [B, T] where they differ from token to token."""
         self.old_log_probs: Tensor | None = None
         """Under the policy that wrote the samples, by the trainer."""
         self.reference_log_probs: Tensor | None = None
@@ -51,7 +52,7 @@ class Batch:
 
 def cut_batches(
     completions: Sequence[Completion],
-    advantages: Sequence[float],
+    advantages: Sequence[float | Tensor],
     micro_batch_tokens: int,
     pad_token_id: int,
     device: torch.device,
@@ -72,6 +73,16 @@ def cut_batches(
 
 def _length(completion: Completion) -> int:
     return len(completion.prompt.token_ids) + len(completion.token_ids)
+
+
+def _padded_advantages(advantages: Sequence[float | Tensor], longest: int) -> Tensor:
+    rows = [own for own in advantages if isinstance(own, Tensor)]
+    if not rows:
+        return torch.tensor(advantages, dtype=torch.float32)
+    padded = torch.zeros(len(rows), longest)
+    for row, own in enumerate(rows):
+        padded[row, : len(own)] = own
+    return padded
 
 
 def _experts(completions: Sequence[Completion], width: int, device: torch.device) -> Tensor | None:

@@ -35,6 +35,10 @@ class GRPOConfig:
     """Rewards as module:function[:weight] or file.py:function[:weight]; their weighted sum is what is learnt from."""
     reward_model: tuple[str, ...] = ()
     """Reward models as DIR[:weight], directories that finback reward-model wrote; their scores are added to the rewards'."""
+    process_reward: str | None = None
+    """Function of one's own (prompt, completion, example) -> [(end, reward), ...], as module:function: a reward for each step, which
+    ends where so many characters stand before. Then tokens learn from the steps that end behind them, and other rewards are watched
+    only."""
     template: str | None = None
     """Text around a prompt, with {prompt} in it; None: the model's own chat template."""
     seed: int = 0
@@ -123,6 +127,10 @@ class GRPOConfig:
             raise InputError("field template has no {prompt} in it; put it where the prompt belongs")
         if self.mtp_loss_weight == 0 and not self.freeze_mtp:
             raise InputError("field mtp_loss_weight is 0, so the MTP modules would learn nothing; set freeze_mtp as well")
+        if self.process_reward is not None and self.loss == "sequence":
+            raise InputError(
+                "field process_reward rewards steps, which loss sequence cannot tell apart; use token or global-token"
+            )
         if self.minibatches > self.prompts_per_step * self.num_generations:
             samples = self.prompts_per_step * self.num_generations
             raise InputError(f"field minibatches is {self.minibatches}, above the samples of a step ({samples}); lower it")

@@ -10,8 +10,8 @@ from torch import Tensor
 from finback.data.packing import Sample
 from finback.model.transformer import Transformer
 from finback.rl.batch import Batch
+from finback.rl.config import GRPOConfig
 from finback.rl.rollout import Completion, Rollout
-from finback.train.config import Precision
 from finback.train.optimizer import clip_scale, gradient_norm
 from finback.train.samples import SampleRows, mtp_acceptance, mtp_loss_sum, padded_micro_batches
 
@@ -28,18 +28,15 @@ def draft_loss_sum(model: Transformer, batch: Batch, mtp_hidden: Sequence[Tensor
     return mtp_loss_sum(known, model.lm_head.weight.detach(), SampleRows(batch.ids, rows, learnt, packed=False))
 
 
-def draft_acceptance(
-    model: Transformer, rollout: Rollout, *, micro_batch_tokens: int, pad_token_id: int, precision: Precision
-) -> dict[str, float]:
+def draft_acceptance(model: Transformer, rollout: Rollout, config: GRPOConfig) -> dict[str, float]:
     """`mtp_acceptance` (of the first depth, and `mtp_acceptance_2`, ... of deeper ones): the share of the samples' tokens for which a
     depth's argmax is the main head's, over the first sample of each of a few groups. Empty without MTP modules or tokens."""
     first = [group[0] for group in rollout.groups if group[0].token_ids]
     samples = [_sample(completion) for completion in islice(first, MEASURED)]
     if not model.mtp_modules or not samples:
         return {}
-    shares = mtp_acceptance(
-        model, padded_micro_batches(samples, micro_batch_tokens, pad_token_id=pad_token_id), precision=precision
-    )
+    rows = padded_micro_batches(samples, config.micro_batch_tokens, pad_token_id=model.config.pad_token_id or 0)
+    shares = mtp_acceptance(model, rows, precision=config.precision)
     names = ("mtp_acceptance", *(f"mtp_acceptance_{depth}" for depth in range(2, len(shares) + 1)))
     return {name: share for name, share in zip(names, shares, strict=True) if math.isfinite(share)}
 

@@ -75,7 +75,8 @@ class UpdateTotals:
             held = is_clipped(ratio, batch.advantages, c.epsilon, c.epsilon_high).unsqueeze(-1) & batch.mask
         else:
             ratio = (log_probs - batch.old_log_probs).exp()
-            held = is_clipped(ratio, batch.advantages.unsqueeze(-1), c.epsilon, c.epsilon_high) & batch.mask
+            advantages = batch.advantages if batch.advantages.dim() == 2 else batch.advantages.unsqueeze(-1)
+            held = is_clipped(ratio, advantages, c.epsilon, c.epsilon_high) & batch.mask
         self._clipped += float(held.sum())
         if batch.reference_log_probs is not None:
             self._kl += float((k3_divergence(log_probs, batch.reference_log_probs) * batch.mask).sum())

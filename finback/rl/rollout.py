@@ -25,6 +25,8 @@ class Completion:
     text: str = ""
     finish_reason: FinishReason | None = None
     score: Score | None = None
+    text_lengths: list[int] = field(default_factory=list)
+    """Characters of the text that are there with each token."""
     experts: Tensor | None = None
     """int16 [prompt and sample but the last token, layers, K]: what the engine's routers chose, where it is recorded."""
 
@@ -81,6 +83,7 @@ def roll_out(
                 completion.token_ids += increment.token_ids
                 completion.log_probs += [entry.logprob for entry in increment.logprobs or ()]
                 completion.text += increment.text
+                completion.text_lengths += [len(completion.text)] * len(increment.token_ids)
                 if increment.finish_reason is not None:
                     completion.finish_reason, completion.experts = increment.finish_reason, increment.experts
                     unfinished.discard(increment.request_id)
@@ -114,7 +117,8 @@ def own_score(score: Score, prompt: Prompt, rewards: Sequence[Reward]) -> Score:
     components = {name: value for name, value in score.components.items() if judges(prompt, name)}
     failures = {name: sentence for name, sentence in score.failures.items() if judges(prompt, name)}
     total = sum(reward.weight * components[reward.name] for reward in rewards if reward.name in components)
-    return Score(float(total), components, failures)
+    steps = {name: found for name, found in score.steps.items() if judges(prompt, name)}
+    return Score(float(total), components, failures, steps)
 
 
 def sample_seed(*parts: int) -> int:

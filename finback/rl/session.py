@@ -69,7 +69,7 @@ def read_run_config(directory: str | Path) -> GRPOConfig:
 
 def resolve_config(config: GRPOConfig, directory: Path, resume: bool) -> GRPOConfig:
     """`config` with absolute paths, checked against what is in `directory`."""
-    if not config.reward and not config.reward_model:
+    if not config.reward and not config.reward_model and config.process_reward is None:
         raise InputError("field reward is empty; give module:function[:weight], such as finback.rewards.answers:exact")
     if not config.data:
         raise InputError("field data is empty; give .jsonl or .parquet files of prompts")

@@ -114,7 +114,7 @@ def test_acceptance_is_the_share_of_drafts_that_the_main_head_agrees_with(tmp_pa
     model = finback.load(write_policy(tmp_path / "model", TWO_DEPTHS), dtype=torch.float32)
     completions = _completions()
     rollout = Rollout([[completion] for completion in completions], 1.0, 0.0)
-    got = draft_acceptance(model, rollout, micro_batch_tokens=20, pad_token_id=2, precision="fp32")
+    got = draft_acceptance(model, rollout, GRPOConfig(model="", micro_batch_tokens=20, precision="fp32"))
     agreed, total = [0, 0], [0, 0]
     for completion in completions:
         ids = completion.prompt.token_ids + completion.token_ids

@@ -20,7 +20,8 @@ from finback.rl.config import GRPOConfig
 from finback.rl.prompts import Prompt, read_prompts
 from finback.rl.rollout import Completion
 from finback.rl.session import PromptStream, minibatch_order
-from finback.rl.train import grpo, learning_rate
+from finback.rl.train import grpo
+from finback.rl.update import learning_rate
 from finback.train.metrics import read_metrics
 from tests.rl.policies import TIMES, dense, grpo_config, write_reward_model
 
