@@ -87,7 +87,8 @@ class LLM:
 
     `num_speculative_tokens` drafts that many tokens with the MTP module and verifies them in one pass; which tokens come out does not
     depend on it. `num_blocks` of `block_size` tokens bound the cache; by default they hold `max_num_seqs` requests of full length, or
-    as many as fit into a quarter of the free memory. Raises InputError for a directory or a number that cannot be used.
+    as many as fit into a quarter of the free memory. With `return_experts` finished answers tell the experts that
+    their tokens went to, those of cached prompts, too. Raises InputError for a directory or a number that cannot be used.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class LLM:
         num_speculative_tokens: int = 0,
         kv_cache_dtype: str = "auto",
         backend: Backend = "auto",
+        return_experts: bool = False,
     ) -> None:
         if (directory is None) == (model is None):
             raise InputError("LLM needs a directory or model=..., and not both")
@@ -139,6 +141,8 @@ class LLM:
             raise InputError(
                 f"num_speculative_tokens is {num_speculative_tokens}, but this model has no MTP module to draft with; use 0"
             )
+        if return_experts and not config.num_moe_layers:
+            raise InputError("return_experts is True, but this model has no routed experts; leave it out")
         self.num_speculative_tokens = num_speculative_tokens
         eos = config.eos_token_id
         end_token_ids.update(eos if isinstance(eos, tuple) else [] if eos is None else [eos])
@@ -158,6 +162,7 @@ class LLM:
             max_head_rows=min(max_num_seqs * (1 + num_speculative_tokens), max_num_batched_tokens),
             mtp=num_speculative_tokens > 0,
             backend=backend,
+            record_experts=return_experts,
         )
         self._answers: dict[int, _Answer] = {}
         self._mailboxes: dict[int, deque[Increment]] = {}  # of requests of streams and of `generate`
@@ -355,15 +360,17 @@ class LLM:
         if new:
             self._scheduler.advance(sequence, new)
         self.stats.generated_tokens += taken
+        experts: Tensor | None = None
         if reason is not None:
             text += answer.rest()
             blocks = list(request.block_table)
+            experts = self._runner.experts(blocks, request.num_tokens - 1)
             self._scheduler.finish(request, reason)
             del self._answers[request.request_id]
             if failed:
                 self._clear(blocks)
         asked = None if logprobs is None or request.params.logprobs is None else [one for one in logprobs[:taken] if one]
-        return Increment(request.request_id, text, new, asked, reason, request.num_cached_tokens, answer.error)
+        return Increment(request.request_id, text, new, asked, reason, request.num_cached_tokens, answer.error, experts)
 
     def _clear(self, blocks: list[int]) -> None:
         """Remove NaN from the cache: rows that are masked count 0 times, and 0 times NaN is NaN, for whoever gets the block next."""

@@ -44,6 +44,7 @@ class NativeDecoder:
         max_rows: int,
         max_head_rows: int,
         blocks_per_sequence: int,
+        record_experts: bool = False,
     ) -> None:
         self.max_rows, self.max_head_rows = max_rows, max_head_rows
         self._kernels, self._model, self._cache = kernels, model, cache
@@ -55,7 +56,7 @@ class NativeDecoder:
         self._ids_array, self._positions_array, self._tables_array = (
             t.numpy() for t in (self._ids, self._positions, self._tables)
         )
-        self._scratch = _Scratch(model, max_rows, max_head_rows)
+        self._scratch = _Scratch(model, max_rows, max_head_rows, record_experts)
         self._steps: dict[int, Step] = {}
         self._draft_steps: dict[int, Step] = {}
         self._heads: dict[int, Step] = {}
@@ -66,6 +67,11 @@ class NativeDecoder:
         step = self._steps.get(rows) or _kept(self._steps, rows, self._prepare(rows))
         step.run()
         return step.output
+
+    def chosen(self, rows: int) -> Tensor:
+        """The experts int64 [rows, layers, K] that the last `forward`, of `rows` rows, took in each MoE layer; only with
+        `record_experts`."""
+        return torch.stack(self._scratch.first(rows).chosen, dim=1)
 
     def forget(self) -> None:
         """Prepare all steps anew when they are next needed: parameters may have moved in memory."""
@@ -109,8 +115,10 @@ class NativeDecoder:
     def _prepare(self, rows: int) -> Step:
         model, buffers = self._model, self._scratch.first(rows)
         calls = [self._kernels.embedding(self._ids[:rows], model.model.embed_tokens.weight.data, buffers.x)]
+        chosen = iter(buffers.chosen)
         for block, cache in zip(model.blocks, self._cache, strict=False):
-            calls += self._block(block, cache, buffers)
+            kept = buffers.indices if isinstance(block.mlp, MLP) else next(chosen, buffers.indices)
+            calls += self._block(block, cache, buffers, kept)
         calls.append(self._kernels.rms_norm(buffers.x, _norm(model.model.norm), buffers.hidden))
         return Step(self._kernels.program(calls), buffers.hidden)
 
@@ -128,7 +136,7 @@ class NativeDecoder:
             self._kernels.rms_norm(buffers.previous, _norm(module.hnorm), buffers.previous),
         ]
         calls = [self._kernels.linear(joined, [module.eh_proj.weight.data], [buffers.x])]
-        calls += self._block(module, self._cache[-1], buffers)
+        calls += self._block(module, self._cache[-1], buffers, buffers.indices)
         calls.append(self._kernels.rms_norm(buffers.x, _norm(module.shared_head.norm), buffers.hidden))
         normalise, rest = self._kernels.program(norms), self._kernels.program(calls)
 
@@ -140,8 +148,8 @@ class NativeDecoder:
 
         return Step(run, buffers.hidden)
 
-    def _block(self, block: Block, cache: Tensor, buffers: "_Scratch") -> list[Call]:
-        """One layer: buffers.x becomes its output."""
+    def _block(self, block: Block, cache: Tensor, buffers: "_Scratch", indices: Tensor) -> list[Call]:
+        """One layer: buffers.x becomes its output, and `indices` the experts that it takes, if it has any."""
         attention, x = block.self_attn, buffers.x
         if isinstance(attention, MLA):
             calls = self._latent_attention(attention, cache, buffers, _norm(block.input_layernorm))
@@ -149,7 +157,7 @@ class NativeDecoder:
             calls = self._grouped_query_attention(attention, cache, buffers, _norm(block.input_layernorm))
         output = attention.o_proj
         calls.append(self._kernels.linear(buffers.heads, [output.weight.data], [x], residual=x, biases=[_bias(output)]))
-        return [*calls, self._feed_forward(block, buffers)]
+        return [*calls, self._feed_forward(block, buffers, indices)]
 
     def _latent_attention(self, attention: MLA, cache: Tensor, buffers: "_Scratch", norm: Norm) -> list[Call]:
         """From the residual stream to buffers.heads, the new rows cached on the way."""
@@ -188,7 +196,7 @@ class NativeDecoder:
         )
         return [self._kernels.linear(buffers.x, weights, outputs, norm, biases=biases), attend]
 
-    def _feed_forward(self, block: Block, buffers: "_Scratch") -> Call:
+    def _feed_forward(self, block: Block, buffers: "_Scratch", indices: Tensor) -> Call:
         x, norm, mlp = buffers.x, _norm(block.post_attention_layernorm), block.mlp
         if isinstance(mlp, MLP):
             return self._kernels.feed_forward(x, x, norm=norm, residual=x, shared=_weights(mlp))
@@ -210,7 +218,7 @@ class NativeDecoder:
             norm=norm,
             residual=x,
             routing=routing,
-            choice=Choice(buffers.indices, buffers.values),
+            choice=Choice(indices, buffers.values),
             experts=Weights(experts.gate_proj.data, experts.up_proj.data, experts.down_proj.data),
             shared=_weights(mlp.shared_experts),
         )
@@ -219,7 +227,7 @@ class NativeDecoder:
 class _Scratch:
     """What a step keeps between its calls, for the largest number of rows; `first` gives the same memory for fewer."""
 
-    def __init__(self, model: Transformer, rows: int, head_rows: int) -> None:
+    def __init__(self, model: Transformer, rows: int, head_rows: int, record_experts: bool) -> None:
         c, dtype = model.config, model.lm_head.weight.dtype
         heads = c.num_attention_heads
 
@@ -242,13 +250,18 @@ class _Scratch:
             self.heads = new(heads * c.head_dim)
         self.scores = new(c.n_routed_experts, dtype=torch.float32)
         self.indices = new(c.num_experts_per_tok, dtype=torch.int64)
+        layers = c.num_moe_layers if record_experts else 0
+        self.chosen = tuple(
+            new(c.num_experts_per_tok, dtype=torch.int64) for _ in range(layers)
+        )  # instead of indices, to be read
         self.values = new(c.num_experts_per_tok, dtype=torch.float32)
         self.previous = new(c.hidden_size)  # MTP
         self.joined = new(2 * c.hidden_size)
 
     def first(self, rows: int) -> "_Scratch":
         part = object.__new__(_Scratch)
-        part.__dict__.update({name: tensor[:rows] for name, tensor in self.__dict__.items()})
+        for name, kept in self.__dict__.items():
+            part.__dict__[name] = tuple(tensor[:rows] for tensor in kept) if isinstance(kept, tuple) else kept[:rows]
         return part
 
 

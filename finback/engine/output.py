@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import Tensor
+
 from finback.engine.request import FinishReason
 from finback.engine.sampler import TokenLogprobs
 
@@ -17,6 +19,7 @@ class Increment(NamedTuple):
     finish_reason: FinishReason | None  # None until the last
     num_cached_tokens: int  # of the prompt, found in the prefix cache
     error: str | None = None  # a sentence, where finish_reason is "error"
+    experts: Tensor | None = None  # with the last, where the engine records them: see RequestOutput
 
 
 @dataclass
@@ -30,6 +33,8 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    experts: Tensor | None = None
+    """int16 [tokens, layers, K]: what each MoE layer took for each token of prompt and answer but the last, which is never computed."""
 
     def add(self, increment: Increment) -> None:
         self.text += increment.text
@@ -40,6 +45,7 @@ class RequestOutput:
         self.finish_reason = increment.finish_reason
         self.num_cached_tokens = increment.num_cached_tokens
         self.error = increment.error
+        self.experts = increment.experts
 
 
 @dataclass

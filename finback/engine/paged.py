@@ -10,14 +10,18 @@ from finback.model.transformer import Block, MTPModule, Transformer
 
 
 @torch.no_grad()
-def paged_forward(model: Transformer, cache: Tensor, rotary: Rotary, packed: Packed) -> Tensor:
+def paged_forward(
+    model: Transformer, cache: Tensor, rotary: Rotary, packed: Packed, chosen: list[Tensor] | None = None
+) -> Tensor:
     """Hidden states [T, D] after the final norm; each token's row is written to cache [layers, blocks, block_size, W] on the way.
 
-    `rotary` holds cos and sin of all positions of the context.
+    `rotary` holds cos and sin of all positions of the context. `chosen` is given the experts [T, K] of each MoE layer, in order.
     """
     x = model.embed(packed.input_ids.unsqueeze(0))
     for block, rows in zip(model.blocks, cache, strict=False):  # MTP layers follow those of the main model
-        x = _block(block, rows, x, rotary, packed)
+        x, indices = _block(block, rows, x, rotary, packed)
+        if chosen is not None and indices is not None:
+            chosen.append(indices)
     hidden: Tensor = model.model.norm(x)
     return hidden[0]
 
@@ -29,20 +33,20 @@ def paged_mtp_forward(
     """One MTP module: `packed` holds, at the positions of `hidden` [T, D], the tokens that follow them; returns [T, D] after
     `shared_head.norm`, from which the head predicts the tokens after those."""
     combined = module.combine(hidden.unsqueeze(0), model.embed(packed.input_ids.unsqueeze(0)))
-    normalised: Tensor = module.shared_head.norm(_block(module, rows, combined, rotary, packed))
+    normalised: Tensor = module.shared_head.norm(_block(module, rows, combined, rotary, packed)[0])
     return normalised[0]
 
 
-def _block(block: Block, rows: Tensor, x: Tensor, rotary: Rotary, packed: Packed) -> Tensor:
-    """One layer over x [1, T, D] and its cached rows [blocks, block_size, W]."""
+def _block(block: Block, rows: Tensor, x: Tensor, rotary: Rotary, packed: Packed) -> tuple[Tensor, Tensor | None]:
+    """One layer over x [1, T, D] and its cached rows [blocks, block_size, W]; also the experts [T, K], if it has any."""
     normalised = block.input_layernorm(x)
     at = Rotary(rotary.cos[packed.positions], rotary.sin[packed.positions])
     rows.view(-1, rows.shape[-1])[packed.slots] = block.self_attn.cache_rows(normalised, at)[0]
     attended = torch.empty_like(x)
     for group in packed.groups:
         attended[:, group.first : group.end] = _attend(block, rows, normalised, rotary, group)
-    x, _ = block.feed_forward(x + attended)
-    return x
+    x, routing = block.feed_forward(x + attended)
+    return x, None if routing is None else routing.indices
 
 
 def _attend(block: Block, rows: Tensor, normalised: Tensor, rotary: Rotary, group: Group) -> Tensor:

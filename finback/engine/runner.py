@@ -33,6 +33,7 @@ class Forward(NamedTuple):
 class Runner:
     """One model over one cache [layers, num_blocks, block_size, W]; with `mtp`, the last layer is that of the MTP module.
 
+    With `record_experts`, the experts that each token takes lie beside its cached row, and are shared with it: `experts` reads them.
     Steps have about `max_rows` tokens at most, and logits of about `max_head_rows`: what the native back-end makes room for.
     """
 
@@ -48,30 +49,56 @@ class Runner:
         max_head_rows: int,
         mtp: bool = False,
         backend: Backend = "auto",
+        record_experts: bool = False,
     ) -> None:
         c, weight = model.config, model.lm_head.weight
         self.model, self.block_size = model, block_size
         layers = c.num_hidden_layers + int(mtp)
         self.cache = torch.zeros(layers, num_blocks, block_size, c.cache_row_width, dtype=weight.dtype, device=weight.device)
+        self._experts: Tensor | None = None
+        if record_experts:
+            shape = (num_blocks * block_size, c.num_moe_layers, c.num_experts_per_tok)
+            self._experts = torch.full(shape, -1, dtype=torch.int16, device=weight.device)
         self._rotary = Rotary(*rotary_table(c, torch.arange(max_model_len, device=weight.device)))
         self._native: NativeDecoder | None = None
         library = _choose(backend, model)
         if library is not None:
             table_width = -(-max_model_len // block_size)
-            self._native = NativeDecoder(library, model, self.cache, self._rotary, max_rows, max_head_rows, table_width)
+            self._native = NativeDecoder(
+                library, model, self.cache, self._rotary, max_rows, max_head_rows, table_width, record_experts
+            )
         self.backend = "native" if self._native else "torch"
 
     def forward(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> Forward:
         """Compute `chunks`, caching their rows; logits for the last `wanted[i]` tokens of chunk i."""
 
         def by_torch(packed: Packed, numbers: list[int]) -> Tensor:
-            return paged_forward(self.model, self.cache, self._rotary, packed)
+            chosen: list[Tensor] | None = None if self._experts is None else []
+            hidden = paged_forward(self.model, self.cache, self._rotary, packed, chosen)
+            if self._experts is not None and chosen is not None:
+                self._experts[packed.slots] = torch.stack(chosen, dim=1).to(torch.int16)
+            return hidden
 
         def by_kernels(part: Sequence[Chunk], numbers: list[int]) -> Tensor:
             assert self._native is not None
-            return self._native.forward(part)
+            hidden = self._native.forward(part)
+            if self._experts is not None:
+                slots = [slot for chunk in part for slot in self._slots(chunk.block_table, chunk.start, len(chunk.token_ids))]
+                self._experts[torch.tensor(slots)] = self._native.chosen(len(slots)).to(torch.int16)
+            return hidden
 
         return self._run(chunks, wanted, by_torch, by_kernels)
+
+    def experts(self, block_table: Sequence[int], tokens: int) -> Tensor | None:
+        """The experts int16 [tokens, layers, K] of a sequence's first tokens, on the CPU; None where they are not recorded."""
+        if self._experts is None:
+            return None
+        slots = torch.tensor(self._slots(block_table, 0, tokens), device=self._experts.device)
+        return self._experts[slots].cpu()
+
+    def _slots(self, block_table: Sequence[int], start: int, tokens: int) -> list[int]:
+        size = self.block_size
+        return [block_table[position // size] * size + position % size for position in range(start, start + tokens)]
 
     def weights_changed(self) -> None:
         """To be told when parameters were replaced by others; changes in place need no word."""

@@ -22,7 +22,7 @@ from finback.eval.task import AnyTask, ChoiceTask, Task, question, sample_seed
 from finback.rewards.format import think_then_answer
 from finback.rewards.language import mixing
 from finback.rewards.pool import RewardPool
-from finback.rewards.reward import Example, Outcome, outcome_of
+from finback.rewards.reward import Example, Outcome, Score, outcome_of
 
 KEPT_PROBLEMS = 8
 """Problems whose first samples a result keeps with their texts."""
@@ -109,21 +109,19 @@ def draw_samples(llm: LLM, task: Task, form: PromptForm, decoding: Decoding, pro
     Every answer is a request of its own whose seed comes from (seed, question, number), so neither the order nor the company
     changes it; those of one problem share the cached prompt. Where the task needs a pool, scores are computed while the model goes on.
     """
-    if not task.needs_pool:
+    if not task.needs_pool and not task.rewards:
         for job, output in _answers(llm, task, form, decoding, prompts):
             if output is not None:
                 example, text = task.examples[job.problem], prompts[job.problem].text
                 yield _sample(task, job, text, output, outcome_of(task.score.function, text, output.text, example))
         return
     waiting: dict[Hashable, tuple[_Job, RequestOutput]] = {}
-    with RewardPool([task.score], processes=_PROCESSES, deadline=_SCORE_SECONDS) as pool:
+    with RewardPool(task.rewards or [task.score], processes=_PROCESSES, deadline=_SCORE_SECONDS) as pool:
 
         def collected(*, wait: bool) -> Iterator[Sample]:
             for key, score in pool.collect(wait=wait):
                 job, output = waiting.pop(key)
-                failure = score.failures.get(task.score.name, "")
-                outcome = Outcome(score.components[task.score.name], "raised" if failure else None, failure)
-                yield _sample(task, job, prompts[job.problem].text, output, outcome)
+                yield _sample(task, job, prompts[job.problem].text, output, _outcome(task, score))
 
         for job, output in _answers(llm, task, form, decoding, prompts):
             if output is not None:
@@ -132,6 +130,13 @@ def draw_samples(llm: LLM, task: Task, form: PromptForm, decoding: Decoding, pro
             yield from collected(wait=len(waiting) > _MOST_UNSCORED)
         while waiting:
             yield from collected(wait=True)
+
+
+def _outcome(task: Task, score: Score) -> Outcome:
+    """What the pool's score says of a sample; one that a reward could not judge has failed."""
+    failure = "; ".join(score.failures.values())
+    value = float(score.total >= task.least) if task.rewards else score.components[task.score.name]
+    return Outcome(value, "raised" if failure else None, failure)
 
 
 def _answers(

@@ -25,6 +25,9 @@ class Task:
     """(prompt, completion) -> the answer in it, in a form in which equal answers are equal texts, for the vote of cons@k."""
     few_shot: Sequence[tuple[str, str]] = ()
     """Solved problems, (question, reply), none of them among the examples."""
+    rewards: Sequence[Reward] = ()
+    """Where given, they judge in the place of `score`, in the pool: a completion whose weighted sum reaches `least` is right."""
+    least: float = 1.0
     needs_pool: bool = False
     """Whether `score` is called in processes that can be killed, while the model goes on: it is slow, may hang, or runs code."""
 

@@ -33,13 +33,16 @@ class Router(nn.Module):
         bias = torch.empty(config.n_routed_experts, device=device, dtype=torch.float32) if config.uses_expert_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N K"], Routing]:
-        """Gate values of the chosen experts, and what was chosen from which scores."""
+    def forward(self, x: Float[Tensor, "N D"], chosen: Int[Tensor, "N K"] | None = None) -> tuple[Float[Tensor, "N K"], Routing]:
+        """Gate values of the chosen experts, and what was chosen from which scores. `chosen` replaces the router's choice where it
+        is not negative; the gate values are of this router's scores all the same."""
         c = self.config
         scores = router_scores(x, self.weight, c.scoring_func)
         bias = self.e_score_correction_bias
         with torch.no_grad():
             indices = select_experts(scores, bias, c.num_experts_per_tok, c.n_group, c.topk_group, c.topk_method)
+            if chosen is not None:
+                indices = chosen.where(chosen >= 0, indices)
         return gate_values(scores, indices, c.norm_topk_prob, c.routed_scaling_factor), Routing(scores, indices)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
@@ -108,8 +111,10 @@ class MoE(nn.Module):
         self.experts = Experts(config, device, dtype)
         self.shared_experts = MLP(config.hidden_size, config.n_shared_experts * config.moe_intermediate_size, device, dtype)
 
-    def forward(self, x: Float[Tensor, "B T D"], recompute: bool = False) -> tuple[Float[Tensor, "B T D"], Routing]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], recompute: bool = False, chosen: Int[Tensor, "B T K"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Routing]:
         flat = x.flatten(0, 1)
-        values, routing = self.gate(flat)
+        values, routing = self.gate(flat, None if chosen is None else chosen.flatten(0, 1))
         routed = self.experts(flat, routing.indices, values, recompute)
         return routed.view_as(x) + self.shared_experts(x, recompute), routing

@@ -50,19 +50,22 @@ class Block(nn.Module):
         rotary: Rotary,
         mask: Bool[Tensor, "B 1 T T"] | None = None,
         recompute: bool = False,
+        chosen: Int[Tensor, "B T K"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Routing | None]:
         normalised = self.input_layernorm(x)
         with rebuilt((normalised,), lambda: (self.input_layernorm(x),), recompute):
             middle = x + self.self_attn(normalised, rotary, mask, recompute)
-        return self.feed_forward(middle, recompute)
+        return self.feed_forward(middle, recompute, chosen)
 
-    def feed_forward(self, x: Float[Tensor, "B T D"], recompute: bool = False) -> tuple[Float[Tensor, "B T D"], Routing | None]:
-        """x + feed-forward(norm(x)), and what the router did if there is one."""
+    def feed_forward(
+        self, x: Float[Tensor, "B T D"], recompute: bool = False, chosen: Int[Tensor, "B T K"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Routing | None]:
+        """x + feed-forward(norm(x)), and what the router did if there is one; `chosen` is what it is to choose, see `Router`."""
         normalised = self.post_attention_layernorm(x)
         with rebuilt((normalised,), lambda: (self.post_attention_layernorm(x),), recompute):
             if isinstance(self.mlp, MLP):
                 return x + self.mlp(normalised, recompute), None
-            output, routing = self.mlp(normalised, recompute)
+            output, routing = self.mlp(normalised, recompute, chosen)
             return x + output, routing
 
 
@@ -182,13 +185,16 @@ class Transformer(nn.Module):
         valid: Bool[Tensor, "B T"] | None = None,
         recompute: Recompute = "none",
         mtp: bool = True,
+        detach_mtp: bool = False,
+        chosen: Int[Tensor, "layers B T K"] | None = None,
     ) -> TrainOutput:
         """Hidden states and balance terms of whole sequences. `document_ids` hides samples of one row from each other (and leaves
         positions running on: rotary embedding is relative); negative ids are padding. `valid`, in its place, is for rows of one
         sample padded at their end: True where a token is none, and nothing needs to be hidden, since attention is causal. Padding,
         and an MTP position whose next tokens are another sample's, count neither in `expert_counts` nor in `balance_loss`.
         `recompute` rebuilds RMSNorm, MLA up-projections and SwiGLU in backward ("selective", V3 section 3.2.3) or whole blocks
-        ("full"). Under autocast the residual stream is low-precision."""
+        ("full"). With `detach_mtp` no gradient goes from the MTP modules into what they read. `chosen` holds the experts that each MoE
+        layer of the main model is to take, -1 where the router chooses. Under autocast the residual stream is low-precision."""
         assert document_ids is None or valid is None, "packed rows have document_ids, padded rows have valid"
         mask = None if document_ids is None else document_mask(document_ids)
         documents = document_ids
@@ -197,14 +203,17 @@ class Transformer(nn.Module):
         rotary = Rotary(*rotary_table(self.config, torch.arange(input_ids.shape[1], device=input_ids.device)))
         embedded = self.embed(input_ids)
         x, routings = embedded, list[tuple[Routing, Tensor | None]]()
-        for block in self.blocks:
-            x, routing = _run(block, x, rotary, mask, recompute)
+        for layer, block in enumerate(self.blocks):
+            given = None if chosen is None or isinstance(block.mlp, MLP) else chosen[layer - self.config.first_k_dense_replace]
+            x, routing = _run(block, x, rotary, mask, recompute, given)
             if routing is not None:
                 routings.append((routing, documents))
         hidden = self.model.norm(x)
         mtp_hidden: list[Tensor] = []
+        known = hidden.detach() if detach_mtp else hidden
+        embedded = embedded.detach() if detach_mtp else embedded
         for depth, module in enumerate(self.mtp_modules if mtp else []):
-            previous = mtp_hidden[-1] if mtp_hidden else hidden
+            previous = mtp_hidden[-1] if mtp_hidden else known
             length = input_ids.shape[1] - 1 - depth
             if length < 1:
                 break
@@ -258,11 +267,15 @@ def _within(documents: Tensor, ahead: int) -> Tensor:
     return here.where(here == there, -1)
 
 
-def _run(block: Block, x: Tensor, rotary: Rotary, mask: Tensor | None, recompute: Recompute) -> tuple[Tensor, Routing | None]:
+def _run(
+    block: Block, x: Tensor, rotary: Rotary, mask: Tensor | None, recompute: Recompute, chosen: Tensor | None = None
+) -> tuple[Tensor, Routing | None]:
     if recompute == "full" and torch.is_grad_enabled():
-        result: tuple[Tensor, Routing | None] = checkpoint(block, x, rotary, mask, use_reentrant=False, preserve_rng_state=False)
+        result: tuple[Tensor, Routing | None] = checkpoint(
+            block, x, rotary, mask, False, chosen, use_reentrant=False, preserve_rng_state=False
+        )
         return result
-    return block(x, rotary, mask, recompute == "selective")  # type: ignore[no-any-return]
+    return block(x, rotary, mask, recompute == "selective", chosen)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

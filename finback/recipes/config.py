@@ -65,12 +65,19 @@ class R1Config:
     """Rows with `prompt`, `answer` and, where it is known, `language` (zh or en): a .jsonl file."""
     held_out: str = ""
     """Rows of the same kind that no stage trains on: what every model is measured on."""
+    reward: tuple[str, ...] = ()
+    """What judges an answer in the place of the exact one, as module:function[:weight] or file.py:function[:weight]; several add up.
+    It is learnt from, and decides in rejection sampling, evaluation and gates; rows then need a prompt and what it reads."""
+    least_reward: float = 1.0
+    """With `reward`: an answer is right whose weighted sum reaches this."""
     general: str | None = None
     """Conversations about other things, mixed into the fine-tuning after rejection sampling: rows of `messages`."""
     general_prompts: str | None = None
     """Prompts about other things for the last reinforcement learning."""
     general_rewards: tuple[str, ...] = ()
     """What is rewarded in answers to these, as module:function[:weight]."""
+    reward_model: tuple[str, ...] = ()
+    """Reward models that judge answers to these, as DIR[:weight], directories that finback reward-model wrote."""
     student: str | None = None
     """Directory of a dense model, of any family and tokenizer, that is fine-tuned on the last model's verified traces."""
     out: str = "runs/r1"
@@ -153,6 +160,11 @@ class DistillConfig:
     """Rows with `prompt`, `answer` and, where it is known, `language` (zh or en): a .jsonl file."""
     held_out: str = ""
     """Rows of the same kind that are not learnt from: what teacher and student are measured on."""
+    reward: tuple[str, ...] = ()
+    """What judges an answer in the place of the exact one, as module:function[:weight] or file.py:function[:weight]; several add up.
+    It decides which answers are learnt from, and in evaluation; rows then need a prompt and what it reads."""
+    least_reward: float = 1.0
+    """With `reward`: an answer is right whose weighted sum reaches this."""
     out: str = "runs/distill"
     """Directory of the run; an interrupted run that is there is continued."""
     template: str = R1_ZERO_TEMPLATE
@@ -191,6 +203,10 @@ class LadderConfig:
     """Rows with `prompt`, `answer` and, where it is known, `language`."""
     held_out: Mapping[str, Path]
     """Title -> rows of the same kind that no stage trains on; the gate looks at the first."""
+    reward: tuple[str, ...] = ()
+    """What judges an answer; empty: the exact one."""
+    least_reward: float = 1.0
+    """With `reward`: an answer is right whose weighted sum reaches this."""
     zero_template: str = R1_ZERO_TEMPLATE
     """Text around a prompt for the base and for R1-Zero."""
     general: Path | None = None
@@ -199,6 +215,8 @@ class LadderConfig:
     """Prompts about other things, for the last reinforcement learning."""
     general_rewards: tuple[str, ...] = ()
     """What is rewarded in answers to these."""
+    reward_model: tuple[str, ...] = ()
+    """Reward models that judge answers to these, as DIR[:weight]."""
 
     zero: GRPOConfig = field(default_factory=lambda: GRPOConfig(model=""))
     cold_start: SFTConfig = field(default_factory=SFTConfig)

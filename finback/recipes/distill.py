@@ -14,6 +14,7 @@ from finback.recipes.config import DistillConfig, LadderConfig
 from finback.recipes.ladder_report import comparison_table
 from finback.recipes.r1 import check_problems
 from finback.recipes.stages import Run, Stage, copy_model, finish_run, open_run, run_stages, stage_times
+from finback.rewards.reward import load_rewards
 from finback.train.sft_config import SFTConfig
 
 _NOT_SETTINGS = ("out", "fresh")
@@ -28,15 +29,20 @@ def distill(config: DistillConfig) -> Path:
     """
     if not config.student:
         raise InputError("field student is missing; give the directory of the model that is to be taught")
-    check_problems("data", config.data)
-    check_problems("held_out", config.held_out)
+    check_problems("data", config.data, config.reward)
+    check_problems("held_out", config.held_out, config.reward)
+    if config.reward:
+        load_rewards(config.reward)
     for directory in (config.teacher, config.student):
         open_checkpoint(Path(directory))
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     run = open_run(Path(config.out), "distill", settings, fresh=config.fresh)
     steps = LadderConfig(
         prompts=Path(config.data),
         held_out={"held out": Path(config.held_out)},
+        reward=config.reward,
+        least_reward=config.least_reward,
         zero_template=config.template,
         student=SFTConfig(lr=config.lr, epochs=config.epochs, batching="pad", chat_template=config.chat_template),
         student_prompts=config.prompts,

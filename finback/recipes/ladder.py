@@ -25,14 +25,15 @@ from finback.engine.llm import LLM
 from finback.eval.config import Decoding, PromptForm
 from finback.eval.result import TaskResult
 from finback.eval.runner import evaluate_answers
-from finback.eval.task import Task
 from finback.model.checkpoint import load, save
+from finback.recipes import judging
 from finback.recipes.config import LadderConfig
 from finback.recipes.stages import Run, StageFailed
 from finback.rewards.answers import answer_tag, final_answer
 from finback.rewards.pool import RewardPool
-from finback.rewards.reward import load_reward
+from finback.rewards.reward import load_rewards
 from finback.rl.config import GRPOConfig
+from finback.rl.model_rewards import model_reward_names
 from finback.rl.prompts import read_prompts
 from finback.rl.rejection import Check, kept_rows, rejection_sample
 from finback.rl.report import write_report as write_rl_report
@@ -42,18 +43,15 @@ from finback.train.sft_config import SFTConfig
 
 TRAINING = "training"
 ANSWER_WORDS = {"en": "Answer: ", "zh": "答案："}
-ZERO_REWARDS = ("finback.rewards.answers:exact_answer_tag", "finback.rewards.format:r1_zero_format:0.1")
-CHAT_REWARDS = (
-    "finback.rewards.answers:exact",
-    "finback.rewards.format:think_then_answer:0.1",
-    "finback.rewards.language:language_consistency:0.2",
-)
+CHAT_RULES = (f"{judging.CHAT_FORMAT}:0.1", f"{judging.ONE_LANGUAGE}:0.2")
+"""What is rewarded in every conversation, whoever judges its answer."""
 
 
 def r1_zero(run: Run, ladder: LadderConfig) -> dict[str, Any]:
-    """GRPO from the base with an exact answer and the form as rewards, nothing else (R1 section 2.2)."""
+    """GRPO from the base with a right answer and the form as rewards, nothing else (R1 section 2.2)."""
     before = measure(run, ladder, "base", ladder.zero_form)
-    settings = replace(ladder.zero, data=(str(ladder.prompts),), reward=ZERO_REWARDS, template=ladder.zero_template)
+    rewards = judging.rewards(ladder, judging.EXACT_TAG, f"{judging.ZERO_FORMAT}:0.1")
+    settings = replace(ladder.zero, data=(str(ladder.prompts),), reward=rewards, template=ladder.zero_template)
     facts = _train_by_grpo(run, "r1-zero", "base", settings)
     after = measure(run, ladder, "r1-zero", ladder.zero_form)
     _tell_rise("base", before, "r1-zero", after)
@@ -63,19 +61,14 @@ def r1_zero(run: Run, ladder: LadderConfig) -> dict[str, Any]:
 
 def cold_start(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     """SFT from the base on a few hundred of R1-Zero's samples: right, in form, in the question's language, as chat turns (R1 2.3.1)."""
-    checks = [
-        *(
-            Check(load_reward(spec))
-            for spec in ("finback.rewards.answers:exact_answer_tag", "finback.rewards.format:r1_zero_format")
-        ),
-        Check(load_reward("finback.rewards.language:language_consistency")),
-    ]
+    checks = judging.checks(ladder, judging.EXACT_TAG, judging.ZERO_FORMAT, judging.ONE_LANGUAGE)
     rows, funnel = sample_and_keep(
         run, ladder, "r1-zero", ladder.zero_template, checks, ladder.cold_start_prompts, samples=4, keep=1, seed=1
     )
-    traces = [chat_row(row, answer_tag) for row in rows[: ladder.cold_start_rows]]
+    traces = [chat_row(row, None if ladder.reward else answer_tag) for row in rows[: ladder.cold_start_rows]]
     if len(traces) < ladder.least_rows:
-        references = [reference_row(row) for row in read_rows(ladder.prompts)[: ladder.cold_start_rows] if "reasoning" in row]
+        solved = [row for row in read_rows(ladder.prompts) if {"reasoning", "answer"} <= row.keys()]
+        references = [reference_row(row) for row in solved[: ladder.cold_start_rows]]
         _too_few(ladder, traces, "R1-Zero", "train R1-Zero for longer, or give more cold_start_prompts", references)
         traces += references
     file = write_rows(run, "cold-start", traces)
@@ -85,7 +78,8 @@ def cold_start(run: Run, ladder: LadderConfig) -> dict[str, Any]:
 
 def reasoning_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     """GRPO on the reasoning prompts, with a reward for keeping to one language (R1 section 2.3.2)."""
-    settings = replace(ladder.reasoning, data=(str(ladder.prompts),), reward=CHAT_REWARDS, template=None)
+    rewards = judging.rewards(ladder, judging.EXACT, *CHAT_RULES)
+    settings = replace(ladder.reasoning, data=(str(ladder.prompts),), reward=rewards, template=None)
     facts = _train_by_grpo(run, "reasoning-rl", "cold-start", settings)
     after = measure(run, ladder, "reasoning-rl", CHAT)
     _tell_rise("cold-start", run.facts("cold-start"), "reasoning-rl", after)
@@ -94,16 +88,9 @@ def reasoning_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
 
 def rejection_sft(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     """Sample from the reasoning model, keep what passes, add general data, and fine-tune the BASE on it (R1 section 2.3.3)."""
-    checks = [
-        Check(load_reward(spec))
-        for spec in (
-            "finback.rewards.answers:exact",
-            "finback.rewards.format:think_then_answer",
-            "finback.rewards.language:language_consistency",
-        )
-    ]
+    checks = judging.checks(ladder, judging.EXACT, judging.CHAT_FORMAT, judging.ONE_LANGUAGE)
     rows, funnel = sample_and_keep(run, ladder, "reasoning-rl", None, checks, ladder.rejection_prompts, samples=4, keep=2, seed=2)
-    traces = [chat_row(row, final_answer_text) for row in rows]
+    traces = [chat_row(row, None if ladder.reward else final_answer_text) for row in rows]
     if len(traces) < ladder.least_rows:
         before = read_rows(run.directory / "data" / "cold-start.jsonl")
         _too_few(ladder, traces, "the reasoning model", "train it for longer, or give more rejection_prompts", before)
@@ -117,10 +104,14 @@ def rejection_sft(run: Run, ladder: LadderConfig) -> dict[str, Any]:
 
 def all_scenario_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     """GRPO on reasoning and general prompts together, at a lower temperature (R1 section 2.3.4)."""
-    data = [str(ladder.prompts)]
-    if ladder.general_prompts:
-        data.append(str(ladder.general_prompts))
-    settings = replace(ladder.all_scenario, data=tuple(data), reward=(*SCENARIO_REWARDS, *ladder.general_rewards), template=None)
+    settings = replace(ladder.all_scenario, template=None)
+    if ladder.reward or ladder.general_rewards or ladder.reward_model:
+        rewards = judging.rewards(ladder, judging.EXACT, *CHAT_RULES, *ladder.general_rewards)
+        file = _scenarios(run, ladder, rewards)
+        settings = replace(settings, data=(str(file),), reward=rewards, reward_model=ladder.reward_model)
+    else:
+        files = [ladder.prompts, *([ladder.general_prompts] if ladder.general_prompts else [])]
+        settings = replace(settings, data=tuple(map(str, files)), reward=("finback.recipes.scenario:rule", *CHAT_RULES))
     facts = _train_by_grpo(run, "all-scenario-rl", "rejection-sft", settings)
     after = measure(run, ladder, "all-scenario-rl", CHAT)
     _tell_rise("rejection-sft", run.facts("rejection-sft"), "all-scenario-rl", after)
@@ -129,9 +120,9 @@ def all_scenario_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
 
 def student(run: Run, ladder: LadderConfig, teacher: str = "all-scenario-rl") -> dict[str, Any]:
     """SFT of the dense student on the teacher's verified traces, and nothing else (R1 section 2.4)."""
-    checks = [Check(load_reward(spec)) for spec in ("finback.rewards.answers:exact", "finback.rewards.format:think_then_answer")]
+    checks = judging.checks(ladder, judging.EXACT, judging.CHAT_FORMAT)
     rows, funnel = sample_and_keep(run, ladder, teacher, None, checks, ladder.student_prompts, samples=2, keep=1, seed=3)
-    traces = [chat_row(row, final_answer_text) for row in rows]
+    traces = [chat_row(row, None if ladder.reward else final_answer_text) for row in rows]
     if len(traces) < ladder.least_rows:
         file = run.directory / "data" / "cold-start.jsonl"
         others = read_rows(file) if file.exists() else []
@@ -145,12 +136,18 @@ def student(run: Run, ladder: LadderConfig, teacher: str = "all-scenario-rl") ->
     return {"base": before, "funnel": funnel, "rows": len(traces), **after, **facts}
 
 
+def _scenarios(run: Run, ladder: LadderConfig, specs: Sequence[str]) -> Path:
+    """Reasoning and general rows in one file, each of which says which of the rewards `specs` judge it (R1-N equations 8 to 10)."""
+    names = [reward.name for reward in load_rewards(specs)]
+    names += model_reward_names(ladder.reward_model, names)
+    own, rules = len(ladder.reward) or 1, len(CHAT_RULES)
+    rows = [row | {"judged_by": names[: own + rules]} for row in read_rows(ladder.prompts)]
+    if ladder.general_prompts:
+        rows += [row | {"judged_by": names[own:]} for row in read_rows(ladder.general_prompts)]
+    return write_rows(run, "all-scenario", rows)
+
+
 CHAT = PromptForm()
-SCENARIO_REWARDS = (
-    "finback.recipes.scenario:rule",
-    "finback.rewards.format:think_then_answer:0.1",
-    "finback.rewards.language:language_consistency:0.2",
-)
 
 
 def measure(run: Run, ladder: LadderConfig, name: str, form: PromptForm) -> dict[str, Any]:
@@ -159,7 +156,7 @@ def measure(run: Run, ladder: LadderConfig, name: str, form: PromptForm) -> dict
     llm = LLM(run.directory / name, dtype=torch.float32, max_num_seqs=128, max_num_batched_tokens=1024, block_size=16)
     for title, file in ladder.held_out.items():
         examples = read_rows(Path(file))[: ladder.eval_problems]
-        task = Task(title, examples, load_reward("finback.rewards.answers:exact"), final_answer)
+        task = judging.task(ladder, title, examples)
         drawn = Decoding(samples=ladder.eval_samples, max_tokens=ladder.eval_tokens, seed=run.manifest["settings"]["seed"])
         sampled = evaluate_answers(llm, task, form, drawn, keep=2)
         greedy = evaluate_answers(llm, task, form, replace(drawn, temperature=0.0))
@@ -217,7 +214,7 @@ def sample_and_keep(
     # Each stage that samples takes prompts of its own, as far as there are some.
     chosen = [prompts[i % len(prompts)] for i in range(first, first + num_prompts)]
     params = SamplingParams(temperature=1.0, max_tokens=ladder.eval_tokens, skip_special_tokens=False)
-    with RewardPool([check.reward for check in checks]) as pool:
+    with RewardPool([reward for check in checks for reward in check.rewards]) as pool:
         kept, funnel = rejection_sample(
             llm,
             pool,
@@ -232,13 +229,16 @@ def sample_and_keep(
     return list(kept_rows(kept)), [list(stage) for stage in funnel.stages]
 
 
-def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None]) -> dict[str, Any]:
-    """A sample as a conversation: the thought as it was, the answer in a sentence of the question's language."""
+def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None] | None) -> dict[str, Any]:
+    """A sample as a conversation: the thought as it was, the answer in a sentence of the question's language. Without `answer_of` all
+    that stands behind the thought is left as it is: a reward of one's own knows what in it counts."""
     example = row["example"]
     parts = parse_answer(row["completion"].lstrip(), starts_in_thought=row["prompt"].endswith("<think>\n"), tools=False)
-    answer = answer_of(parts.content)
-    assert answer is not None, "only samples with an answer are kept"
-    content = ANSWER_WORDS.get(example.get("language", "en"), ANSWER_WORDS["en"]) + answer
+    content = parts.content.strip()
+    if answer_of is not None:
+        answer = answer_of(parts.content)
+        assert answer is not None, "only samples with an answer are kept"
+        content = ANSWER_WORDS.get(example.get("language", "en"), ANSWER_WORDS["en"]) + answer
     reply = {"role": "assistant", "reasoning_content": parts.reasoning.strip("\n"), "content": content}
     return {"messages": [{"role": "user", "content": example["prompt"]}, reply]}
 

@@ -11,15 +11,14 @@ from typing import Any
 from finback.config import InputError
 from finback.data.files import write_atomic
 from finback.eval.contamination import occurrences
-from finback.eval.task import Task
 from finback.model.checkpoint import open_checkpoint
-from finback.recipes import ladder
+from finback.recipes import judging, ladder
 from finback.recipes.config import LadderConfig, R1Config
 from finback.recipes.ladder_report import curves, ladder_table, rises
 from finback.recipes.stages import Run, Stage, copy_model, file_hash, finish_run, open_run, run_stages, stage_times
-from finback.rewards.answers import final_answer
-from finback.rewards.reward import load_reward
+from finback.rewards.reward import load_rewards
 from finback.rl.config import GRPOConfig
+from finback.rl.model_rewards import check_reward_model
 from finback.train.sft_config import SFTConfig
 
 _NOT_SETTINGS = ("out", "fresh")
@@ -48,18 +47,20 @@ def r1(config: R1Config) -> Path:
     return run.directory / "final"
 
 
-def check_problems(name: str, file: str) -> None:
-    """InputError if the field `name` does not name a .jsonl file of rows with a prompt and an answer."""
+def check_problems(name: str, file: str, reward: Sequence[str]) -> None:
+    """InputError if the field `name` does not name a .jsonl file of rows with a prompt and, without a `reward`, an answer."""
+    needed = ("prompt",) if reward else ("prompt", "answer")
+    words = "a prompt, a text" if reward else "a prompt and an answer, both texts"
     if not file:
-        raise InputError(f"field {name} is missing; give a .jsonl file of rows with a prompt and an answer")
+        raise InputError(f"field {name} is missing; give a .jsonl file of rows with {words.partition(',')[0]}")
     _check_file(name, file)
     for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            row = json.loads(line) if line else {"prompt": "", "answer": ""}
+            row = json.loads(line) if line else dict.fromkeys(needed, "")
         except ValueError as error:
             raise InputError(f"{file}, line {number} is not JSON ({error}); mend or remove the line") from None
-        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("prompt", "answer")):
-            raise InputError(f"{file}, line {number}: the row needs a prompt and an answer, both texts")
+        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in needed):
+            raise InputError(f"{file}, line {number}: the row needs {words}")
 
 
 def _check_file(name: str, file: str) -> None:
@@ -69,8 +70,15 @@ def _check_file(name: str, file: str) -> None:
 
 def check_files(config: R1Config) -> None:
     """InputError for what cannot be read, before anything is written."""
-    check_problems("data", config.data)
-    check_problems("held_out", config.held_out)
+    check_problems("data", config.data, config.reward)
+    check_problems("held_out", config.held_out, config.reward)
+    for name in ("general_rewards", "reward_model"):
+        if getattr(config, name) and not config.general_prompts:
+            raise InputError(f"field {name} judges answers to general prompts, and there are none; give general_prompts")
+    for spec in config.reward_model:
+        check_reward_model(spec)
+    if rewards := (*config.reward, *config.general_rewards):
+        load_rewards(rewards)
     for name in ("general", "general_prompts"):
         if getattr(config, name):
             _check_file(name, getattr(config, name))
@@ -112,10 +120,13 @@ def r1_ladder(config: R1Config) -> LadderConfig:
     return LadderConfig(
         prompts=Path(config.data),
         held_out={"held out": Path(config.held_out)},
+        reward=config.reward,
+        least_reward=config.least_reward,
         zero_template=config.template,
         general=Path(config.general) if config.general else None,
         general_prompts=Path(config.general_prompts) if config.general_prompts else None,
         general_rewards=config.general_rewards,
+        reward_model=config.reward_model,
         zero=rl,
         cold_start=sft,
         reasoning=replace(rl, steps=config.reasoning_steps),
@@ -163,7 +174,7 @@ def report(run: Run, config: R1Config) -> dict[str, Any]:
 def seen_problems(run: Run, config: R1Config) -> str:
     """In words, how many held-out problems stand in a text that a stage was trained on; the base's own corpus is not known here."""
     texts = _lines([Path(config.data), *sorted((run.directory / "data").glob("*.jsonl"))])
-    task = Task("held out", ladder.read_rows(Path(config.held_out)), load_reward("finback.rewards.answers:exact"), final_answer)
+    task = judging.task(r1_ladder(config), "held out", ladder.read_rows(Path(config.held_out)))
     found = occurrences(task, texts)
     return f"{len(found)} of {len(task.examples)} problems occur in the {len(texts):,} rows of training."
 

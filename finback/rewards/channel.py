@@ -15,7 +15,8 @@ from finback.rewards.reward import FAILURE_KINDS, Outcome
 
 _LENGTH = struct.Struct("!I")
 _SAMPLE = struct.Struct("!QH")  # number of the sample, component to begin with
-_REPORT = struct.Struct("!QHBd")  # number, component, 0 for a value or the failure's place in FAILURE_KINDS from 1, value
+_REPORT = struct.Struct("!QHBdI")  # number, component, 0 for a value or the failure's place in FAILURE_KINDS from 1, value, steps
+_STEP = struct.Struct("!qd")  # where it ends, its reward
 _READ_BYTES = 1 << 18
 MAX_MESSAGE_BYTES = (1 << 32) - 1
 
@@ -93,14 +94,17 @@ class Report:
 
     def encode(self) -> bytes:
         kind = 0 if self.outcome.failure is None else 1 + FAILURE_KINDS.index(self.outcome.failure)
-        head = _REPORT.pack(self.number, self.component, kind, self.outcome.value)
-        return head + self.outcome.sentence.encode(errors="replace")
+        steps = self.outcome.steps
+        head = _REPORT.pack(self.number, self.component, kind, self.outcome.value, len(steps))
+        return head + b"".join(_STEP.pack(*step) for step in steps) + self.outcome.sentence.encode(errors="replace")
 
     @staticmethod
     def decode(message: bytes) -> "Report":
-        number, component, kind, value = _REPORT.unpack_from(message)
-        sentence = message[_REPORT.size :].decode(errors="replace")
-        return Report(number, component, Outcome(value, FAILURE_KINDS[kind - 1] if kind else None, sentence))
+        number, component, kind, value, count = _REPORT.unpack_from(message)
+        end = _REPORT.size + count * _STEP.size
+        steps = tuple(_STEP.iter_unpack(message[_REPORT.size : end]))
+        sentence = message[end:].decode(errors="replace")
+        return Report(number, component, Outcome(value, FAILURE_KINDS[kind - 1] if kind else None, sentence, steps))
 
 
 def encode_sample(prompt: str, completion: str, example: Mapping[str, Any]) -> bytes:

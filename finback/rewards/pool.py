@@ -89,6 +89,11 @@ class RewardPool:
         self.close()
 
     @property
+    def rewards(self) -> tuple[Reward, ...]:
+        """What it computes."""
+        return self._rewards
+
+    @property
     def outstanding(self) -> int:
         """How many submitted completions have not been collected."""
         return len(self._open) + len(self._done)

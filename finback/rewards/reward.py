@@ -29,6 +29,11 @@ Example = Mapping[str, Any]
 RewardFunction = Callable[[str, str, Example], float]
 """(prompt, completion, example) -> float"""
 
+Step = tuple[int, float]
+"""The place in the completion where a step ends (characters before it), and its reward."""
+StepFunction = Callable[[str, str, Example], Sequence[Step]]
+"""(prompt, completion, example) -> the completion's steps, in order: process supervision."""
+
 FailureKind = Literal["raised", "out_of_memory", "not_a_number", "timed_out", "worker_died"]
 FAILURE_KINDS: tuple[FailureKind, ...] = get_args(FailureKind)
 
@@ -54,6 +59,8 @@ class Score:
     components: dict[str, float]
     failures: dict[str, str] = field(default_factory=dict)
     """A sentence for each component that failed: "timed out after 5 s", "raised ValueError: ..."."""
+    steps: dict[str, tuple[Step, ...]] = field(default_factory=dict)
+    """Of components whose functions reward steps; their value is the sum."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Outcome:
     value: float = 0.0
     failure: FailureKind | None = None
     sentence: str = ""
+    steps: tuple[Step, ...] = ()
 
 
 def load_reward(spec: str) -> Reward:
@@ -114,7 +122,8 @@ def compose(rewards: Sequence[Reward], outcomes: Sequence[Outcome]) -> Score:
         reward.name: outcome.sentence for reward, outcome in zip(rewards, outcomes, strict=True) if outcome.failure is not None
     }
     total = sum(reward.weight * outcome.value for reward, outcome in zip(rewards, outcomes, strict=True))
-    return Score(float(total), components, failures)
+    steps = {reward.name: outcome.steps for reward, outcome in zip(rewards, outcomes, strict=True) if outcome.steps}
+    return Score(float(total), components, failures, steps)
 
 
 def outcome_of(function: RewardFunction, prompt: str, completion: str, example: Example) -> Outcome:
@@ -125,6 +134,8 @@ def outcome_of(function: RewardFunction, prompt: str, completion: str, example: 
         return Outcome(failure="out_of_memory", sentence="needed more memory than a worker may have")
     except (Exception, SystemExit) as error:  # the function is somebody else's, and may raise anything
         return Outcome(failure="raised", sentence=_short(f"raised {type(error).__name__}: {_text(error)}".removesuffix(": ")))
+    if (steps := _steps(value)) is not None:
+        return Outcome(math.fsum(reward for _, reward in steps), steps=steps)
     if not isinstance(value, numbers.Real):
         sentence = f"gave {type(value).__name__} {_text(value, repr)}, not a number; return a float"
         return Outcome(failure="not_a_number", sentence=_short(sentence))
@@ -135,6 +146,21 @@ def outcome_of(function: RewardFunction, prompt: str, completion: str, example: 
     if not math.isfinite(number):
         return Outcome(failure="not_a_number", sentence=f"gave {number}, not a finite number")
     return Outcome(number)
+
+
+def _steps(value: object) -> tuple[Step, ...] | None:
+    """The steps that a function of process supervision gave; None if it is anything else, a number that is not finite included."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
+        return None
+    steps: list[Step] = []
+    for pair in value:
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            return None
+        end, reward = pair
+        if not isinstance(end, numbers.Integral) or not isinstance(reward, numbers.Real) or not math.isfinite(reward):
+            return None
+        steps.append((int(end), float(reward)))
+    return tuple(steps)
 
 
 def _text(thing: object, how: Callable[[object], str] = str) -> str:

@@ -29,8 +29,16 @@ class GRPOConfig:
     """Directory of the policy to start from, any that finback loads. On the command line it comes first."""
     data: tuple[str, ...] = ()
     """Files of prompts, .jsonl or .parquet: rows with a `prompt` (a text or a list of messages), and what the rewards read."""
+    skip_malformed: bool = False
+    """Leave out rows that are malformed or too long, and say how many and where."""
     reward: tuple[str, ...] = ()
     """Rewards as module:function[:weight] or file.py:function[:weight]; their weighted sum is what is learnt from."""
+    reward_model: tuple[str, ...] = ()
+    """Reward models as DIR[:weight], directories that finback reward-model wrote; their scores are added to the rewards'."""
+    process_reward: str | None = None
+    """Function of one's own (prompt, completion, example) -> [(end, reward), ...], as module:function: a reward for each step, which
+    ends where so many characters stand before. Then tokens learn from the steps that end behind them, and other rewards are watched
+    only."""
     template: str | None = None
     """Text around a prompt, with {prompt} in it; None: the model's own chat template."""
     seed: int = 0
@@ -84,6 +92,14 @@ class GRPOConfig:
     """Gradients are scaled down to this global norm."""
     bias_update_speed: float = 0.0
     """Gamma: router biases move by this much per update; 0 freezes them."""
+    mtp_loss_weight: float = 0.1
+    """Lambda: weight of the multi-token prediction loss on the samples (V3: 0.1 at the end). It trains the MTP modules alone: the
+    policy's gradient is GRPO's and nothing else."""
+    replay_experts: bool = False
+    """The policy's routers take the experts that the engine's took when it sampled, with gate weights of their own: in low precision
+    the two may choose otherwise where scores are close. The reference chooses for itself."""
+    freeze_mtp: bool = False
+    """Leave the MTP modules as they are; they are not computed then, and their drafts fit the policy less and less."""
 
     precision: RLPrecision = "bf16"
     """Matrix products of training; the engine uses the weights as they are, in fp32."""
@@ -109,6 +125,12 @@ class GRPOConfig:
         _check_numbers(self)
         if self.template is not None and "{prompt}" not in self.template:
             raise InputError("field template has no {prompt} in it; put it where the prompt belongs")
+        if self.mtp_loss_weight == 0 and not self.freeze_mtp:
+            raise InputError("field mtp_loss_weight is 0, so the MTP modules would learn nothing; set freeze_mtp as well")
+        if self.process_reward is not None and self.loss == "sequence":
+            raise InputError(
+                "field process_reward rewards steps, which loss sequence cannot tell apart; use token or global-token"
+            )
         if self.minibatches > self.prompts_per_step * self.num_generations:
             samples = self.prompts_per_step * self.num_generations
             raise InputError(f"field minibatches is {self.minibatches}, above the samples of a step ({samples}); lower it")
@@ -155,7 +177,8 @@ _INTEGERS = {
     "keep_checkpoints": 0,
     "samples_per_step": 0,
 }
-_AT_LEAST_ZERO = ("beta", "final_lr", "weight_decay", "bias_update_speed", "adam_beta1", "adam_beta2")
+_BOOLEANS = ("freeze_mtp", "replay_experts", "skip_malformed")
+_AT_LEAST_ZERO = ("mtp_loss_weight", "beta", "final_lr", "weight_decay", "bias_update_speed", "adam_beta1", "adam_beta2")
 _ABOVE_ZERO = (
     "temperature",
     "epsilon",
@@ -186,9 +209,12 @@ def _check_numbers(c: GRPOConfig) -> None:
         if value < 0 or (value == 0 and name in _ABOVE_ZERO) or (value >= 1 and name.startswith("adam_beta")):
             wanted = "above 0" if name in _ABOVE_ZERO else "at least 0"
             raise InputError(f"field {name} is {value!r}, it must be {wanted}")
+    for name in _BOOLEANS:
+        if not isinstance(getattr(c, name), bool):
+            raise InputError(f"field {name} is {getattr(c, name)!r}, it must be true or false")
     for name, choices in _CHOICES.items():
         if getattr(c, name) not in choices:
             raise InputError(f"field {name} is {getattr(c, name)!r}, it must be one of {', '.join(choices)}")
-    for name in ("data", "reward"):
+    for name in ("data", "reward", "reward_model"):
         if not isinstance(getattr(c, name), tuple) or not all(isinstance(item, str) for item in getattr(c, name)):
             raise InputError(f"field {name} is {getattr(c, name)!r}, it must be a list of texts")

@@ -18,17 +18,17 @@ def rollout_metrics(rollout: Rollout, rewards: Tensor, spread: Tensor) -> dict[s
     """Of the samples, before any update. `entropy` is the mean of -log p of the tokens drawn, which at temperature 1 is unbiased."""
     completions = rollout.completions
     tokens = sum(len(c.token_ids) for c in completions)
-    components: dict[str, float] = {}
+    components: dict[str, list[float]] = {}
     failed = 0
     for completion in completions:
         assert completion.score is not None
         failed += bool(completion.score.failures)
         for name, value in completion.score.components.items():
-            components[name] = components.get(name, 0.0) + value / len(completions)
+            components.setdefault(name, []).append(value)
     return {
         "reward": float(rewards.mean()),
         "reward_std": float(rewards.std(-1, correction=0).mean()),
-        **{f"reward/{name}": value for name, value in components.items()},
+        **{f"reward/{name}": math.fsum(values) / len(values) for name, values in components.items()},
         "failed_rewards": failed / len(completions),
         "completion_length": tokens / len(completions),
         "truncated": sum(c.finish_reason == "length" for c in completions) / len(completions),
@@ -50,6 +50,7 @@ class UpdateTotals:
         self._tokens, self._clipped, self._kl = 0, 0.0, 0.0
         self._gap, self._gap_tokens = 0.0, 0
         self._computed = 0
+        self._mtp_loss, self._mtp_updates = 0.0, 0
         self._norms: list[float] = []
 
     def add_gap(self, batch: Batch, log_probs: Tensor, step: int) -> None:
@@ -74,10 +75,15 @@ class UpdateTotals:
             held = is_clipped(ratio, batch.advantages, c.epsilon, c.epsilon_high).unsqueeze(-1) & batch.mask
         else:
             ratio = (log_probs - batch.old_log_probs).exp()
-            held = is_clipped(ratio, batch.advantages.unsqueeze(-1), c.epsilon, c.epsilon_high) & batch.mask
+            advantages = batch.advantages if batch.advantages.dim() == 2 else batch.advantages.unsqueeze(-1)
+            held = is_clipped(ratio, advantages, c.epsilon, c.epsilon_high) & batch.mask
         self._clipped += float(held.sum())
         if batch.reference_log_probs is not None:
             self._kl += float((k3_divergence(log_probs, batch.reference_log_probs) * batch.mask).sum())
+
+    def add_mtp_loss(self, loss: float) -> None:
+        """The mean over tokens and depths of one update."""
+        self._mtp_loss, self._mtp_updates = self._mtp_loss + loss, self._mtp_updates + 1
 
     def add_norm(self, norm: float) -> None:
         self._norms.append(norm)
@@ -99,6 +105,8 @@ class UpdateTotals:
             "tokens_per_second": self._computed / max(seconds, 1e-9),
             "training_seconds": seconds,
         }
+        if self._mtp_updates:
+            row["mtp_loss"] = self._mtp_loss / self._mtp_updates
         if self._gap_tokens:
             row["logprob_gap"] = self._gap / self._gap_tokens
         if self._tokens:

@@ -10,9 +10,9 @@ from finback.train.memory import estimate_memory
 _GIB = 2**30
 
 
-def needed_bytes(config: GRPOConfig, model: ModelConfig, longest: int, micro_batch_tokens: int) -> int:
-    """Weights, gradients, moments, activations of one micro-batch, and the reference; `longest` is prompt and sample together, in
-    tokens. The engine's cache is not counted: it takes what is left, up to its own limit."""
+def needed_bytes(config: GRPOConfig, model: ModelConfig, longest: int, micro_batch_tokens: int, beside: int = 0) -> int:
+    """Weights, gradients, moments, activations of one micro-batch, the reference, and `beside` bytes of other models; `longest` is
+    prompt and sample together, in tokens. The engine's cache is not counted: it takes what is left, up to its own limit."""
     width = max(longest, model.num_nextn_predict_layers + 1)
     rows = max(1, micro_batch_tokens // width)
     training = PretrainConfig(
@@ -25,19 +25,21 @@ def needed_bytes(config: GRPOConfig, model: ModelConfig, longest: int, micro_bat
         precision=config.precision,
     )
     estimate = estimate_memory(training)
-    return estimate.on_device + (estimate.parameters if config.beta else 0)
+    return estimate.on_device + (estimate.parameters if config.beta else 0) + beside
 
 
-def check_memory(config: GRPOConfig, model: ModelConfig, longest: int, device: torch.device, available: int | None) -> int:
-    """The bytes that are needed; InputError with the field to lower if they are above `available`."""
-    needed = needed_bytes(config, model, longest, config.micro_batch_tokens)
+def check_memory(
+    config: GRPOConfig, model: ModelConfig, longest: int, device: torch.device, available: int | None, beside: int = 0
+) -> int:
+    """The bytes that are needed, `beside` of them by other models; InputError with the field to lower if they are above `available`."""
+    needed = needed_bytes(config, model, longest, config.micro_batch_tokens, beside)
     if available is None or needed <= available:
         return needed
     problem = f"this run needs about {needed / _GIB:.1f} GiB on {device} and {available / _GIB:.1f} are available"
     tokens = config.micro_batch_tokens
     while tokens > longest:
         tokens = max(longest, tokens // 2)
-        if needed_bytes(config, model, longest, tokens) <= available:
+        if needed_bytes(config, model, longest, tokens, beside) <= available:
             raise InputError(
                 f"{problem}; lower micro_batch_tokens from {config.micro_batch_tokens} to {tokens} (the result stays the same)"
             )

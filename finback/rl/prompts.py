@@ -1,6 +1,7 @@
 """Prompts of a run: rows of data files, as texts and token ids."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -10,6 +11,8 @@ from finback.data.chat import Message
 from finback.data.conversations import read_rows
 from finback.data.tokenizer import Tokenizer
 
+_TOLD = 5  # malformed rows of a file that are told one by one
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -18,30 +21,71 @@ class Prompt:
     text: str
     token_ids: list[int]
     example: Mapping[str, Any]
+    judged_by: frozenset[str] | None = None
+    """Names of the rewards that judge its samples; None: all of them."""
 
 
-def read_prompts(files: Sequence[str], tokenizer: Tokenizer, template: str | None, *, longest: int) -> list[Prompt]:
-    """The rows of .jsonl and .parquet files, in order. `longest` is the most tokens that a prompt may have.
+def read_prompts(
+    files: Sequence[str],
+    tokenizer: Tokenizer,
+    template: str | None,
+    *,
+    longest: int,
+    rewards: Collection[str] | None = None,
+    skipped: list[str] | None = None,
+) -> list[Prompt]:
+    """The rows of .jsonl and .parquet files, in order. `longest` is the most tokens that a prompt may have. A row's `judged_by` names
+    those of the `rewards` that judge its samples; without `rewards` it is not looked at.
 
-    Raises InputError, naming file and line (or row), for a row without a prompt, one that is too long, or a file without rows.
+    Raises InputError, naming file and line (or row), for a row without a prompt, or one that is too long; where `skipped` is given,
+    such rows are left out and get a sentence in it. InputError also if no row is left.
     """
     if template is None and tokenizer.chat_template is None:
         raise InputError("the model has no chat template; give the field template, a text with {prompt} in it")
     prompts = []
     for row in chain.from_iterable(read_rows(file) for file in files):
-        if isinstance(row.record, InputError):
-            raise InputError(f"{row.where}: {row.record}; mend or remove it")
-        text = _prompt_text(row.record, tokenizer, template, row.where)
-        token_ids = tokenizer.encode(text, add_bos=tokenizer.add_bos_token and not _has_bos(text, tokenizer))
-        if len(token_ids) > longest:
-            raise InputError(
-                f"{row.where}: the prompt has {len(token_ids)} tokens, and the model's context leaves {longest} beside "
-                "max_completion_length; shorten it, or lower max_completion_length"
-            )
-        prompts.append(Prompt(text, token_ids, row.record))
+        try:
+            prompts.append(_prompt(row.record, tokenizer, template, longest, rewards))
+        except InputError as error:
+            if skipped is None:
+                raise InputError(f"{row.where}: {error}") from None
+            skipped.append(f"{row.where}: {error}")
     if not prompts:
-        raise InputError("field data names no rows; give .jsonl or .parquet files with a prompt in each row")
+        left_out = f"; {len(skipped)} rows are malformed, the first one: {skipped[0]}" if skipped else ""
+        raise InputError(f"field data names no rows; give .jsonl or .parquet files with a prompt in each row{left_out}")
     return prompts
+
+
+def tell_skipped(skipped: Sequence[str]) -> list[str]:
+    """How many malformed rows were left out, file by file, and what is wrong with the first few of each, in sentences."""
+    by_file: dict[str, list[str]] = {}
+    for sentence in skipped:
+        by_file.setdefault(re.split(", (?:line|row) ", sentence)[0], []).append(sentence)
+    told = []
+    for file, sentences in by_file.items():
+        rest = len(sentences) - _TOLD
+        told.append(f"{len(sentences)} malformed rows of {file} are left out:")
+        told += [f"  {sentence}" for sentence in sentences[:_TOLD]]
+        told += [f"  and {rest} more"] if rest > 0 else []
+    return told
+
+
+def _prompt(record: Any, tokenizer: Tokenizer, template: str | None, longest: int, rewards: Collection[str] | None) -> Prompt:
+    if isinstance(record, InputError):
+        raise InputError(f"{record}; mend or remove it")
+    text = _prompt_text(record, tokenizer, template)
+    token_ids = tokenizer.encode(text, add_bos=tokenizer.add_bos_token and not _has_bos(text, tokenizer))
+    if len(token_ids) > longest:
+        raise InputError(
+            f"the prompt has {len(token_ids)} tokens, and the model's context leaves {longest} beside max_completion_length; shorten "
+            "it, or lower max_completion_length"
+        )
+    return Prompt(text, token_ids, record, _judged_by(record, rewards))
+
+
+def judges(prompt: Prompt, reward: str) -> bool:
+    """Whether the reward of that name judges samples of the prompt."""
+    return prompt.judged_by is None or reward in prompt.judged_by
 
 
 def render_prompt(prompt: str | Sequence[Message], tokenizer: Tokenizer, template: str | None) -> str:
@@ -58,9 +102,18 @@ def _has_bos(text: str, tokenizer: Tokenizer) -> bool:
     return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
 
 
-def _prompt_text(row: Any, tokenizer: Tokenizer, template: str | None, place: str) -> str:
+def _judged_by(row: Mapping[str, Any], rewards: Collection[str] | None) -> frozenset[str] | None:
+    names = row.get("judged_by")
+    if rewards is None or names is None:
+        return None
+    if not isinstance(names, list) or not names or not all(name in rewards for name in names):
+        raise InputError(f"judged_by is {names!r}, it must be a list of rewards of this run: {', '.join(rewards)}")
+    return frozenset(names)
+
+
+def _prompt_text(row: Any, tokenizer: Tokenizer, template: str | None) -> str:
     prompt: Any = row.get("prompt") if isinstance(row, dict) else None
     messages = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "content" in m for m in prompt)
     if not isinstance(prompt, str) and not messages:
-        raise InputError(f"{place}: the row has no prompt; it needs the field prompt, a text or a list of messages")
+        raise InputError("the row has no prompt; it needs the field prompt, a text or a list of messages")
     return render_prompt(prompt, tokenizer, template)

@@ -17,10 +17,14 @@ _PROMPTS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Check:
-    """A reward that a sample must reach."""
+    """What a sample must reach: the weighted value of a reward, or the weighted sum of several."""
 
-    reward: Reward
+    rewards: tuple[Reward, ...]
     least: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return " + ".join(reward.name for reward in self.rewards)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def rejection_sample(
     `pool` scores by the checks' rewards, in their order. Where more pass, the shortest stay. Raises InputError if the pool has
     other rewards.
     """
-    names = [check.reward.name for check in checks]
+    names = [check.name for check in checks]
     kept: list[Completion] = []
     counts = dict.fromkeys(["sampled", "ended by themselves", *names, "different"], 0)
     for start in range(0, len(prompts), _PROMPTS_AT_ONCE):
@@ -71,8 +75,8 @@ def rejection_sample(
             left = [completion for completion in group if completion.finish_reason == "stop"]
             counts["ended by themselves"] += len(left)
             for check in checks:
-                left = [completion for completion in left if _value(completion, check.reward.name) >= check.least]
-                counts[check.reward.name] += len(left)
+                left = [completion for completion in left if _value(completion, check) >= check.least]
+                counts[check.name] += len(left)
             different = list({completion.text: completion for completion in left}.values())
             counts["different"] += len(different)
             kept += sorted(different, key=lambda completion: len(completion.token_ids))[:keep_per_prompt]
@@ -80,11 +84,12 @@ def rejection_sample(
     return kept, Funnel(stages, len(prompts), len({id(completion.prompt) for completion in kept}))
 
 
-def _value(completion: Completion, name: str) -> float:
+def _value(completion: Completion, check: Check) -> float:
     assert completion.score is not None
-    if name not in completion.score.components:
-        raise InputError(f"the reward processes do not compute the check {name}; give them the checks' rewards")
-    return completion.score.components[name]
+    for reward in check.rewards:
+        if reward.name not in completion.score.components:
+            raise InputError(f"the reward processes do not compute the check {reward.name}; give them the checks' rewards")
+    return sum(reward.weight * completion.score.components[reward.name] for reward in check.rewards)
 
 
 def kept_rows(completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:

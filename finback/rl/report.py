@@ -23,6 +23,7 @@ _TABLE = (
     ("zero_variance", "share of groups with equal rewards", "{:.1%}"),
     ("reflection", "share of samples with words of reflection", "{:.1%}"),
     ("logprob_gap", "distance of trainer and engine, nats per token", "{:.4f}"),
+    ("mtp_acceptance", "share of MTP drafts that the model agrees with", "{:.1%}"),
     ("grad_norm", "gradient norm", "{:.3f}"),
     ("rollout_tokens_per_second", "tokens per second of sampling", "{:,.0f}"),
     ("tokens_per_second", "tokens per second of training", "{:,.0f}"),
@@ -32,7 +33,7 @@ _PANELS = (
     ("Length of a sample, tokens", ("completion_length",)),
     ("Entropy, nats per token", ("entropy",)),
     ("Clip fraction and divergence", ("clip_fraction", "kl")),
-    ("Groups with equal rewards; reflection", ("zero_variance", "reflection")),
+    ("Groups with equal rewards, reflection, accepted drafts", ("zero_variance", "reflection", "mtp_acceptance")),
     ("Trainer against engine, nats per token", ("logprob_gap",)),
 )
 _COLOURS = (BLUE, ORANGE, GREEN, RED, GREY, PALE_BLUE)
@@ -50,6 +51,8 @@ def write_report(run_directory: str | Path) -> None:
     samples = read_metrics(run / SAMPLES_FILE) if (run / SAMPLES_FILE).exists() else []
     picture = _draw(run, rows)
     parts = [f"# {run.resolve().name}", _summary(config, rows), f"## First and last\n\n{first_and_last(rows)}"]
+    if rows and "mtp_acceptance_after" in rows[-1]:
+        parts.append(f"## Multi-token prediction\n\n{tell_drafts(rows, frozen=config['freeze_mtp'])}")
     if picture is not None:
         parts.append(f"## Curves\n\n![Curves]({picture.parent.name}/{picture.name})")
     if samples:
@@ -96,6 +99,15 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> "Figure":
     return figure
 
 
+def tell_drafts(rows: Sequence[Mapping[str, Any]], *, frozen: bool) -> str:
+    """How well the MTP module drafts what the policy writes, before and after a finished run."""
+    how = "frozen" if frozen else "trained along"
+    return (
+        f"The MTP module, {how}, drafts the token after next. The main head agrees with {rows[0]['mtp_acceptance']:.1%} of its drafts "
+        f"before the run and with {rows[-1]['mtp_acceptance_after']:.1%} after it: the share that greedy speculative decoding accepts."
+    )
+
+
 def _draw(run: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
     if not rows or find_spec("matplotlib") is None:
         return None
@@ -107,7 +119,8 @@ def _draw(run: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
 
 
 def _summary(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = [f"**Rewards**: {', '.join(f'`{spec}`' for spec in config['reward'])}."]
+    rewards = (*config["reward"], *config.get("reward_model", ()))
+    lines = [f"**Rewards**: {', '.join(f'`{spec}`' for spec in rewards)}."]
     lines.append(
         f"**Samples**: {config['prompts_per_step']} prompts x {config['num_generations']} a step at temperature "
         f"{config['temperature']:g}; loss `{config['loss']}`, epsilon {config['epsilon']:g}, beta {config['beta']:g}, "

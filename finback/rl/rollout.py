@@ -5,12 +5,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
 from finback.engine.request import FinishReason
 from finback.rewards.pool import RewardPool
-from finback.rewards.reward import Score
-from finback.rl.prompts import Prompt
+from finback.rewards.reward import Reward, Score
+from finback.rl.prompts import Prompt, judges
 
 
 @dataclass
@@ -23,6 +25,10 @@ class Completion:
     text: str = ""
     finish_reason: FinishReason | None = None
     score: Score | None = None
+    text_lengths: list[int] = field(default_factory=list)
+    """Characters of the text that are there with each token."""
+    experts: Tensor | None = None
+    """int16 [prompt and sample but the last token, layers, K]: what the engine's routers chose, where it is recorded."""
 
     @property
     def reward(self) -> float:
@@ -47,7 +53,7 @@ class Rollout:
 
 def roll_out(
     llm: LLM,
-    pool: RewardPool,
+    pool: RewardPool | None,
     prompts: Sequence[Prompt],
     num_generations: int,
     params: SamplingParams,
@@ -59,7 +65,7 @@ def roll_out(
 
     A sample's draws depend on (seed, step, its prompt's place, its own place) and nothing else. Finished samples go to the
     reward processes at once; one that no reward can score by its deadline comes back with 0 and the reason, so that none
-    is waited for without end. A sample that the engine itself cannot finish counts as it is.
+    is waited for without end. A sample that the engine itself cannot finish counts as it is. Without a `pool` all have score 0.
     """
     start = time.perf_counter()
     groups = [[Completion(prompt) for _ in range(num_generations)] for prompt in prompts]
@@ -77,16 +83,21 @@ def roll_out(
                 completion.token_ids += increment.token_ids
                 completion.log_probs += [entry.logprob for entry in increment.logprobs or ()]
                 completion.text += increment.text
+                completion.text_lengths += [len(completion.text)] * len(increment.token_ids)
                 if increment.finish_reason is not None:
-                    completion.finish_reason = increment.finish_reason
+                    completion.finish_reason, completion.experts = increment.finish_reason, increment.experts
                     unfinished.discard(increment.request_id)
-                    pool.submit((i, j), completion.prompt.text, completion.text, completion.prompt.example)
-            _collect(pool, groups, wait=False)
+                    if pool is None:
+                        completion.score = Score(0.0, {})
+                    else:
+                        pool.submit((i, j), completion.prompt.text, completion.text, completion.prompt.example)
+            if pool is not None:
+                _collect(pool, groups, wait=False)
     finally:
         for request_id in places:
             llm.abort(request_id)
     sampled = time.perf_counter()
-    while pool.outstanding:
+    while pool is not None and pool.outstanding:
         _collect(pool, groups, wait=True)
     end = time.perf_counter()
     return Rollout(groups, end - start, end - sampled)
@@ -96,7 +107,18 @@ def _collect(pool: RewardPool, groups: list[list[Completion]], *, wait: bool) ->
     for key, score in pool.collect(wait=wait):
         assert isinstance(key, tuple)
         i, j = key
-        groups[i][j].score = score
+        groups[i][j].score = own_score(score, groups[i][j].prompt, pool.rewards)
+
+
+def own_score(score: Score, prompt: Prompt, rewards: Sequence[Reward]) -> Score:
+    """Of a sample's score what comes from the rewards that judge its row; the others are left out of it."""
+    if prompt.judged_by is None:
+        return score
+    components = {name: value for name, value in score.components.items() if judges(prompt, name)}
+    failures = {name: sentence for name, sentence in score.failures.items() if judges(prompt, name)}
+    total = sum(reward.weight * components[reward.name] for reward in rewards if reward.name in components)
+    steps = {name: found for name, found in score.steps.items() if judges(prompt, name)}
+    return Score(float(total), components, failures, steps)
 
 
 def sample_seed(*parts: int) -> int:

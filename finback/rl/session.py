@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from finback.data.stream import permute
 from finback.model.checkpoint import load
 from finback.model.transformer import Transformer
 from finback.rl.config import GRPOConfig
+from finback.rl.model_rewards import absolute_spec
 from finback.rl.prompts import Prompt
-from finback.train.checkpoint import TrainingState, new_state, restore_state
+from finback.train.checkpoint import TrainingState, list_checkpoints, new_state, restore_state
 from finback.train.session import CONFIG_FILE
 
 REFERENCES = "references"
@@ -67,11 +69,16 @@ def read_run_config(directory: str | Path) -> GRPOConfig:
 
 def resolve_config(config: GRPOConfig, directory: Path, resume: bool) -> GRPOConfig:
     """`config` with absolute paths, checked against what is in `directory`."""
-    if not config.reward:
+    if not config.reward and not config.reward_model and config.process_reward is None:
         raise InputError("field reward is empty; give module:function[:weight], such as finback.rewards.answers:exact")
     if not config.data:
         raise InputError("field data is empty; give .jsonl or .parquet files of prompts")
-    absolute = replace(config, model=os.path.abspath(config.model), data=tuple(os.path.abspath(path) for path in config.data))
+    absolute = replace(
+        config,
+        model=os.path.abspath(config.model),
+        data=tuple(os.path.abspath(path) for path in config.data),
+        reward_model=tuple(absolute_spec(spec) for spec in config.reward_model),
+    )
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; give a directory for the run")
     if not resume:
@@ -93,21 +100,21 @@ def write_run_config(directory: Path, config: GRPOConfig) -> None:
 
 
 def new_policy(config: GRPOConfig, stream: PromptStream, device: torch.device) -> TrainingState[PromptStream]:
-    """The model to start from, in float32, with a fresh optimizer. MTP modules are frozen: the policy's loss does not reach them."""
-    return _policy(Path(config.model), stream, device)
+    """The model to start from, in float32, with a fresh optimizer."""
+    return _policy(Path(config.model), config, stream, device)
 
 
 def load_policy(checkpoint: Path, config: GRPOConfig, stream: PromptStream, device: torch.device) -> TrainingState[PromptStream]:
     """A policy as `save_checkpoint` wrote it."""
-    state = _policy(checkpoint, stream, device)
+    state = _policy(checkpoint, config, stream, device)
     restore_state(checkpoint, state)
     return state
 
 
-def _policy(directory: Path, stream: PromptStream, device: torch.device) -> TrainingState[PromptStream]:
+def _policy(directory: Path, config: GRPOConfig, stream: PromptStream, device: torch.device) -> TrainingState[PromptStream]:
     model = load(directory, dtype=torch.float32, device=device)
     for module in model.mtp_modules:
-        module.requires_grad_(False)
+        module.requires_grad_(not config.freeze_mtp)
     return new_state(model, stream, moments_dtype="fp32", ema_decay=None)
 
 
@@ -115,10 +122,25 @@ def reference_directory(run: Path, step: int) -> Path:
     return run / REFERENCES / f"step-{step}"
 
 
+def reference_step(config: GRPOConfig, step: int) -> int:
+    """The step whose policy is the reference after step `step`; 0: the model that the run started from."""
+    return step // config.reference_steps * config.reference_steps
+
+
+def prune_references(config: GRPOConfig, run: Path, step: int) -> None:
+    """After step `step`, remove the references that neither the run itself nor one that is resumed from a checkpoint needs."""
+    kept = {reference_step(config, int(checkpoint.name.partition("-")[2])) for checkpoint in list_checkpoints(run)}
+    kept.add(reference_step(config, step))
+    folder = run / REFERENCES
+    for directory in folder.iterdir() if folder.is_dir() else ():
+        if directory.name not in {reference_directory(run, number).name for number in kept}:
+            shutil.rmtree(directory)
+
+
 def load_reference(config: GRPOConfig, run: Path, step: int, device: torch.device) -> Transformer | None:
     """The reference that holds after step `step`; None where the loss has none."""
     if config.beta == 0:
         return None
-    refreshed = step // config.reference_steps * config.reference_steps
+    refreshed = reference_step(config, step)
     directory = reference_directory(run, refreshed) if refreshed else Path(config.model)
     return load(directory, dtype=torch.float32, device=device).requires_grad_(False)

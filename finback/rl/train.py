@@ -3,11 +3,10 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from finback.config import InputError, count_params
 from finback.data.tokenizer import load_tokenizer
@@ -17,29 +16,29 @@ from finback.model.checkpoint import save
 from finback.model.transformer import Transformer
 from finback.ops.memory import available_memory
 from finback.rewards.pool import RewardPool
-from finback.rewards.reward import load_reward
-from finback.rl.batch import Batch, cut_batches, sample_log_probs
+from finback.rewards.reward import Reward, load_rewards
+from finback.rl.advantages import supervise
 from finback.rl.config import GRPOConfig
-from finback.rl.grpo import global_token_loss, group_advantages, has_spread, sequence_level_loss, token_level_loss
-from finback.rl.health import UpdateTotals, kept_samples, nothing_to_learn, rollout_metrics
+from finback.rl.drafting import draft_acceptance
+from finback.rl.health import kept_samples, nothing_to_learn, rollout_metrics
 from finback.rl.memory import check_memory
-from finback.rl.prompts import Prompt, read_prompts
-from finback.rl.rollout import Rollout, roll_out
+from finback.rl.model_rewards import ModelReward, add_model_scores, load_model_rewards, model_reward_names, weight_bytes
+from finback.rl.prompts import Prompt, read_prompts, tell_skipped
+from finback.rl.rollout import roll_out
 from finback.rl.session import (
     PromptStream,
     load_policy,
     load_reference,
-    minibatch_order,
     new_policy,
+    prune_references,
     reference_directory,
     resolve_config,
     write_run_config,
 )
-from finback.train.balance import update_expert_bias
+from finback.rl.update import learning_rate, update
 from finback.train.checkpoint import TrainingState, list_checkpoints, newest_sound_checkpoint, remove_leftovers, save_checkpoint
-from finback.train.loop import diverged, due, expert_biases, not_applied, take_gradients
+from finback.train.loop import diverged, due, not_applied
 from finback.train.metrics import MetricsWriter
-from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
 from finback.train.session import choose_device, cpu_threads, deferred_interrupts, locked
 
 _ENGINE_BLOCK = 16  # tokens: prompts of a few dozen are shared by a group's samples, too
@@ -60,7 +59,10 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
     run, device = Path(directory), choose_device(config.device)
     config = resolve_config(config, run, resume)
     tokenizer = load_tokenizer(config.model)
-    rewards = [load_reward(spec) for spec in config.reward]
+    specs = (*config.reward, *([] if config.process_reward is None else [config.process_reward]))
+    rewards = load_rewards(specs) if specs else ()
+    names = [reward.name for reward in rewards]
+    model_names = model_reward_names(config.reward_model, names)
     with cpu_threads(config.threads):
         remove_leftovers(run)
         checkpoint, notes = newest_sound_checkpoint(run) if resume else (None, [])
@@ -71,9 +73,22 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
             state = load_policy(checkpoint, config, stream, device)
             notes.append(f"continuing {run} after step {state.progress.step}")
         context = state.model.config.max_position_embeddings
-        stream.prompts = read_prompts(config.data, tokenizer, config.template, longest=context - config.max_completion_length)
+        skipped: list[str] | None = [] if config.skip_malformed else None
+        stream.prompts = read_prompts(
+            config.data,
+            tokenizer,
+            config.template,
+            longest=context - config.max_completion_length,
+            rewards=[*names, *model_names],
+            skipped=skipped,
+        )
+        notes += tell_skipped(skipped or [])
+        if config.replay_experts and not state.model.config.num_moe_layers:
+            raise InputError("field replay_experts is true, but this model has no routed experts; leave it out")
         width = max(len(prompt.token_ids) for prompt in stream.prompts) + config.max_completion_length
-        check_memory(config, state.model.config, width, device, available_memory(device))
+        beside = weight_bytes(config.reward_model)
+        check_memory(config, state.model.config, width, device, available_memory(device), beside)
+        judges = load_model_rewards(config.reward_model, device, names)
         llm = LLM(
             model=state.model,
             tokenizer=tokenizer,
@@ -81,12 +96,13 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
             max_num_batched_tokens=max(1024, config.max_num_seqs),
             max_model_len=width,
             block_size=_ENGINE_BLOCK,
+            return_experts=config.replay_experts,
         )
         run.mkdir(parents=True, exist_ok=True)
         with (
             locked(run),
             deferred_interrupts() as interrupted,
-            RewardPool(rewards, processes=config.reward_processes, deadline=config.reward_deadline) as pool,
+            _reward_pool(config, rewards) as pool,
             MetricsWriter(run, total_steps=config.steps, resume_step=state.progress.step if resume else None) as metrics,
         ):
             if checkpoint is None:
@@ -94,7 +110,14 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
             for sentence in (*_introduction(config, state, stream.prompts), *notes):
                 metrics.say(sentence)
             reference = load_reference(config, run, state.progress.step, device)
-            return train(config, run, state, reference, llm, pool, metrics, interrupted)
+            return train(config, run, state, reference, llm, pool, judges, metrics, interrupted)
+
+
+def _reward_pool(config: GRPOConfig, rewards: Sequence[Reward]) -> AbstractContextManager[RewardPool | None]:
+    """None where reward models alone judge."""
+    if not rewards:
+        return nullcontext()
+    return RewardPool(rewards, processes=config.reward_processes, deadline=config.reward_deadline)
 
 
 def train(
@@ -103,12 +126,14 @@ def train(
     state: TrainingState[PromptStream],
     reference: Transformer | None,
     llm: LLM,
-    pool: RewardPool,
+    pool: RewardPool | None,
+    judges: Sequence[ModelReward],
     metrics: MetricsWriter,
     interrupted: threading.Event,
 ) -> Path:
     """Take `state` to the end of the run, step by step; return the last checkpoint."""
     progress, useless = state.progress, 0
+    process_name = None if pool is None or config.process_reward is None else pool.rewards[-1].name
     checkpoints = list_checkpoints(run)[:1]
     params = SamplingParams(temperature=config.temperature, max_tokens=config.max_completion_length, skip_special_tokens=False)
     while progress.step < config.steps:
@@ -118,15 +143,21 @@ def train(
         llm.reset_prefix_cache()
         prompts = state.stream.next_batch(config.prompts_per_step)
         rollout = roll_out(llm, pool, prompts, config.num_generations, params, seed=config.seed, step=step)
+        add_model_scores(rollout.completions, judges)
 
         # advantages, within each group
         rewards = torch.tensor([[completion.reward for completion in group] for group in rollout.groups], dtype=torch.float64)
-        advantages, spread = group_advantages(rewards), has_spread(rewards)
+        advantages = supervise(rollout, rewards, process_name)
+
+        # how well the MTP modules draft what this policy writes
+        drafting = draft_acceptance(state.model, rollout, config)
 
         # update, minibatch by minibatch
         began = time.perf_counter()
-        totals = update(config, state, reference, rollout, advantages, spread, step)
+        totals = update(config, state, reference, rollout, advantages, step)
         training_seconds = time.perf_counter() - began
+        if drafting and step == config.steps:
+            drafting["mtp_acceptance_after"] = draft_acceptance(state.model, rollout, config)["mtp_acceptance"]
 
         # the reference follows every so many steps, and is kept for a run that is resumed
         if reference is not None and step % config.reference_steps == 0:
@@ -137,7 +168,7 @@ def train(
         progress.step, progress.tokens = step, progress.tokens + sum(len(c.token_ids) for c in rollout.completions)
         progress.seconds += time.perf_counter() - start
         row = {"step": step, "tokens": progress.tokens, "seconds": progress.seconds, "lr": learning_rate(config, step, 0)}
-        metrics.log(row | rollout_metrics(rollout, rewards, spread) | totals.metrics(training_seconds))
+        metrics.log(row | rollout_metrics(rollout, rewards, advantages.spread) | drafting | totals.metrics(training_seconds))
         metrics.log_samples(step, kept_samples(rollout, config.samples_per_step))
         if not totals.finite:
             progress.nonfinite_steps += 1
@@ -146,121 +177,18 @@ def train(
                 raise InputError(diverged(step, config.lr, _MOST_NONFINITE))
         else:
             progress.nonfinite_steps = 0
-        useless = 0 if bool(spread.any()) else useless + 1
+        useless = 0 if bool(advantages.spread.any()) else useless + 1
         if useless == _HINT_AFTER:
             metrics.say(nothing_to_learn(rewards))
 
         # save
         if step == config.steps or interrupted.is_set() or due(step, config.save_every):
             checkpoints = [save_checkpoint(run, state, tokenizer_from=config.model, keep=config.keep_checkpoints)]
+            prune_references(config, run, step)
         if interrupted.is_set() and step < config.steps:
             metrics.say(f"stopped after step {step}; continue with: finback grpo --resume {run}")
             raise KeyboardInterrupt
     return checkpoints[0]
-
-
-def update(
-    config: GRPOConfig,
-    state: TrainingState[PromptStream],
-    reference: Transformer | None,
-    rollout: Rollout,
-    advantages: Tensor,
-    spread: Tensor,
-    step: int,
-) -> UpdateTotals:
-    """Go through a rollout `num_iterations` times, with one optimizer step for each of its minibatches.
-
-    Samples of groups without spread have advantage 0. Without a reference they add nothing to the gradient: they are counted in the
-    means, and not computed.
-    """
-    model, totals = state.model, UpdateTotals(config)
-    device, pad = next(model.parameters()).device, model.config.pad_token_id or 0
-    completions, flat = rollout.completions, advantages.flatten().tolist()
-    teaches = (spread.unsqueeze(1) | (config.beta > 0)).expand_as(advantages).flatten().tolist()
-    minibatches: list[tuple[list[Batch], int, int]] = []  # batches, and of the whole minibatch samples and tokens
-    for part in minibatch_order(config, len(completions), step):
-        kept = [i for i in part if teaches[i] and completions[i].token_ids]
-        chosen, weights = [completions[i] for i in kept], [flat[i] for i in kept]
-        batches = cut_batches(chosen, weights, config.micro_batch_tokens, pad, device)
-        minibatches.append((batches, len(part), sum(len(completions[i].token_ids) for i in part)))
-
-    # what must be known before the first update; of the first minibatch, its own forward pass tells
-    with torch.no_grad():
-        for number, (batches, _, _) in enumerate(minibatches):
-            for batch in batches:
-                if reference is not None:
-                    batch.reference_log_probs = _log_probs(reference, batch, config)[0]
-                if number > 0:
-                    batch.old_log_probs, at_one, _ = _log_probs(model, batch, config)
-                    totals.add_gap(batch, at_one, step)
-
-    for iteration in range(config.num_iterations):
-        for number, (batches, num_samples, num_tokens) in enumerate(minibatches):
-            counts: Tensor | None = None
-            for batch in batches:
-                log_probs, at_one, batch_counts = _log_probs(model, batch, config)
-                if batch.old_log_probs is None:
-                    batch.old_log_probs = log_probs.detach()
-                    totals.add_gap(batch, at_one, step)
-                loss = objective(config, batch, log_probs, num_samples, num_tokens)
-                loss.backward()
-                totals.add(batch, log_probs.detach(), float(loss.detach()))
-                counts = batch_counts if counts is None else counts + batch_counts
-            if counts is not None:
-                place = iteration * len(minibatches) + number
-                totals.add_norm(_optimizer_step(config, state, counts, learning_rate(config, step, place)))
-    return totals
-
-
-def objective(config: GRPOConfig, batch: Batch, log_probs: Tensor, num_samples: int, num_tokens: int) -> Tensor:
-    """The configured loss of one micro-batch, as its share of that of a minibatch of `num_samples` samples and `num_tokens` tokens."""
-    assert batch.old_log_probs is not None
-    common: dict[str, Any] = {
-        "epsilon": config.epsilon,
-        "epsilon_high": config.epsilon_high,
-        "beta": config.beta,
-        "reference_log_probs": batch.reference_log_probs,
-    }
-    arguments = (log_probs, batch.old_log_probs, batch.advantages, batch.mask)
-    if config.loss == "sequence":
-        return sequence_level_loss(*arguments, num_samples=num_samples, **common)
-    if config.loss == "global-token":
-        return global_token_loss(*arguments, num_tokens=num_tokens, **common)
-    return token_level_loss(*arguments, num_samples=num_samples, **common)
-
-
-def learning_rate(config: GRPOConfig, step: int, place: int) -> float:
-    """Of the update `place` (from 0) of step `step` (from 1): linear warm-up over updates, then linear to `final_lr` over steps."""
-    updates = (step - 1) * config.minibatches * config.num_iterations + place + 1
-    end = config.lr if config.final_lr is None else config.final_lr
-    rate = config.lr + (end - config.lr) * (step - 1) / max(1, config.steps - 1)
-    return rate * min(1.0, updates / max(1, config.warmup_steps))
-
-
-def _log_probs(model: Transformer, batch: Batch, config: GRPOConfig) -> tuple[Tensor, Tensor, Tensor]:
-    return sample_log_probs(model, batch, temperature=config.temperature, precision=config.precision)
-
-
-def _optimizer_step(config: GRPOConfig, state: TrainingState[PromptStream], counts: Tensor, lr: float) -> float:
-    """Clip and apply what `.grad` holds, then move the router biases; returns the norm. One that is not finite changes nothing."""
-    parameters = state.parameters
-    gradients = take_gradients(parameters)
-    norm = gradient_norm(gradients)
-    if norm == norm and norm != float("inf"):
-        adamw_update(
-            parameters,
-            gradients,
-            state.adam,
-            lr=lr,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            epsilon=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            gradient_scale=clip_scale(norm, config.max_grad_norm),
-        )
-        if config.bias_update_speed and state.model.config.uses_expert_bias:
-            update_expert_bias(expert_biases(state.model), counts, config.bias_update_speed)
-    return norm
 
 
 def _introduction(config: GRPOConfig, state: TrainingState[PromptStream], prompts: Sequence[Prompt]) -> Iterator[str]:

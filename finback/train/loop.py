@@ -1,7 +1,9 @@
 """What every training loop does beside its own work: measuring time, taking gradients, and the words and rows about a step."""
 
+import math
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from finback.model.transformer import Transformer
 from finback.train.balance import max_violation
 from finback.train.checkpoint import Progress
 from finback.train.losses import BatchLosses
+from finback.train.optimizer import AdamState, adamw_update, clip_scale
 from finback.train.session import device_name, kernels_name
 
 _DEEPSEEK_METRICS = ("mtp_loss", "balance_loss", "max_violation")
@@ -47,6 +50,52 @@ def take_gradients(parameters: dict[str, torch.nn.Parameter]) -> dict[str, Tenso
         assert parameter.grad is not None, f"{name} has no gradient"
         gradients[name], parameter.grad = parameter.grad, None
     return gradients
+
+
+@runtime_checkable
+class OptimizerFields(Protocol):
+    """The fields of a run's config that AdamW and clipping read."""
+
+    @property
+    def adam_beta1(self) -> float: ...
+
+    @property
+    def adam_beta2(self) -> float: ...
+
+    @property
+    def adam_epsilon(self) -> float: ...
+
+    @property
+    def weight_decay(self) -> float: ...
+
+    @property
+    def max_grad_norm(self) -> float: ...
+
+
+def clipped_update(
+    parameters: Mapping[str, Tensor],
+    gradients: Mapping[str, Tensor],
+    adam: AdamState,
+    config: OptimizerFields,
+    *,
+    lr: float,
+    norm: float,
+) -> bool:
+    """AdamW with gradients of global norm `norm`, clipped in the same pass. A norm that is not finite changes nothing: False."""
+    if not math.isfinite(norm):
+        return False
+    adamw_update(
+        parameters,
+        gradients,
+        adam,
+        lr=lr,
+        beta1=config.adam_beta1,
+        beta2=config.adam_beta2,
+        epsilon=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        gradient_scale=clip_scale(norm, config.max_grad_norm),
+    )
+    return True
 
 
 def expert_biases(model: Transformer) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """The pre-training loop: one function, to be read downward."""
 
-import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,11 +28,21 @@ from finback.train.checkpoint import (
 from finback.train.config import PretrainConfig
 from finback.train.evaluate import sample_texts, validation_metrics, validation_rows
 from finback.train.initial import check_init_from
-from finback.train.loop import Clock, diverged, due, expert_biases, machine_changes, not_applied, step_row, take_gradients
+from finback.train.loop import (
+    Clock,
+    clipped_update,
+    diverged,
+    due,
+    expert_biases,
+    machine_changes,
+    not_applied,
+    step_row,
+    take_gradients,
+)
 from finback.train.losses import accumulate_gradients
 from finback.train.memory import check_memory
 from finback.train.metrics import MetricsWriter
-from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
+from finback.train.optimizer import gradient_norm
 from finback.train.ramps import batch_size, bias_update_speed, learning_rate, mtp_loss_coef, resolve_ramps, steps_of_tokens
 from finback.train.report import REPORT_FILE, write_report
 from finback.train.session import (
@@ -132,26 +141,13 @@ def train(
 
         # reduce: one process has seen the whole batch, so its gradients and expert counts are the sums already
 
-        # clip: the norm here, the scaling inside the optimizer's pass; a step that is not finite changes nothing
+        # clip and update: the norm here, the scaling inside the optimizer's pass; a step that is not finite changes nothing. The moving
+        # average must have read the old weights by then
         norm = gradient_norm(gradients)
-        applied = math.isfinite(norm)
-        progress.nonfinite_steps = 0 if applied else progress.nonfinite_steps + 1
-
-        # optimizer; the moving average must have read the old weights by then
-        if applied and state.average is not None:
+        if state.average is not None:
             state.average.wait()
-        if applied:
-            adamw_update(
-                parameters,
-                gradients,
-                state.adam,
-                lr=lr,
-                beta1=config.adam_beta1,
-                beta2=config.adam_beta2,
-                epsilon=config.adam_epsilon,
-                weight_decay=config.weight_decay,
-                gradient_scale=clip_scale(norm, config.max_grad_norm),
-            )
+        applied = clipped_update(parameters, gradients, state.adam, config, lr=lr, norm=norm)
+        progress.nonfinite_steps = 0 if applied else progress.nonfinite_steps + 1
         del gradients
 
         # router bias, once per step from the counts of the whole batch

@@ -28,11 +28,11 @@ from finback.train.checkpoint import (
     restore_state,
     save_checkpoint,
 )
-from finback.train.loop import Clock, diverged, due, machine_changes, not_applied, step_row, take_gradients
+from finback.train.loop import Clock, clipped_update, diverged, due, machine_changes, not_applied, step_row, take_gradients
 from finback.train.losses import BatchLosses
 from finback.train.memory import check_memory
 from finback.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
-from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
+from finback.train.optimizer import gradient_norm
 from finback.train.ramps import cosine
 from finback.train.report import REPORT_FILE, write_report
 from finback.train.reward_baselines import accuracy, length_baseline, word_baseline
@@ -220,20 +220,8 @@ def _train(
         loss = accumulate_reward_gradients(model, head, batch, config)
         gradients = take_gradients(parameters)
         norm = gradient_norm(gradients)
-        applied = math.isfinite(norm)
+        applied = clipped_update(parameters, gradients, state.adam, config, lr=lr, norm=norm)
         progress.nonfinite_steps = 0 if applied else progress.nonfinite_steps + 1
-        if applied:
-            adamw_update(
-                parameters,
-                gradients,
-                state.adam,
-                lr=lr,
-                beta1=config.adam_beta1,
-                beta2=config.adam_beta2,
-                epsilon=config.adam_epsilon,
-                weight_decay=config.weight_decay,
-                gradient_scale=clip_scale(norm, config.max_grad_norm),
-            )
         del gradients
         progress.step, progress.tokens = step, progress.tokens + new_tokens
         progress.seconds += clock.lap(trained_tokens=new_tokens)

@@ -128,11 +128,15 @@ def _rows(samples: PackedSamples, which: slice, packed: bool) -> SampleRows:
 def sample_loss_sums(output: TrainOutput, head: Float[Tensor, "vocab D"], rows: SampleRows) -> LossSums:
     """Sums of -log p over completion tokens. Position i of the main head predicts token i + 1, of MTP depth k (from 0) token i + 2 + k
     (V3 section 2.2), of its own sample only. The head is multiplied where there is something to predict."""
-    main = _selected_loss(output.hidden, head, rows, 1)
-    mtp = main.new_zeros(())
-    for depth, hidden in enumerate(output.mtp_hidden):
-        mtp = mtp + _selected_loss(hidden, head, rows, 2 + depth)
-    return LossSums(main, mtp)
+    return LossSums(_selected_loss(output.hidden, head, rows, 1), mtp_loss_sum(output.mtp_hidden, head, rows))
+
+
+def mtp_loss_sum(mtp_hidden: Sequence[Tensor], head: Float[Tensor, "vocab D"], rows: SampleRows) -> Tensor:
+    """The MTP part of `sample_loss_sums`, of all depths together."""
+    total = torch.zeros((), device=head.device)
+    for depth, hidden in enumerate(mtp_hidden):
+        total = total + _selected_loss(hidden, head, rows, 2 + depth)
+    return total
 
 
 def _selected_loss(hidden: Tensor, head: Tensor, rows: SampleRows, ahead: int) -> Tensor:

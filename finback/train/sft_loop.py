@@ -14,9 +14,9 @@ from finback.data.packing import Sample
 from finback.model.transformer import Transformer
 from finback.train.balance import update_expert_bias
 from finback.train.checkpoint import TrainingState, list_checkpoints, save_checkpoint
-from finback.train.loop import Clock, diverged, due, expert_biases, not_applied, step_row, take_gradients
+from finback.train.loop import Clock, clipped_update, diverged, due, expert_biases, not_applied, step_row, take_gradients
 from finback.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
-from finback.train.optimizer import adamw_update, clip_scale, gradient_norm
+from finback.train.optimizer import gradient_norm
 from finback.train.ramps import cosine
 from finback.train.report import REPORT_FILE, write_report
 from finback.train.samples import (
@@ -92,20 +92,8 @@ def train_samples(
 
         # clip and update; a step that is not finite changes nothing
         norm = gradient_norm(gradients)
-        applied = math.isfinite(norm)
+        applied = clipped_update(parameters, gradients, state.adam, config, lr=lr, norm=norm)
         progress.nonfinite_steps = 0 if applied else progress.nonfinite_steps + 1
-        if applied:
-            adamw_update(
-                parameters,
-                gradients,
-                state.adam,
-                lr=lr,
-                beta1=config.adam_beta1,
-                beta2=config.adam_beta2,
-                epsilon=config.adam_epsilon,
-                weight_decay=config.weight_decay,
-                gradient_scale=clip_scale(norm, config.max_grad_norm),
-            )
         del gradients
 
         # router bias; frozen MTP modules are not in the counts

@@ -12,9 +12,10 @@ from finback.data.chains import ChainSettings, clean_thought, generate_chains
 from finback.recipes.config import DistillConfig, R1Config
 from finback.recipes.distill import distill
 from finback.recipes.r1 import r1
+from finback.train.metrics import read_metrics
 from finback.train.sft import sft
 from finback.train.sft_config import SFTConfig
-from tests.rl.policies import write_policy
+from tests.rl.policies import write_policy, write_reward_model
 from tests.train.runs import micro_dense, micro_model
 
 TEMPLATE = "Q: {prompt}\nA:"
@@ -135,6 +136,85 @@ def test_a_teacher_teaches_a_student_of_another_family(files: Path, tmp_path: Pa
         distill(replace(config, student=""))
 
 
+OWN_REWARDS = '''
+from finback.rewards.answers import behind_thought
+
+def wanted(prompt, completion, example):
+    """1 if the wanted word stands behind the thought; rows have no answer."""
+    return float(example["wanted"] in (behind_thought(prompt, completion) or ""))
+
+def polite(prompt, completion, example):
+    return float(example["general"])
+'''
+
+
+@pytest.fixture(scope="module")
+def own(files: Path) -> Path:
+    """Rows of a task that has no exact answer, with a reward of its own, and general prompts that it cannot judge."""
+    (files / "own_rewards.py").write_text(OWN_REWARDS)
+    for name in ("data", "held-out"):
+        rows = [json.loads(line) for line in (files / f"{name}.jsonl").read_text().splitlines()]
+        texts = [json.dumps({"prompt": row["prompt"], "language": row["language"], "wanted": "7"}) for row in rows]
+        (files / f"own-{name}.jsonl").write_text("\n".join(texts) + "\n")
+    (files / "general.jsonl").write_text('{"prompt": "What is a whale?", "language": "en", "general": 1}\n' * 4)
+    return files
+
+
+def test_a_reward_of_ones_own_judges_in_every_stage(own: Path, tmp_path: Path) -> None:
+    config = _config(
+        own,
+        tmp_path / "run",
+        data=str(own / "own-data.jsonl"),
+        held_out=str(own / "own-held-out.jsonl"),
+        reward=(f"{own / 'own_rewards.py'}:wanted:2",),
+        least_reward=2.0,
+        general_prompts=str(own / "general.jsonl"),
+        general_rewards=(f"{own / 'own_rewards.py'}:polite",),
+        reward_model=(f"{write_reward_model(tmp_path / 'helpful', 'pairwise')}:0.1",),
+        all_scenario_steps=4,
+        student=None,
+    )
+    r1(config)
+    run = tmp_path / "run"
+    manifest = json.loads((run / "manifest.json").read_text())["stages"]
+    assert manifest["base"]["files"]
+    assert "wanted" in [name for name, _ in manifest["cold-start"]["funnel"]]
+    assert manifest["r1-zero"]["results"]["held out"]["pass_at_1"][0] > 0.5  # without an "answer" the exact one judges nothing
+    learnt = [json.loads(line)["messages"][1]["content"] for line in (run / "data" / "cold-start.jsonl").read_text().splitlines()]
+    assert all("7" in content for content in learnt)
+    for stage in ("r1-zero", "reasoning-rl", "all-scenario-rl"):
+        rows = read_metrics(run / "training" / stage / "metrics.jsonl")
+        assert all("reward/wanted" in row for row in rows)
+        assert not any("reward/exact" in row for row in rows)
+        assert [row["failed_rewards"] for row in rows] == [0.0] * len(rows)  # nothing is asked about rows that it cannot judge
+    assert any(row.get("reward/polite") == 1.0 for row in rows)
+    assert any("reward/helpful" in row for row in rows)
+
+
+def test_a_reward_of_ones_own_decides_what_a_student_learns(own: Path, tmp_path: Path) -> None:
+    config = DistillConfig(
+        teacher=str(own / "teacher"),
+        student=str(own / "student"),
+        data=str(own / "own-data.jsonl"),
+        held_out=str(own / "own-held-out.jsonl"),
+        reward=(f"{own / 'own_rewards.py'}:wanted",),
+        out=str(tmp_path / "run"),
+        template=TEMPLATE,
+        prompts=40,
+        max_completion_length=48,
+        eval_problems=4,
+        eval_samples=4,
+    )
+    distill(config)
+    facts = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    assert facts["teacher"]["results"]["held out"]["pass_at_1"][0] > 0
+    assert [name for name, _ in facts["student"]["funnel"]][2] == "wanted"
+    assert facts["student"]["rows"] >= 20
+    with pytest.raises(InputError, match=r"own_rewards\.py has no function 'wante'; did you mean 'wanted'"):
+        distill(replace(config, reward=(f"{own / 'own_rewards.py'}:wante",), out=str(tmp_path / "other")))
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -145,6 +225,8 @@ def test_a_teacher_teaches_a_student_of_another_family(files: Path, tmp_path: Pa
         (["BASE", "--data", "BAD", "--held-out", "DATA"], "bad.jsonl, line 1: the row needs a prompt and an answer"),
         (["nowhere", "--data", "DATA", "--held-out", "DATA"], "nowhere"),
         (["BASE", "--zero-steps", "0"], "field zero_steps is 0"),
+        (["BASE", "--data", "BAD", "--held-out", "BAD", "--reward", "nowhere.py:judge"], "there is no file 'nowhere.py'"),
+        (["BASE", "--data", "DATA", "--held-out", "DATA", "--reward-model", "BASE"], "give general_prompts"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(

@@ -10,6 +10,7 @@ import torch
 from finback.config import ModelConfig
 from finback.data.tokenizer import save_tokenizer, train_tokenizer
 from finback.model.checkpoint import save
+from finback.model.reward_head import RewardHead, save_reward_head
 from finback.model.transformer import Transformer, init_weights
 from finback.rl.config import GRPOConfig
 from tests.train.runs import micro_dense, micro_model
@@ -48,6 +49,16 @@ def write_policy(directory: Path, model: ModelConfig | None = None, seed: int = 
         policy.lm_head.weight.mul_(4)  # sharper than noise, so that ratios and gaps have something to show
     save_tokenizer(tokenizer, directory)
     save(policy, directory, tokenizer_from=None)
+    return directory
+
+
+def write_reward_model(directory: Path, kind: str, seed: int = 5) -> Path:
+    """A reward model that nobody trained: its scores are noise that depends on the text."""
+    write_policy(directory, seed=seed)
+    head = RewardHead(micro_model().hidden_size)
+    with torch.no_grad():
+        head.weight.normal_(generator=torch.Generator().manual_seed(seed))
+    save_reward_head(head, directory, {"kind": kind})
     return directory
 
 

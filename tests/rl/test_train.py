@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from finback.rl.config import GRPOConfig
 from finback.rl.prompts import Prompt, read_prompts
 from finback.rl.rollout import Completion
 from finback.rl.session import PromptStream, minibatch_order
-from finback.rl.train import grpo, learning_rate
+from finback.rl.train import grpo
+from finback.rl.update import learning_rate
 from finback.train.metrics import read_metrics
-from tests.rl.policies import TIMES, dense, grpo_config
+from tests.rl.policies import TIMES, dense, grpo_config, write_reward_model
 
 
 def _rows(run: Path) -> list[dict]:
@@ -48,10 +50,25 @@ def test_the_reward_rises(tmp_path, model):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"beta": 0.05, "reference_steps": 2, "minibatches": 2, "num_iterations": 2, "temperature": 0.8, "loss": "sequence"}],
-    ids=["plain", "reference"],
+    [
+        {},
+        {
+            "beta": 0.05,
+            "reference_steps": 2,
+            "minibatches": 2,
+            "num_iterations": 2,
+            "temperature": 0.8,
+            "loss": "sequence",
+            "replay_experts": True,
+        },
+        {"reward_model": ("judge:0.1",), "freeze_mtp": True},
+    ],
+    ids=["plain", "reference", "reward-model"],
 )
 def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(tmp_path, changes):
+    if "reward_model" in changes:
+        write_reward_model(tmp_path / "judge", "pointwise")
+        changes = changes | {"reward_model": tuple(str(tmp_path / spec) for spec in changes["reward_model"])}
     config = grpo_config(tmp_path, steps=4, save_every=1, keep_checkpoints=0, **changes)
     whole = grpo(config, tmp_path / "whole")
     grpo(config, tmp_path / "cut")
@@ -118,7 +135,7 @@ def test_log_probs_of_the_batch_are_those_of_the_model_alone(tmp_path):
         log_probs = [entry.logprob for entry in out.logprobs]
         completions.append(Completion(prompt, out.token_ids, log_probs, out.text, out.finish_reason, Score(0.0, {}, {})))
     for batch in cut_batches(completions, [0.0] * 5, 60, 2, torch.device("cpu")):
-        got, at_one, _ = sample_log_probs(model, batch, temperature=0.7, precision="fp32")
+        got, at_one, *_ = sample_log_probs(model, batch, temperature=0.7, precision="fp32")
         assert batch.num_tokens <= 60 or len(batch.completions) == 1
         for row, completion in enumerate(batch.completions):
             ids = torch.tensor([completion.prompt.token_ids + completion.token_ids])
@@ -169,6 +186,37 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, words):
     (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "count"}}\n{line}\n', encoding="utf-8")
     with pytest.raises(InputError, match=rf"prompts\.jsonl, line 2: {words}"):
         grpo(config, tmp_path / "run")
+
+
+def test_malformed_rows_are_left_out_on_request_and_counted(tmp_path, capsys):
+    config = grpo_config(tmp_path, steps=1, skip_malformed=True)
+    bad = ["{", '{"answer": "3"}', "[1]", json.dumps({"prompt": "fish " * 200}), "7", "nothing"]
+    good = [json.dumps({"prompt": f"count {i}"}) for i in range(3)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join([good[0], *bad, *good[1:]]) + "\n", encoding="utf-8")
+    grpo(config, tmp_path / "run")
+    told = capsys.readouterr().out
+    assert "GRPO on 3 prompts" in told
+    assert re.search(r"6 malformed rows of \S*prompts\.jsonl are left out:", told)
+    assert re.search(r"prompts\.jsonl, line 2: it is not valid JSON", told)
+    assert re.search(r"prompts\.jsonl, line 5: the prompt has \d+ tokens", told)
+    assert "and 1 more" in told
+    (tmp_path / "prompts.jsonl").write_text("\n".join(bad), encoding="utf-8")
+    with pytest.raises(
+        InputError, match=r"names no rows.*; 6 rows are malformed, the first one: .*prompts\.jsonl, line 1: it is not"
+    ):
+        grpo(config, tmp_path / "other")
+
+
+def test_references_are_kept_as_long_as_a_kept_checkpoint_needs_them(tmp_path):
+    config = grpo_config(tmp_path, steps=9, beta=0.05, reference_steps=2, save_every=3, keep_checkpoints=2)
+    whole = grpo(config, tmp_path / "run")
+    # Checkpoints 6 and 9 are there: 6 goes on with the reference of step 6, 9 with that of step 8.
+    assert sorted(path.name for path in (tmp_path / "run" / "references").iterdir()) == ["step-6", "step-8"]
+    before, rows = _weights(whole), _rows(tmp_path / "run")
+    (whole / "model.safetensors").write_bytes(b"damaged")
+    resumed = _weights(grpo(config, tmp_path / "run", resume=True))  # from step 6 on
+    assert all(torch.equal(before[name], resumed[name]) for name in before)
+    assert _rows(tmp_path / "run") == rows
 
 
 def test_a_prompt_has_the_tokens_that_the_engine_gives_it(tmp_path):
