@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from bench import ceilings, checkpoint, decode, engine, tiny, train
+from bench import ceilings, checkpoint, decode, engine, grpo, tiny, train
 from bench.machine import ROOT, describe_device, read_commit, read_load
 from bench.peers import peer_versions
 from bench.results import Row, print_table, write_result
 
-Name = Literal["ceilings", "train", "tiny", "decode", "engine", "checkpoint"]
-NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "engine", "checkpoint")
+Name = Literal["ceilings", "train", "tiny", "decode", "engine", "checkpoint", "grpo"]
+NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "engine", "checkpoint", "grpo")
 TITLES = {
     "ceilings": "Ceilings of this machine",
     "train": "Training beside transformers",
@@ -23,6 +23,7 @@ TITLES = {
     "decode": "Generation beside transformers",
     "engine": "The engine beside llama.cpp and transformers",
     "checkpoint": "Checkpoints beside safetensors",
+    "grpo": "A GRPO step beside TRL",
 }
 SIZES: dict[str, dict[str, Any]] = {
     "full": {
@@ -32,6 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "decode": decode.FULL,
         "engine": engine.FULL,
         "checkpoint": checkpoint.FULL,
+        "grpo": grpo.FULL,
     },
     "quick": {
         "ceilings": ceilings.QUICK,
@@ -40,6 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "decode": decode.QUICK,
         "engine": engine.QUICK,
         "checkpoint": checkpoint.QUICK,
+        "grpo": grpo.QUICK,
     },
 }
 
@@ -104,6 +107,8 @@ def run(names: tuple[Name, ...], sizes: dict[str, Any], out: Path, *, quick: boo
                 rows, notes = engine.run(sizes[name], measured)
             case "checkpoint":
                 rows, notes = checkpoint.run(sizes[name])
+            case "grpo":
+                rows, notes = grpo.run(sizes[name])
         print_table(console, TITLES[name], rows, notes)
         if tables:
             for title, table in tables.items():

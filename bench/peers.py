@@ -1,6 +1,8 @@
 """The model that both sides run, and transformers' DeepseekV3 with our weights."""
 
 from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -86,11 +88,9 @@ def their_mtp(model: Transformer, main: nn.Module) -> nn.Module:
 
 
 def peer_versions() -> dict[str, str]:
-    """Versions of the libraries that we are compared with."""
-    import safetensors
-    import transformers
-
-    return {"transformers": transformers.__version__, "safetensors": safetensors.__version__}
+    """Versions of the libraries that we are compared with; TRL's where it is installed."""
+    names = ("transformers", "safetensors", *(("trl",) if find_spec("trl") is not None else ()))
+    return {name: version(name) for name in names}
 
 
 def _their_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

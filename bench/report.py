@@ -16,7 +16,7 @@ from finback.data.files import write_atomic
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PICTURE = Path("images") / "decode_context.png"  # in docs/
-_README_ROWS = ("train", "tiny", "decode", "engine", "checkpoint")
+_README_ROWS = ("train", "tiny", "decode", "engine", "checkpoint", "grpo")
 _CHINESE = (
     *((": share of the ceiling", "：占矩阵乘法上限的比例"), ("tiny", "tiny 预设训练")),
     *(
@@ -29,6 +29,8 @@ _CHINESE = (
     *(("load, page cache cold", "加载（页缓存冷）"), (", with fsync", "，含 fsync"), ("MISSED", "未达到"), ("met", "达到")),
     *(("decode, 1 sequence", "解码，1 条序列"), ("decode, ", "解码，"), (" sequences", " 条序列"), (": acceptance", "：接受率")),
     *(("greedy", "贪心"), ("temperature", "温度"), ("1 draft by MTP", "MTP 起草 1 个词元"), ("no drafts", "不起草")),
+    *(("GRPO step", "GRPO 一步"), ("code in the sandbox", "沙箱中的代码"), ("maths", "数学")),
+    *((": share without waiting for rewards", "：不等待奖励的时间占比"),),
     *(("first token of", "首个词元，提示长度"), (", prefix cached", "，前缀已缓存"), ("the same, cold", "同一提示，未缓存")),
 )
 _CHINESE_HEADINGS = {"": "", "finback": "finback", "peer": "对照", "ratio": "倍数", "target": "目标"}

@@ -12,6 +12,9 @@ from finback.ops.native.build import training_kernels_for
 from finback.ops.precision import wide
 
 _CHUNK_ELEMENTS = 1 << 21  # logits alive at a time: few enough for a shared cache, enough for few sums over chunks
+_CHUNK_ROWS = (
+    256  # at least, however large the vocabulary: with fewer, summing the head's gradient over chunks costs what its product does
+)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -35,7 +38,7 @@ def _loss_and_gradients(
         total = torch.zeros((), dtype=dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=dtype) if want_weight else None
-        rows = max(1, min(_CHUNK_ELEMENTS // weight.shape[0], hidden.shape[0]))
+        rows = _chunk_rows(hidden, weight)
         buffer = hidden.new_empty(rows, weight.shape[0])  # one for all chunks: fresh memory costs as much as the softmax
         for start in range(0, hidden.shape[0], rows):
             part, target = hidden[start : start + rows], targets[start : start + rows]
@@ -51,6 +54,10 @@ def _loss_and_gradients(
             if grad_weight is not None:
                 grad_weight += sum_of_outer(logits, part)
     return total, grad_hidden, grad_weight
+
+
+def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    return max(1, min(max(_CHUNK_ROWS, _CHUNK_ELEMENTS // weight.shape[0]), hidden.shape[0]))
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor, ignore_index: int, gradient: bool) -> Tensor:
@@ -125,7 +132,7 @@ def _logits_by_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterato
     """(rows, their logits, their targets) in a buffer that the next chunk overwrites."""
     with torch.autocast(hidden.device.type, enabled=False):
         matrix = weight.to(hidden.dtype)
-        count = max(1, min(_CHUNK_ELEMENTS // weight.shape[0], hidden.shape[0]))
+        count = _chunk_rows(hidden, weight)
         buffer = hidden.new_empty(count, weight.shape[0])
         for start in range(0, hidden.shape[0], count):
             rows = slice(start, min(start + count, hidden.shape[0]))

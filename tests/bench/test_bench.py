@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import ceilings, checkpoint, cli, decode, engine, llama, report, speculation, tiny, train
+from bench import ceilings, checkpoint, cli, decode, engine, grpo, llama, report, speculation, tiny, train
 from bench.contest import Turn, alternate, in_a_fresh_process, summarize
 from bench.machine import describe_device, peak_memory_bytes, read_commit
 from bench.peers import COMPARED, SETTINGS, our_model, their_model
@@ -70,7 +70,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The JSON files of one toy run of everything."""
     out = tmp_path_factory.mktemp("results")
     engine_size = toy_engine(tmp_path_factory.mktemp("models"))
-    cli.run(cli.NAMES, {**TOY, "engine": engine_size}, out, quick=True)
+    grpo_size = grpo.Size(
+        engine_size.model,
+        replace(SMALL, vocab_size=engine_vocabulary(engine_size), max_position_embeddings=256),
+        num_generations=2,
+        new_tokens=4,
+        precisions=("fp32",),
+        warm_up=0,
+        turns=1,
+        separate=False,
+    )
+    cli.run(cli.NAMES, {**TOY, "engine": engine_size, "grpo": grpo_size}, out, quick=True)
     return out
 
 
@@ -94,6 +104,10 @@ def toy_engine(directory: Path) -> engine.Size:
         ),
         separate=False,
     )
+
+
+def engine_vocabulary(size: engine.Size) -> int:
+    return ModelConfig.from_hf(size.model).vocab_size
 
 
 @pytest.mark.parametrize("name", cli.NAMES)
@@ -124,6 +138,12 @@ def test_every_target_of_the_project_has_a_row(results: Path):
     speculation_of = {"greedy, 1 draft by MTP", "temperature 0.6, 1 draft by MTP"}
     expected |= {(name, "no drafts"): 1.25 for name in speculation_of}
     expected |= {(f"{name}: acceptance", None): 0.7 for name in speculation_of}
+    expected |= {("GRPO step, maths: share without waiting for rewards", None): 0.95}
+    if grpo.isolation_is_there():
+        expected |= {("GRPO step, code in the sandbox: share without waiting for rewards", None): 0.95}
+    if grpo.is_installed():
+        expected |= {("GRPO step, V3, fp32", peer.replace("transformers", "TRL")): 4.0 for peer in SETTINGS}
+        expected |= {("GRPO step, SmolLM2-135M, fp32", "TRL"): 3.0}
     assert targets == expected  # the toy has no batch of 16 or 32, no llama.cpp and no prompt of 4,096 tokens
 
 

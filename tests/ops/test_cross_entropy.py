@@ -33,6 +33,7 @@ def test_loss_and_gradients_equal_the_two_steps(
 ) -> None:
     """However the rows are cut: one at a time, eight at a time with a rest, all at once; rows without a target count nothing."""
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ROWS", 1)
     inputs = draw(rows, ignored, ignore_index)
     ours = outputs_and_gradients(lambda *tensors: linear_cross_entropy(*tensors, ignore_index), inputs)
     exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
@@ -40,6 +41,17 @@ def test_loss_and_gradients_equal_the_two_steps(
     assert ours[0].dtype == torch.float32
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("rows", [255, 256, 257, 600])
+def test_a_large_vocabulary_has_few_chunks(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least 256 rows at a time, whatever the vocabulary, so that the head's gradient is summed over few chunks."""
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 37)
+    inputs, sums = draw(rows), []
+    sum_of_outer = cross_entropy.sum_of_outer
+    monkeypatch.setattr(cross_entropy, "sum_of_outer", lambda *tensors: sums.append(len(tensors[0])) or sum_of_outer(*tensors))
+    outputs_and_gradients(linear_log_probs, inputs)
+    assert sums == [256] * (rows // 256) + [rows % 256] * (rows % 256 > 0)
 
 
 def test_gradients_pass_gradcheck() -> None:
@@ -80,6 +92,7 @@ def test_loss_is_the_same_without_gradients() -> None:
 def test_bf16_keeps_the_error_rule(weight_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """With bfloat16 weights, and with float32 master weights under mixed precision; several chunks."""
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", 37 * 64)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ROWS", 1)
     hidden, weight, targets = draw(200, 10)
     assert_low_precision_rule(linear_cross_entropy, naive, hidden.bfloat16(), weight.to(weight_dtype), targets)
 
@@ -111,6 +124,7 @@ def naive_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def test_log_probs_and_their_gradients_equal_the_two_steps(rows: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each row with a gradient of its own, as a policy's loss gives it."""
     monkeypatch.setattr(cross_entropy, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(cross_entropy, "_CHUNK_ROWS", 1)
     inputs = draw(rows)
     ours = outputs_and_gradients(linear_log_probs, inputs)
     exact = [tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs]
