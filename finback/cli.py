@@ -33,6 +33,7 @@ VERBS = {
     "serve": ("an API that DeepSeek's and OpenAI's clients use unchanged, and a chat page", "finback.commands.serve:main"),
     "keys": ("keys, balances and usage of a server", "finback.commands.keys:main"),
     "eval": ("measure a model on tasks: pass@1, cons@k, pass@k, with intervals", "finback.commands.eval:main"),
+    "plan": ("what training, RL and serving of a model cost, before building it", "finback.commands.plan:main"),
     "convert": ("rewrite a checkpoint in another dtype, in FP8 or as a GGUF file", "finback.commands.convert:main"),
 }
 

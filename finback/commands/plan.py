@@ -1,0 +1,530 @@
+"""`finback plan`: what training, reinforcement learning and serving of a model cost, before building it. No torch."""
+
+import contextlib
+import io
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional
+
+from finback.commands.parse import parse_arguments
+from finback.config import InputError, ModelConfig, nearest
+from finback.data.files import write_atomic
+from finback.parallel.schedule import SCHEDULES, Action, Costs, interleaved, simulate
+from finback.planner import drawing
+from finback.planner.fit import fit_table
+from finback.planner.hardware import ROWS, Hardware, Precision, find_hardware
+from finback.planner.inference import Unit, weight_bytes_per_device
+from finback.planner.layout import Layout, Recompute, ScheduleName
+from finback.planner.model import plan_model
+from finback.planner.rl import RECIPES, plan_rl
+from finback.planner.serve import Tariff, Traffic, plan_serve
+from finback.planner.tables import (
+    print_fit,
+    print_hardware,
+    print_model,
+    print_rl,
+    print_schedule,
+    print_serve,
+    print_train,
+    print_validation,
+)
+from finback.planner.train import Prices, plan_train
+from finback.planner.validation import markdown, validation_rows
+from finback.presets import PRESETS
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+USUAL_LENGTH = 4096
+CEILINGS = Path("bench/results/ceilings.json")
+NO_PNG = "there is no picture of it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """How a plan is shown."""
+
+    json: Flag = False
+    """Print one JSON object instead of tables; units are in the field names."""
+    png: Path | None = None
+    """Also write a picture to this file."""
+
+
+@dataclass(frozen=True)
+class ModelFields(Output):
+    """What `finback plan model` takes."""
+
+    model: Positional[str] = "v3-671b"
+    """A preset's name, or a Hugging Face directory."""
+    sequence_length: int | None = None
+    """Tokens of a sequence, which attention's FLOPs depend on; None: 4096, or the model's most."""
+
+
+@dataclass(frozen=True)
+class TrainFields(Output):
+    """What `finback plan train` takes. Parts of the layout that are left out are searched."""
+
+    model: Positional[str] = "v3-671b"
+    """A preset's name, or a Hugging Face directory."""
+    hardware: str = "h800"
+    """A row of `finback plan hardware`, or measured: this machine."""
+    devices: int = 2048
+    """Devices of the cluster."""
+    tokens: float = 14.8e12
+    """Tokens of the run."""
+    sequence_length: int | None = None
+    """Tokens of a sequence; None: 4096, or the model's most."""
+    global_batch_size: int = 15360
+    """Sequences of an optimizer step."""
+    micro_batch_size: int = 1
+    """Sequences of a micro-batch."""
+    precision: Precision | None = None
+    """Of matrix products; None: fp8 where the hardware has it, else bf16."""
+    pp: int | None = None
+    """Pipeline stages; None: searched."""
+    ep: int | None = None
+    """Devices over which experts are spread; None: searched."""
+    tp: int | None = 1
+    """Devices that share each layer."""
+    schedule: ScheduleName | None = None
+    """Pipeline schedule; None: searched."""
+    recompute: Recompute | None = None
+    """What the backward computes again: none, selective (as V3) or full; None: searched."""
+    expert_imbalance: float = 1.2
+    """Load of the busiest device's experts over the mean; 1: forced to be even."""
+    usd_per_device_hour: float | None = None
+    """Rent; None: that of the hardware row, where it has one."""
+    pue: float = 1.3
+    """Energy of the building by energy of its machines."""
+    kg_co2_per_kwh: float = 0.55
+    """Of the grid."""
+    ceilings: Path = CEILINGS
+    """What make bench measured, for --hardware measured."""
+
+
+@dataclass(frozen=True)
+class RLFields(Output):
+    """What `finback plan rl` takes."""
+
+    model: Positional[str] = "v3-671b"
+    """A preset's name, or a Hugging Face directory."""
+    recipe: Literal["r1-zero", "r1"] = "r1-zero"
+    """Steps, batch and lengths of that run; the fields below change them."""
+    hardware: str = "h800"
+    """A row of `finback plan hardware`, or measured."""
+    devices: int = 512
+    """Devices, which sample, score and train in turn."""
+    pp: int = 16
+    """Pipeline stages in training."""
+    ep: int = 32
+    """Devices over which experts are spread, in training and in a rollout unit."""
+    steps: int | None = None
+    """Optimizer steps; None: the recipe's."""
+    batch_size: int | None = None
+    """Samples of a step; None: the recipe's."""
+    outputs_per_rollout: int | None = None
+    """Samples of a rollout; None: the recipe's."""
+    mean_tokens: float | None = None
+    """Average length of a sample; None: the recipe's (assumed: it is not published)."""
+    longest_tokens: float | None = None
+    """Longest sample of a rollout; None: the recipe's."""
+    mtp_acceptance: float = 0.0
+    """Share of MTP's drafts that are accepted in sampling; 0: none are made."""
+    precision: Precision | None = None
+    """None: fp8 where the hardware has it, else bf16."""
+    usd_per_device_hour: float | None = None
+    """Rent; None: that of the hardware row."""
+    ceilings: Path = CEILINGS
+    """What make bench measured, for --hardware measured."""
+
+
+@dataclass(frozen=True)
+class ServeFields(Output):
+    """What `finback plan serve` takes; the defaults are DeepSeek's units and day of February 2025."""
+
+    model: Positional[str] = "v3-671b"
+    """A preset's name, or a Hugging Face directory."""
+    hardware: str = "h800"
+    """A row of `finback plan hardware`, or measured."""
+    precision: Precision | None = None
+    """Of weights; None: fp8 where the hardware has it, else bf16."""
+    prefill_ep: int | None = None
+    """Devices over which experts are spread in prefill; None: the fewest that hold the model, 32 where one node does not."""
+    decode_ep: int | None = None
+    """The same in decoding; None: the fewest, or 144."""
+    tp: int = 1
+    """Devices that share each layer, where experts are not spread."""
+    redundant_experts: int | None = None
+    """Copies of busy experts; None: 32 in units of several nodes, else 0."""
+    batch: int = 88
+    """Requests per decode device that the bill counts on."""
+    mtp_acceptance: float = 0.0
+    """Share of MTP's drafts that are accepted; 0: none are made."""
+    input_tokens_per_day: float = Traffic.input_tokens_per_day
+    """Input of a day, cache hits included."""
+    output_tokens_per_day: float = Traffic.output_tokens_per_day
+    """Output of a day."""
+    hit_share: float = Traffic.hit_share
+    """Share of input that is found in the cache."""
+    prompt_tokens: float = Traffic.prompt_tokens
+    """Average prompt."""
+    context_tokens: float = Traffic.context_tokens
+    """Average context of an output token."""
+    usd_per_million_hit: float = Tariff.usd_per_million_hit
+    """Price of cached input."""
+    usd_per_million_miss: float = Tariff.usd_per_million_miss
+    """Price of other input."""
+    usd_per_million_output: float = Tariff.usd_per_million_output
+    """Price of output."""
+    usd_per_device_hour: float | None = None
+    """Rent; None: that of the hardware row."""
+    ceilings: Path = CEILINGS
+    """What make bench measured, for --hardware measured."""
+
+
+@dataclass(frozen=True)
+class FitFields(Output):
+    """What `finback plan fit` takes."""
+
+    hardware: Positional[str] = "rtx4090"
+    """A row of `finback plan hardware`, or measured."""
+    context: int = 8192
+    """Tokens of context that must fit."""
+    ceilings: Path = CEILINGS
+    """What make bench measured, for measured."""
+
+
+@dataclass(frozen=True)
+class ScheduleFields(Output):
+    """What `finback plan schedule` takes."""
+
+    name: Positional[str]
+    """one_f_one_b, interleaved, zb1p, dualpipe or dualpipe_v."""
+    stages: int = 8
+    """Pipeline stages PP; DualPipeV has half as many ranks."""
+    microbatches: int = 20
+    """Micro-batches of a step."""
+    chunks: int = 2
+    """Stages of each rank, interleaved only."""
+    forward: float = 1.0
+    """Time of a forward."""
+    backward_input: float = 1.0
+    """Time of an input gradient."""
+    backward_weight: float = 1.0
+    """Time of a weight gradient; a full backward is both."""
+    overlapped: float | None = None
+    """Time of an overlapped pair; None: as long as its parts."""
+    send: float = 0.0
+    """Time between ranks."""
+
+
+@dataclass(frozen=True)
+class HardwareFields(Output):
+    """What `finback plan hardware` takes."""
+
+
+@dataclass(frozen=True)
+class ValidateFields(Output):
+    """What `finback plan validate` takes."""
+
+    results: Path = Path("bench/results")
+    """Directory of what make bench wrote."""
+    out: Path | None = None
+    """Also write the table as Markdown to this file."""
+
+
+@dataclass(frozen=True)
+class PageFields:
+    """What `finback plan` takes without a kind."""
+
+    html: Path
+    """Write one self-contained page with controls, in Chinese and English, to this file."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """`finback plan KIND ...`, or `finback plan --html FILE`."""
+    words = list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if words[0].startswith("-"):
+        return _page(words)
+    if words[0] not in KINDS:
+        hint = nearest(words[0], list(KINDS)) or f"; kinds are {', '.join(KINDS)}"
+        raise InputError(f"unknown kind of plan {words[0]!r}{hint}")
+    fields, description, function = KINDS[words[0]]
+    function(parse_arguments(fields, words[1:], verb=f"plan {words[0]}", description=description))
+    return 0
+
+
+def _help() -> str:
+    """Every kind with its own page, since fields differ from kind to kind."""
+    lines = [
+        "usage: finback plan KIND ...",
+        "       finback plan --html FILE",
+        "",
+        "What a model of this kind costs, before building it.",
+        "",
+    ]
+    lines += [f"  {name:<10}{description}" for name, (_, description, _) in KINDS.items()]
+    lines += ["", "  --html FILE  write one page with controls, in Chinese and English", "  -h, --help   show this"]
+    for name, (fields, description, _) in KINDS.items():
+        page = io.StringIO()
+        with contextlib.redirect_stdout(page), contextlib.suppress(SystemExit):
+            parse_arguments(fields, ["--help"], verb=f"plan {name}", description=description)
+        lines += ["", page.getvalue().rstrip()]
+    return "\n".join(lines)
+
+
+def _show(output: Output, plan: Any, show: Callable[[], None], picture: Callable[[], bytes] | None) -> None:
+    """JSON or tables, and the picture where one is asked for."""
+    if output.png is not None:
+        if picture is None:
+            raise InputError(f"--png: {NO_PNG}; leave it out")
+        write_atomic(output.png, picture())
+    if output.json:
+        print(json.dumps(plan, indent=2, ensure_ascii=False, allow_nan=False, default=str))
+    else:
+        show()
+
+
+def find_model(name: str) -> ModelConfig:
+    """A preset's model, or the one of a Hugging Face directory."""
+    if name in PRESETS:
+        return PRESETS[name]().model
+    if Path(name).is_dir():
+        return ModelConfig.from_hf(name)
+    hint = nearest(name, list(PRESETS)) or f"; presets are {', '.join(PRESETS)}"
+    raise InputError(f"model {name!r} is neither a preset nor a directory{hint}")
+
+
+def _precision(chosen: Precision | None, hardware: Hardware) -> Precision:
+    if chosen is not None:
+        return chosen
+    return "bf16" if hardware.fp8_tflops is None else "fp8"
+
+
+def _length(chosen: int | None, model: ModelConfig) -> int:
+    return min(USUAL_LENGTH, model.max_position_embeddings) if chosen is None else chosen
+
+
+def _check_positive(fields: object, *names: str) -> None:
+    for name in names:
+        value = getattr(fields, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise InputError(f"--{name.replace('_', '-')} is {value:g}, it must be positive")
+
+
+def _model(fields: ModelFields) -> None:
+    model = find_model(fields.model)
+    plan = plan_model(model, _length(fields.sequence_length, model))
+    _show(fields, asdict(plan), lambda: print_model(fields.model, plan), lambda: drawing.model_png(plan))
+
+
+def _train(fields: TrainFields) -> None:
+    _check_positive(fields, "devices", "tokens", "usd_per_device_hour", "pue", "kg_co2_per_kwh", "expert_imbalance")
+    model, hardware = find_model(fields.model), find_hardware(fields.hardware, fields.ceilings)
+    free = frozenset(name for name in ("pp", "ep", "tp", "schedule", "recompute") if getattr(fields, name) is None)
+    schedule = fields.schedule or "one_f_one_b"
+    layout = Layout(
+        devices=fields.devices,
+        pp=fields.pp or 1,
+        ep=fields.ep or 1,
+        tp=fields.tp or 1,
+        schedule=schedule,
+        recompute=fields.recompute or "selective",
+        micro_batch_size=fields.micro_batch_size,
+        overlap=schedule.startswith("dualpipe"),
+        expert_imbalance=fields.expert_imbalance,
+    )
+    for name in ("pp", "ep", "tp"):
+        if getattr(fields, name) is not None and getattr(fields, name) < 1:
+            raise InputError(f"--{name} is {getattr(fields, name)}, it must be at least 1")
+    plan = plan_train(
+        model,
+        hardware,
+        layout,
+        free,
+        tokens=fields.tokens,
+        precision=_precision(fields.precision, hardware),
+        sequence_length=_length(fields.sequence_length, model),
+        global_batch_size=fields.global_batch_size,
+        prices=Prices(fields.usd_per_device_hour, fields.pue, kg_co2_per_kwh=fields.kg_co2_per_kwh),
+    )
+    _show(fields, asdict(plan), lambda: print_train(fields.model, plan), lambda: drawing.train_png(plan))
+
+
+def _rl(fields: RLFields) -> None:
+    model, hardware = find_model(fields.model), find_hardware(fields.hardware, fields.ceilings)
+    _check_positive(fields, "devices", "usd_per_device_hour")
+    names = ("steps", "batch_size", "outputs_per_rollout", "mean_tokens", "longest_tokens")
+    changed: dict[str, Any] = {name: getattr(fields, name) for name in names if getattr(fields, name) is not None}
+    plan = plan_rl(
+        model,
+        hardware,
+        Layout(fields.devices, pp=fields.pp, ep=fields.ep),
+        Unit(ep=fields.ep),
+        replace(RECIPES[fields.recipe], **changed),
+        precision=_precision(fields.precision, hardware),
+        prices=Prices(fields.usd_per_device_hour),
+        mtp_acceptance=fields.mtp_acceptance,
+    )
+    _show(fields, asdict(plan), lambda: print_rl(fields.model, plan), lambda: drawing.rl_png(plan))
+
+
+def _serve(fields: ServeFields) -> None:
+    model, hardware = find_model(fields.model), find_hardware(fields.hardware, fields.ceilings)
+    precision = _precision(fields.precision, hardware)
+    _check_positive(fields, "usd_per_device_hour")
+    plan = plan_serve(
+        model,
+        hardware,
+        _unit(fields, model, hardware, precision, fields.prefill_ep, 32),
+        _unit(fields, model, hardware, precision, fields.decode_ep, 144),
+        precision=precision,
+        batch=fields.batch,
+        traffic=Traffic(
+            fields.input_tokens_per_day,
+            fields.output_tokens_per_day,
+            fields.hit_share,
+            fields.prompt_tokens,
+            min(fields.context_tokens, float(model.max_position_embeddings))
+            if fields.context_tokens == Traffic.context_tokens
+            else fields.context_tokens,
+        ),
+        tariff=Tariff(fields.usd_per_million_hit, fields.usd_per_million_miss, fields.usd_per_million_output),
+        usd_per_device_hour=fields.usd_per_device_hour,
+        mtp_acceptance=fields.mtp_acceptance,
+    )
+    _show(fields, asdict(plan), lambda: print_serve(fields.model, plan), lambda: drawing.serve_png(plan))
+
+
+def _unit(
+    fields: ServeFields, model: ModelConfig, hardware: Hardware, precision: Precision, ep: int | None, several_nodes: int
+) -> Unit:
+    """The unit that was asked for; else the smallest that holds the model, or DeepSeek's where one node does not."""
+    if not model.n_routed_experts:
+        return Unit(ep=1 if ep is None else ep, tp=fields.tp)
+    if ep is None:
+        units = [Unit(ep=size, tp=fields.tp) for size in (1, 2, 4, 8) if size <= hardware.devices_per_node]
+        room = 0.8 * hardware.memory_bytes
+        holding = (
+            u.ep for u in units if weight_bytes_per_device(model, u, precision) <= room and model.n_routed_experts % u.ep == 0
+        )
+        ep = next(holding, several_nodes)
+    copies = fields.redundant_experts
+    if copies is None:
+        copies = 32 if ep > hardware.devices_per_node else 0
+    return Unit(ep=ep, tp=fields.tp, redundant_experts=copies)
+
+
+def _fit(fields: FitFields) -> None:
+    if fields.context < 1:
+        raise InputError(f"--context is {fields.context}, it must be at least 1")
+    hardware = find_hardware(fields.hardware, fields.ceilings)
+    rows = fit_table(hardware, fields.context)
+    _show(fields, {"hardware": hardware.title, "rows": [asdict(row) for row in rows]}, lambda: print_fit(hardware, rows), None)
+
+
+def _schedule(fields: ScheduleFields) -> None:
+    names = {name.replace("_", ""): name for name in SCHEDULES} | {"1f1b": "one_f_one_b"}
+    name = names.get(fields.name.lower().replace("_", "").replace("-", ""))
+    if name is None:
+        hint = nearest(fields.name, list(SCHEDULES)) or f"; schedules are {', '.join(SCHEDULES)}"
+        raise InputError(f"unknown schedule {fields.name!r}{hint}")
+    _check_positive(fields, "forward", "backward_input", "backward_weight", "overlapped")
+    if not (fields.send >= 0 and math.isfinite(fields.send)):
+        raise InputError(f"--send is {fields.send:g}, it must be at least 0")
+    if fields.stages * fields.microbatches > MOST_CELLS:
+        raise InputError(
+            f"--stages x --microbatches is {fields.stages * fields.microbatches}, above {MOST_CELLS}; give fewer micro-batches"
+        )
+    costs = Costs(fields.forward, fields.backward_input, fields.backward_weight, fields.overlapped, fields.send)
+    try:
+        if name == "interleaved":
+            schedule = interleaved(fields.stages, fields.microbatches, fields.chunks)
+        else:
+            schedule = SCHEDULES[name](fields.stages, fields.microbatches)
+        result = simulate(schedule, costs)
+    except ValueError as error:  # the schedules know nothing of ours, so they raise the plain kind
+        raise InputError(str(error)) from None
+    title = f"{name}, {fields.stages} stages, {fields.microbatches} micro-batches"
+    plan = {
+        "schedule": name,
+        "num_stages": fields.stages,
+        "num_microbatches": fields.microbatches,
+        "costs": asdict(costs),
+        "makespan": result.makespan,
+        "bubble_fraction": result.bubble_fraction,
+        "bubbles": result.bubbles,
+        "busy": result.busy,
+        "peak_live_activations": result.peak_live_activations,
+        "parameter_copies": result.parameter_copies,
+        "ranks": [
+            [_action(action) | {"start": start, "end": end} for action, (start, end) in zip(actions, spans, strict=True)]
+            for actions, spans in zip(schedule, result.timeline, strict=True)
+        ],
+    }
+    _show(
+        fields,
+        plan,
+        lambda: print_schedule(title, schedule, result, costs),
+        lambda: drawing.schedule_png(title, schedule, result),
+    )
+
+
+MOST_CELLS = 20_000
+
+
+def _action(action: Action) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "kind": action.kind.value,
+        "microbatch": action.microbatch,
+        "stage": action.stage,
+        "chunk": action.chunk,
+    }
+    return told if action.backward is None else told | {"backward": _action(action.backward)}
+
+
+def _hardware(fields: HardwareFields) -> None:
+    plan = [asdict(row) | {"unknown": row.unknown} for row in ROWS]
+    _show(fields, {"rows": plan}, lambda: print_hardware(ROWS), None)
+
+
+def _validate(fields: ValidateFields) -> None:
+    models = {name: PRESETS[name]().model for name in ("v3-671b", "tiny", "nano")}
+    rows = validation_rows(models, fields.results)
+    if fields.out is not None:
+        write_atomic(fields.out, markdown(rows))
+    plan = {"rows": [asdict(row) | {"error": row.error, "met": row.met} for row in rows]}
+    _show(fields, plan, lambda: print_validation(rows), None)
+
+
+def _page(words: Sequence[str]) -> int:
+    fields = parse_arguments(PageFields, words, verb="plan", description="Write the planner as one page.")
+    from finback.planner.page import page
+
+    if fields.html.is_dir():
+        raise InputError(f"--html {fields.html} is a directory; give a file")
+    models = {name: PRESETS[name]().model for name in ("v3-671b", "v2-lite-16b")}
+    write_atomic(fields.html, page(models))
+    print(f"wrote {fields.html}", file=sys.stderr)
+    return 0
+
+
+KINDS: dict[str, tuple[Any, str, Callable[[Any], None]]] = {
+    "model": (ModelFields, "parameters, FLOPs, bytes and cache per token", _model),
+    "train": (TrainFields, "memory, time, money and energy of a training run, and the best layouts", _train),
+    "rl": (RLFields, "rollout, reward and training time of R1-Zero and R1", _rl),
+    "serve": (ServeFields, "throughput, latency and money of serving, and dense against mixture", _serve),
+    "fit": (FitFields, "what fits on one card or laptop, at which precision and context", _fit),
+    "schedule": (ScheduleFields, "a pipeline schedule, drawn and simulated", _schedule),
+    "hardware": (HardwareFields, "the hardware rows and their sources", _hardware),
+    "validate": (ValidateFields, "the planner against published and measured figures", _validate),
+}
+"""The kinds of plan by the words of the command line."""

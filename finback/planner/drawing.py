@@ -1,0 +1,169 @@
+"""Schedules and plans as pictures: letters for a terminal, PNG files by matplotlib, which is imported only where one is made."""
+
+import io
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from finback.config import InputError
+from finback.parallel.schedule import Action, Kind, Simulation
+from finback.planner.model import ModelPlan
+from finback.planner.rl import RLPlan
+from finback.planner.serve import ServePlan
+from finback.planner.train import TrainPlan
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLORS = {
+    Kind.FORWARD: "#4c78a8",
+    Kind.BACKWARD: "#f58518",
+    Kind.BACKWARD_INPUT: "#e45756",
+    Kind.BACKWARD_WEIGHT: "#72b7b2",
+    Kind.OVERLAPPED: "#9d6fb0",
+}
+_LETTERS = {Kind.OVERLAPPED: "P"}  # a pair
+
+
+def columns_per_unit(result: Simulation, shortest: float, width: int) -> float:
+    """Columns of one unit of time: a shortest action of four columns where that fits into `width`, else less."""
+    return min(4.0 / shortest, max(1.0, width - 6) / result.makespan)
+
+
+def cells(
+    actions: Sequence[Action], spans: Sequence[tuple[float, float]], scale: float, end: float
+) -> list[tuple[str, Kind | None]]:
+    """One rank's line: pieces of text with the kind of their action, None for waiting."""
+    pieces: list[tuple[str, Kind | None]] = []
+    column = 0
+    for action, (start, stop) in zip(actions, spans, strict=True):
+        first, last = round(start * scale), round(stop * scale)
+        if first > column:
+            pieces.append(("." * (first - column), None))
+        letter = _LETTERS.get(action.kind, action.kind.value)
+        text = f"{letter}{action.microbatch}"
+        text = text if len(text) <= last - first else letter  # a cut number would be another micro-batch's
+        pieces.append((text[: last - first].ljust(last - first), action.kind))
+        column = max(column, last)
+    rest = round(end * scale) - column
+    if rest > 0:
+        pieces.append(("." * rest, None))
+    return pieces
+
+
+def _figure(width: float, height: float) -> "Figure":
+    if find_spec("matplotlib") is None:
+        raise InputError("--png needs matplotlib, which is in the extra report: pip install 'finback[report]'")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=120)
+
+
+def _bytes(figure: "Figure") -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def schedule_png(title: str, schedule: Sequence[Sequence[Action]], result: Simulation) -> bytes:
+    """The timeline of every rank; the number in a box is its micro-batch, in a pair those of forward and backward."""
+    ranks = len(schedule)
+    figure = _figure(16, 0.45 * ranks + 1.4)
+    axes = figure.subplots()
+    small = 7 if result.makespan > 40 else 9
+    for rank, (actions, spans) in enumerate(zip(schedule, result.timeline, strict=True)):
+        for action, (start, end) in zip(actions, spans, strict=True):
+            axes.barh(rank, end - start, left=start, height=0.86, color=COLORS[action.kind], edgecolor="white", linewidth=0.5)
+            text = str(action.microbatch) if action.backward is None else f"{action.microbatch}/{action.backward.microbatch}"
+            axes.text((start + end) / 2, rank, text, ha="center", va="center", fontsize=small, color="white")
+    for kind, color in COLORS.items():
+        if any(action.kind == kind for actions in schedule for action in actions):
+            axes.bar(0, 0, color=color, label=kind.name.lower().replace("_", " "))
+    axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
+    axes.invert_yaxis()
+    axes.set_xlim(0, result.makespan)
+    axes.set_xlabel("time")
+    axes.set_title(title)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15 - 0.6 / ranks), ncols=5, frameon=False)
+    return _bytes(figure)
+
+
+def model_png(plan: ModelPlan) -> bytes:
+    """Active parameters and FLOPs by module, and caches on a logarithmic scale."""
+    figure = _figure(13, 4.5)
+    left, right = figure.subplots(1, 2)
+    shown = [m for m in plan.modules if m.forward_flops_per_token > 0]
+    left.barh([m.name for m in shown], [m.forward_flops_per_token / 1e9 for m in shown], color=COLORS[Kind.FORWARD])
+    left.invert_yaxis()
+    left.set_xlabel("GFLOP per token, forward")
+    right.barh(
+        [row.name for row in plan.caches], [row.bytes_per_token / 1000 for row in plan.caches], color=COLORS[Kind.BACKWARD]
+    )
+    right.invert_yaxis()
+    right.set_xscale("log")
+    right.set_xlabel("KB of cache per token, bf16")
+    return _bytes(figure)
+
+
+def train_png(plan: TrainPlan) -> bytes:
+    """Where a step's time goes in the best layouts, and the memory of the best one."""
+    figure = _figure(14, 5)
+    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
+    found = [plan.best, *plan.alternatives]
+    parts = [
+        ("compute", "compute_seconds"),
+        ("recomputation", "recompute_seconds"),
+        ("all-to-all, exposed", "exposed_all_to_all_seconds"),
+        ("tensor parallel", "tensor_parallel_seconds"),
+        ("idle kernels", "idle_seconds"),
+        ("bubbles", "bubble_seconds"),
+        ("gradient sync", "gradient_sync_seconds"),
+        ("optimizer", "optimizer_seconds"),
+    ]
+    start = [0.0] * len(found)
+    for name, part in parts:
+        size = [getattr(one.step, part) for one in found]
+        left.barh([one.description for one in found], size, left=start, label=name)
+        start = [one + other for one, other in zip(start, size, strict=True)]
+    left.invert_yaxis()
+    left.set_xlabel("seconds of a step")
+    left.legend(fontsize=8)
+    memory = {name.removesuffix("_bytes"): size / 1e9 for name, size in vars(plan.best.memory).items()}
+    right.barh(list(memory), list(memory.values()), color=COLORS[Kind.BACKWARD_WEIGHT])
+    right.invert_yaxis()
+    right.set_xlabel("GB per device")
+    return _bytes(figure)
+
+
+def serve_png(plan: ServePlan) -> bytes:
+    """Speed of a request against the output of a node, over batch sizes."""
+    figure = _figure(8, 5)
+    axes = figure.subplots()
+    axes.plot(
+        [row.tokens_per_second_per_request for row in plan.latencies],
+        [row.output_tokens_per_second_per_node for row in plan.latencies],
+        marker="o",
+        color=COLORS[Kind.FORWARD],
+    )
+    for row in plan.latencies:
+        place = (row.tokens_per_second_per_request, row.output_tokens_per_second_per_node)
+        text = str(row.batch_per_device) + ("" if row.fits else " (no room)")
+        axes.annotate(text, place, textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set_xlabel("tokens per second of one request")
+    axes.set_ylabel("output tokens per second of a node")
+    axes.set_title(f"{plan.hardware}, batch per device at each point")
+    return _bytes(figure)
+
+
+def rl_png(plan: RLPlan) -> bytes:
+    """The parts of one rollout cycle."""
+    figure = _figure(8, 3)
+    axes = figure.subplots()
+    start = 0.0
+    for name in ("rollout", "reference", "reward", "training"):
+        size = getattr(plan, f"{name}_seconds")
+        axes.barh(plan.recipe, size, left=start, label=f"{name} {size:.0f} s")
+        start += size
+    axes.set_xlabel("seconds of a cycle")
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.3), frameon=False)
+    return _bytes(figure)

@@ -1,0 +1,269 @@
+"""Hardware as data: what makers and papers publish about each device, with its source; what nobody publishes is None.
+
+Rates are of one device, dense (no sparsity), one direction for links. Each row carries one set of `Efficiencies`: the share of a
+peak that real kernels reach. A row's set holds for every question asked of it, and no published result of training or serving
+V3 went into it: the shares come from kernel benchmarks, and where there is none the note says that it is assumed.
+"""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from finback.config import InputError, nearest
+
+Precision = Literal["fp32", "bf16", "fp8", "int4"]
+GIGA, TERA = 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Efficiencies:
+    """Shares of the peaks that are reached.
+
+    `matmul` and `fp8_matmul` of the matrix peaks, `attention_forward` and `attention_backward` of the bf16 peak, `memory` of the
+    bandwidth, `network` of the links (`low_latency_network` with decode's small messages); `busy` is the share of time in which
+    kernels run at all (launches, stragglers, uneven experts);
+    `communication_cores` is the share of the processor that all-to-all kernels occupy while they run.
+    """
+
+    matmul: float = 0.70
+    fp8_matmul: float = 0.60
+    attention_forward: float = 0.59
+    attention_backward: float = 0.40
+    memory: float = 0.90
+    network: float = 0.90
+    low_latency_network: float = 0.78
+    busy: float = 0.85
+    communication_cores: float = 20 / 132
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device, and how it is connected; None where no figure is published."""
+
+    name: str
+    title: str
+    memory_gb: float | None
+    memory_gb_per_second: float | None
+    bf16_tflops: float | None
+    fp8_tflops: float | None
+    scale_up_gb_per_second: float | None
+    """To the other devices of a node (NVLink, HCCS, PCIe), per direction."""
+    devices_per_node: int
+    scale_out_gb_per_second: float | None
+    """To other nodes, per device and direction."""
+    power_watts: float | None
+    usd_per_hour: float | None
+    """Rent of one device for an hour."""
+    source: str
+    efficiencies: Efficiencies = field(default_factory=Efficiencies)
+    efficiency_source: str = "assumed as Hopper's"
+    exchange_latency_us: float = 10.0
+    """Fixed part of one exchange between devices, besides its bytes: some network latencies of 3 us (V3 hardware paper) and a
+    launch."""
+
+    @property
+    def unknown(self) -> list[str]:
+        """Fields without a published figure."""
+        return [f.name for f in fields(self) if getattr(self, f.name) is None]
+
+    def need(self, name: str) -> float:
+        """A figure, or InputError where there is none."""
+        value = getattr(self, name)
+        if value is None:
+            raise InputError(
+                f"hardware {self.name} has no published {name}; take one that has, {_first_with(name)!r} for instance"
+            )
+        return float(value)
+
+    def peak_flops(self, precision: Precision) -> float:
+        """FLOP per second of matrix products. Without FP8 units FP8 weights are multiplied in bf16; fp32 has a row of its own only
+        in measured hardware, elsewhere it runs at half of bf16 (TF32)."""
+        bf16 = self.need("bf16_tflops") * TERA
+        if precision == "fp8" and self.fp8_tflops is not None:
+            return self.fp8_tflops * TERA
+        return bf16 / 2 if precision == "fp32" else bf16
+
+    def matmul_flops(self, precision: Precision) -> float:
+        """FLOP per second that matrix products really reach."""
+        share = self.efficiencies.fp8_matmul if precision == "fp8" and self.fp8_tflops is not None else self.efficiencies.matmul
+        return self.peak_flops(precision) * share
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Bytes per second that memory really gives."""
+        return self.need("memory_gb_per_second") * GIGA * self.efficiencies.memory
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes of one device's memory."""
+        return self.need("memory_gb") * GIGA
+
+
+_HOPPER = (
+    "fp8_matmul: harmonic mean of DeepGEMM's rows at 4,096 rows for V3's shapes, 1,182 of 1,979; "
+    "attention_forward: FlashMLA 580 of 989; "
+    "memory: FlashMLA 3,000 of 3,350; network: DeepEP 46 of 50, low latency 39; communication_cores: 20 of 132 SMs (V3 section 3.2.2); "
+    "attention_backward as on B200 relative to forward; matmul and busy are assumed"
+)
+_BLACKWELL = (
+    "attention: FlashMLA's dense MHA on B200, 1,460 forward and 1,000 backward of 2,250; the rest as Hopper's, which gives the "
+    "published dense Llama 3 8B rows of Megatron-Bridge on H100 and B200 to 15%"
+)
+_DATA_SHEET = "maker's data sheet"
+_BLACKWELL_SET = Efficiencies(attention_forward=0.65, attention_backward=0.44)
+
+ROWS = (
+    Hardware(
+        *("h800", "NVIDIA H800 SXM", 80, 3350, 989, 1979, 160, 8, 50, 700, 2.0),
+        source="V3 section 3.1 (links, 160 and 50 GB/s as reached), table 1 ($2); the rest as H100's data sheet",
+        efficiency_source=_HOPPER,
+    ),
+    Hardware(
+        *("h100", "NVIDIA H100 SXM", 80, 3350, 989, 1979, 400, 8, 50, 700, 2.0),
+        source=f"{_DATA_SHEET}; NVLink 450 less protocol as H800's 160 of 200; $2 as in the LMSYS report of 2025-05",
+        efficiency_source=_HOPPER,
+    ),
+    Hardware(
+        *("h200", "NVIDIA H200 SXM", 141, 4800, 989, 1979, 400, 8, 50, 700, None),
+        source=_DATA_SHEET,
+        efficiency_source=_HOPPER,
+    ),
+    Hardware(
+        *("a100", "NVIDIA A100 SXM 80 GB", 80, 2039, 312, None, 240, 8, 25, 400, None),
+        source=f"{_DATA_SHEET}; links as a DGX A100",
+    ),
+    Hardware(
+        *("b200", "NVIDIA B200 SXM", 180, 8000, 2250, 4500, 720, 8, 50, 1000, None),
+        source=f"{_DATA_SHEET} (HGX)",
+        efficiencies=_BLACKWELL_SET,
+        efficiency_source=_BLACKWELL,
+    ),
+    Hardware(
+        *("gb200", "NVIDIA GB200 NVL72", 186, 8000, 2500, 5000, 720, 72, 50, 1200, None),
+        source=f"{_DATA_SHEET} (one of 72 GPUs)",
+        efficiencies=_BLACKWELL_SET,
+        efficiency_source=_BLACKWELL,
+    ),
+    Hardware(
+        *("gb300", "NVIDIA GB300 NVL72", 279, 8000, 2500, 5000, 720, 72, 100, 1400, None),
+        source=f"{_DATA_SHEET} (one of 72 GPUs)",
+        efficiencies=_BLACKWELL_SET,
+        efficiency_source=_BLACKWELL,
+    ),
+    Hardware(
+        *("h20", "NVIDIA H20", 96, 4000, 148, 296, 400, 8, 50, 400, None),
+        source="third-party copies of the data sheet",
+    ),
+    Hardware(
+        *("rtx4090", "NVIDIA GeForce RTX 4090", 24, 1008, 165, 330, 25, 8, None, 450, None),
+        source=f"{_DATA_SHEET} (fp32 accumulation); PCIe 4.0 x16 less protocol; no network of its own",
+    ),
+    Hardware(
+        *("ascend910b", "Huawei Ascend 910B", 64, 1600, 376, None, 196, 8, 25, None, None),
+        source="third-party reports, variants differ; the maker publishes no full data sheet",
+    ),
+    Hardware(
+        *("ascend910c", "Huawei Ascend 910C", 128, 3200, 752, None, 196, 8, 50, None, None),
+        source="third-party reports: two 910B dies in one package; the maker publishes no full data sheet",
+    ),
+    Hardware(
+        *("hygon-k100", "Hygon DCU K100-AI", 64, 896, 196, None, None, 8, None, 350, None),
+        source="third-party reports; links are not published",
+    ),
+    Hardware(
+        *("laptop-rtx4070", "laptop with GeForce RTX 4070 (8 GB)", 8, 256, 60, 120, None, 1, None, 115, None),
+        source=f"{_DATA_SHEET} for memory; matrix rates depend on the power limit, here half of the desktop card's",
+    ),
+    Hardware(
+        *("laptop-m3max", "Apple laptop, M3 Max, 128 GB", 128, 400, 28, None, None, 1, None, 80, None),
+        source=f"{_DATA_SHEET} for memory (shared with the system); the GPU's rate by third parties",
+    ),
+    Hardware(
+        *("laptop-cpu", "laptop CPU, 32 GB DDR5-5600", 32, 89.6, None, None, None, 1, None, 45, None),
+        source="two channels of the memory standard; matrix rates differ too much to give one: --hardware measured",
+    ),
+)
+HARDWARE = {row.name: row for row in ROWS}
+"""The rows by the names of the command line."""
+
+
+def _first_with(name: str) -> str:
+    """The first row that has the figure."""
+    return next(row.name for row in ROWS if getattr(row, name) is not None)
+
+
+def find_hardware(name: str, ceilings: Path) -> Hardware:
+    """A row by its name; "measured" is this machine by the file of ceilings that its benchmark wrote.
+
+    Raises:
+        InputError: an unknown name (with the nearest), or a file that is missing or holds no ceilings.
+    """
+    if name == "measured":
+        return measured(ceilings)
+    if name not in HARDWARE:
+        known = [*HARDWARE, "measured"]
+        hint = nearest(name.lower(), known) or f"; known are {', '.join(known)}"
+        raise InputError(f"--hardware is {name!r}, which is unknown{hint}")
+    return HARDWARE[name]
+
+
+_MEASURED_SET = Efficiencies(matmul=0.75, attention_forward=0.5, attention_backward=0.4, memory=1.0, network=1.0, busy=0.85)
+_MEASURED_NOTE = (
+    "of measured ceilings: memory 1, for that rate was reached; matmul 0.75, for a model's products are smaller than those that reach "
+    "the ceiling; attention and busy about as on GPUs; assumed"
+)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What `make bench` found this machine to reach."""
+
+    fp32_gflop_per_second: float
+    bf16_gflop_per_second: float
+    read_gb_per_second: float
+    memory_total_bytes: float
+    cores: int
+
+
+def read_ceilings(path: Path) -> Ceilings:
+    """The ceilings in the file that `make bench` writes; InputError if it is missing or of another form."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; run make bench first, or name the file with --ceilings")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        rows = {row["name"]: row for row in data["rows"]}
+        best = {
+            precision: max(
+                row["gflop_per_second"] for name, row in rows.items() if f" {precision} " in name and "gflop_per_second" in row
+            )
+            for precision in ("fp32", "bf16")
+        }
+        device = data["device"]
+        read = float(rows["memory, read"]["gb_per_second"])
+        return Ceilings(float(best["fp32"]), float(best["bf16"]), read, float(device["memory_total_bytes"]), int(device["cores"]))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
+        raise InputError(f"{path} is not a file of ceilings; write it again with make bench") from None
+
+
+def measured(path: Path, precision: Precision = "bf16") -> Hardware:
+    """This machine as a row: matrix rate (of `precision`) and bandwidth as measured, memory as the system has it."""
+    found = read_ceilings(path)
+    rate = found.bf16_gflop_per_second if precision != "fp32" else 2 * found.fp32_gflop_per_second  # fp32 runs at half of it
+    return Hardware(
+        name="measured",
+        title=f"this machine, {found.cores} cores",
+        memory_gb=found.memory_total_bytes / GIGA,
+        memory_gb_per_second=found.read_gb_per_second,
+        bf16_tflops=rate / 1000,
+        fp8_tflops=None,
+        scale_up_gb_per_second=None,
+        devices_per_node=1,
+        scale_out_gb_per_second=None,
+        power_watts=None,
+        usd_per_hour=None,
+        source=f"measured by make bench, {path.name}",
+        efficiencies=_MEASURED_SET,
+        efficiency_source=_MEASURED_NOTE,
+        exchange_latency_us=0.0,
+    )

@@ -1,0 +1,269 @@
+"""The time of prefill and of a decode step on one device of a serving unit, by component."""
+
+from dataclasses import dataclass
+
+from finback.config import InputError, ModelConfig, count_params
+from finback.planner.communication import all_to_all, distinct
+from finback.planner.hardware import GIGA, Hardware, Precision
+from finback.planner.model import WEIGHT_BYTES, absorbed_core_flops, attention_core_flops, cache_bytes_per_token, shape
+from finback.planner.step import elementwise_bytes
+
+RESERVED = 0.10  # of memory: activations, communication buffers, graphs
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Devices that serve together: experts over `ep` of them, attention replicated (data-parallel) or cut over `tp`.
+    `redundant_experts`
+    are copies that even out the load (V3 section 3.4)."""
+
+    ep: int = 1
+    tp: int = 1
+    redundant_experts: int = 0
+    expert_imbalance: float = 1.2
+
+    @property
+    def devices(self) -> int:
+        return max(self.ep, self.tp)
+
+
+def check_unit(c: ModelConfig, unit: Unit) -> None:
+    """Refuse what does not divide, with the nearest value that does."""
+    if unit.ep < 1 or unit.tp < 1:
+        raise InputError(f"--ep is {unit.ep} and --tp is {unit.tp}, both must be at least 1")
+    if unit.ep > 1 and not c.n_routed_experts:
+        raise InputError(f"--ep is {unit.ep}, but the model is dense; use 1, and --tp to cut it")
+    experts = c.n_routed_experts + unit.redundant_experts
+    if unit.ep > 1 and experts % unit.ep:
+        near = -(-experts // unit.ep) * unit.ep - c.n_routed_experts
+        raise InputError(
+            f"--ep is {unit.ep}, it must divide experts with their copies ({c.n_routed_experts} + {unit.redundant_experts}); "
+            f"the nearest is --redundant-experts {near}"
+        )
+    if c.num_attention_heads % unit.tp:
+        near = min(
+            (d for d in range(1, c.num_attention_heads + 1) if c.num_attention_heads % d == 0), key=lambda d: abs(d - unit.tp)
+        )
+        raise InputError(
+            f"--tp is {unit.tp}, it must divide num_attention_heads ({c.num_attention_heads}); the nearest is {near}"
+        )
+
+
+def plain_parameters(c: ModelConfig) -> int:
+    """Matrix parameters that every device of an expert-parallel unit holds and every token uses: all but routed experts and the
+    input embedding, of which one row is read."""
+    s = shape(c)
+    layers, moe = c.num_hidden_layers, c.num_moe_layers
+    shared = moe * (c.n_shared_experts * s.expert + s.router) if c.n_routed_experts else 0
+    return layers * s.attention + c.first_k_dense_replace * s.dense + shared
+
+
+def weight_bytes_per_device(c: ModelConfig, unit: Unit, precision: Precision) -> float:
+    """Bytes of weights on one device: products' weights in `precision`, embedding and head in bf16."""
+    s = shape(c)
+    size, ends = (
+        WEIGHT_BYTES[precision],
+        (1 if c.tie_word_embeddings else 2) * s.embedding * min(2.0, WEIGHT_BYTES[precision] * 2),
+    )
+    experts = c.num_moe_layers * (c.n_routed_experts + unit.redundant_experts) / unit.ep * s.expert if c.n_routed_experts else 0
+    return (plain_parameters(c) * size + ends) / unit.tp + experts * size / (unit.tp if unit.ep == 1 else 1)
+
+
+def largest_batch(
+    c: ModelConfig, hardware: Hardware, unit: Unit, precision: Precision, context: float, cache_value_bytes: float
+) -> int:
+    """Requests per device whose caches fit beside the weights; 0 where the weights alone do not."""
+    left = (1 - RESERVED) * hardware.memory_bytes - weight_bytes_per_device(c, unit, precision)
+    return max(0, int(left / (cache_bytes_per_token(c, bytes_per_value=cache_value_bytes) * context / _cache_split(c, unit))))
+
+
+def _cache_split(c: ModelConfig, unit: Unit) -> int:
+    """Devices that share one request's cache: key-value heads are cut by tp, a latent is not."""
+    return 1 if c.kv_lora_rank else min(unit.tp, c.num_key_value_heads)
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """Milliseconds of one decode step of `batch` requests per device, by component, and what comes of it."""
+
+    batch: int
+    context: float
+    weights_ms: float
+    """Reading weights, or multiplying by them where that takes longer."""
+    cache_ms: float
+    exchange_ms: float
+    exposed_exchange_ms: float
+    idle_ms: float
+    tpot_ms: float
+    tokens_per_second_per_request: float
+    tokens_per_second_per_device: float
+    overlapped: bool
+    fits: bool
+
+
+def decode_step(
+    c: ModelConfig,
+    hardware: Hardware,
+    unit: Unit,
+    precision: Precision,
+    batch: int,
+    context: float,
+    *,
+    cache_value_bytes: float = 2.0,
+    mtp_acceptance: float = 0.0,
+) -> DecodeStep:
+    """One step: each part takes the longer of its memory traffic and its products. Two half batches hide the exchange behind the
+    other's computing where that gains, though weights are then read twice (V3 section 3.4.2). With `mtp_acceptance` each request
+    brings one draft, verified in the same step."""
+    rows = batch * (2 if mtp_acceptance else 1)
+    whole_weights, cache = _decode_compute(c, hardware, unit, precision, rows, batch, context, cache_value_bytes)
+    exchange = _exchange_seconds(c, hardware, unit, rows)
+    half_weights, half_cache = _decode_compute(
+        c, hardware, unit, precision, max(1, rows // 2), max(1, batch // 2), context, cache_value_bytes
+    )
+    plain = whole_weights + cache + exchange
+    halved = max(2 * (half_weights + half_cache), exchange)
+    overlapped = batch > 1 and halved < plain
+    weights, cache = (2 * half_weights, 2 * half_cache) if overlapped else (whole_weights, cache)
+    kernels = min(plain, halved) if batch > 1 else plain
+    draft = kernels / max(1, c.num_hidden_layers) if mtp_acceptance else 0.0
+    step = (kernels + draft) / hardware.efficiencies.busy
+    tpot = step / (1 + mtp_acceptance)
+    return DecodeStep(
+        batch=batch,
+        context=context,
+        weights_ms=1e3 * (weights + draft),
+        cache_ms=1e3 * cache,
+        exchange_ms=1e3 * exchange,
+        exposed_exchange_ms=1e3 * (kernels - weights - cache),
+        idle_ms=1e3 * (step - kernels - draft),
+        tpot_ms=1e3 * tpot,
+        tokens_per_second_per_request=1 / tpot,
+        tokens_per_second_per_device=batch / tpot / (unit.devices if unit.ep == 1 else 1),
+        overlapped=overlapped,
+        fits=batch <= largest_batch(c, hardware, unit, precision, context, cache_value_bytes),
+    )
+
+
+def _decode_compute(
+    c: ModelConfig,
+    hardware: Hardware,
+    unit: Unit,
+    precision: Precision,
+    rows: int,
+    batch: int,
+    context: float,
+    value_bytes: float,
+) -> tuple[float, float]:
+    """Seconds of products with weights, and of attention over the cache."""
+    s, size, memory = shape(c), WEIGHT_BYTES[precision], hardware.bytes_per_second
+    rate = hardware.matmul_flops(precision) if hardware.bf16_tflops is not None else float("inf")
+    plain = plain_parameters(c) / unit.tp
+    weights = max(plain * size / memory, 2.0 * rows * plain / rate)
+    head = s.embedding / unit.tp
+    weights += max(head * min(2.0, 2 * size) / memory, 2.0 * rows * head / rate)
+    if c.n_routed_experts:
+        tokens = rows * unit.ep
+        hit = distinct(c.n_routed_experts, c.num_experts_per_tok * tokens) / c.n_routed_experts
+        local = (
+            c.num_moe_layers
+            * (c.n_routed_experts + unit.redundant_experts)
+            / unit.ep
+            * s.expert
+            / (unit.tp if unit.ep == 1 else 1)
+        )
+        uneven = unit.expert_imbalance if unit.ep > 1 else 1.0
+        products = 2.0 * rows * uneven * c.num_moe_layers * c.num_experts_per_tok * s.expert / (unit.tp if unit.ep == 1 else 1)
+        weights += max(local * hit * size / memory, products / rate)
+    weights += c.num_hidden_layers * rows * elementwise_bytes(c, precision) / unit.tp / memory
+    split = _cache_split(c, unit)
+    read = batch * context * cache_bytes_per_token(c, bytes_per_value=value_bytes) / split / memory
+    scores = c.num_hidden_layers * rows * absorbed_core_flops(c, context) / unit.tp
+    score_rate = (
+        hardware.peak_flops("fp32" if precision == "fp32" else "bf16") if hardware.bf16_tflops is not None else float("inf")
+    )
+    return weights, max(read, scores / (score_rate * hardware.efficiencies.attention_forward))
+
+
+def _exchange_seconds(c: ModelConfig, hardware: Hardware, unit: Unit, rows: int) -> float:
+    """Dispatch in FP8 and combine in bf16, each copy sent directly (V3 section 3.4.2); or the two sums per layer of a cut model."""
+    latency = hardware.exchange_latency_us * 1e-6
+    seconds = 0.0
+    if unit.ep > 1:
+        nodes = -(-unit.ep // hardware.devices_per_node)
+        link = hardware.need("scale_out_gb_per_second" if nodes > 1 else "scale_up_gb_per_second")
+        copies = c.num_experts_per_tok * (unit.ep - 1) / unit.ep
+        moved = rows * copies * c.hidden_size * 3.0 * unit.expert_imbalance
+        share = hardware.efficiencies.low_latency_network
+        seconds += c.num_moe_layers * (moved / (link * GIGA * share) + 2 * latency)
+    if unit.tp > 1:
+        link = hardware.need("scale_up_gb_per_second")
+        moved = 2 * rows * c.hidden_size * 2.0 * (unit.tp - 1) / unit.tp
+        seconds += c.num_hidden_layers * 2 * (moved / (link * GIGA * hardware.efficiencies.low_latency_network) + latency)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Prefill on one device: microseconds per computed token by component, and the rates. `tokens_per_second_with_hits` counts tokens
+    found in the cache as well, as published figures do."""
+
+    products_us: float
+    attention_us: float
+    elementwise_us: float
+    exchange_us: float
+    exposed_exchange_us: float
+    idle_us: float
+    tokens_per_second_per_device: float
+    tokens_per_second_per_device_with_hits: float
+
+
+def prefill(c: ModelConfig, hardware: Hardware, unit: Unit, precision: Precision, prompt: float, hit_share: float) -> Prefill:
+    """Prompts of `prompt` tokens of which `hit_share` is cached: the rest is computed, over the whole prompt. Two micro-batches
+    hide the
+    exchange (V3 section 3.4.1)."""
+    if not 0 <= hit_share < 1:
+        raise InputError(f"--hit-share is {hit_share}, it must be at least 0 and below 1")
+    s = shape(c)
+    layers, moe = c.num_hidden_layers, c.num_moe_layers
+    uneven = unit.expert_imbalance if unit.ep > 1 else 1.0
+    routed = uneven * moe * c.num_experts_per_tok * s.expert if c.n_routed_experts else 0.0
+    products = 2.0 * (plain_parameters(c) + routed) / hardware.matmul_flops(precision) / unit.tp
+    seen = prompt * (hit_share + (1 - hit_share) / 2)
+    wide: Precision = "fp32" if precision == "fp32" else "bf16"
+    core_rate = hardware.peak_flops(wide) * hardware.efficiencies.attention_forward
+    attention = layers * attention_core_flops(c, seen) / core_rate / unit.tp
+    elementwise = layers * elementwise_bytes(c, precision) / hardware.bytes_per_second / unit.tp
+    hops = all_to_all(c, unit.ep, hardware.devices_per_node, 1.0 if precision == "fp8" else 2.0)
+    exchange = uneven * moe * max(hops.seconds(hardware)) if unit.ep > 1 else 0.0
+    if unit.tp > 1:
+        moved = 4.0 * 2.0 * c.hidden_size * layers * (unit.tp - 1) / unit.tp
+        exchange += moved / (hardware.need("scale_up_gb_per_second") * GIGA * hardware.efficiencies.network)
+    compute = products + attention + elementwise
+    total = max(compute + exchange * hardware.efficiencies.communication_cores, exchange)
+    busy = hardware.efficiencies.busy
+    rate = busy / total / (unit.tp if unit.ep == 1 else 1)
+    return Prefill(
+        products_us=1e6 * products,
+        attention_us=1e6 * attention,
+        elementwise_us=1e6 * elementwise,
+        exchange_us=1e6 * exchange,
+        exposed_exchange_us=1e6 * (total - compute),
+        idle_us=1e6 * total * (1 / busy - 1),
+        tokens_per_second_per_device=rate,
+        tokens_per_second_per_device_with_hits=rate / (1 - hit_share),
+    )
+
+
+def network_limit_ms(
+    *, batch: int = 32, picks: int = 9, width: int = 7168, layers: int = 61, gb_per_second: float = 50.0, value_bytes: float = 3.0
+) -> float:
+    """The shortest possible step where only the network counts (V3 hardware paper, section 2.3.2): every layer exchanges twice `batch`
+    tokens, for the two micro-batches that hide each other, 1 byte out and 2 back. The paper writes 7K for the width and gets
+    14.76 ms."""
+    return 2e3 * layers * value_bytes * batch * picks * width / (gb_per_second * GIGA)
+
+
+def total_weight_gb(c: ModelConfig, precision: Precision) -> float:
+    """Weights of the whole model, MTP left out."""
+    return count_params(c).total * WEIGHT_BYTES[precision] / 1e9

@@ -1,0 +1,204 @@
+"""How a training run is laid out over devices, and the memory that each takes for it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finback.config import InputError, ModelConfig, count_params
+from finback.planner.hardware import Precision
+from finback.planner.model import shape
+
+ScheduleName = Literal["one_f_one_b", "interleaved", "zb1p", "dualpipe", "dualpipe_v"]
+Recompute = Literal["none", "selective", "full"]
+INTERLEAVED_CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`devices` = dp x pp x tp; experts are spread over `ep` devices inside dp x tp. `schedule` says how a pipeline of pp stages runs
+    (DualPipeV runs twice as many stages). Micro-batches have `micro_batch_size` sequences."""
+
+    devices: int
+    pp: int = 1
+    ep: int = 1
+    tp: int = 1
+    schedule: ScheduleName = "one_f_one_b"
+    recompute: Recompute = "selective"
+    micro_batch_size: int = 1
+    overlap: bool = False
+    """All-to-all is hidden behind the other half of a forward/backward pair; DualPipe's schedules only."""
+    expert_imbalance: float = 1.2
+    """Load of the busiest device's experts over the mean: 1 where routing is forced to be even, as in most published benchmarks; 1.2
+    is assumed for real routing, for which nobody publishes it."""
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas of the non-expert part."""
+        return self.devices // (self.pp * self.tp)
+
+    @property
+    def stages_held(self) -> int:
+        """Copies of a stage's parameters on each device: DualPipe keeps both directions (V3 table 2)."""
+        return 2 if self.schedule == "dualpipe" else 1
+
+    def text(self) -> str:
+        """A short name for tables."""
+        words = [f"pp{self.pp}", f"ep{self.ep}"] + ([f"tp{self.tp}"] if self.tp > 1 else []) + [f"dp{self.dp}"]
+        return f"{' '.join(words)}, {self.schedule}, recompute {self.recompute}"
+
+
+def check_layout(c: ModelConfig, layout: Layout, global_batch_size: int) -> None:
+    """Refuse what does not divide, with the nearest value that does."""
+    group = layout.pp * layout.tp
+    for name in ("devices", "pp", "ep", "tp", "micro_batch_size"):
+        if getattr(layout, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(layout, name)}, it must be at least 1")
+    if layout.devices % group:
+        near = _nearest_multiple(layout.devices, group)
+        raise InputError(f"--devices is {layout.devices}, it must be a multiple of pp x tp = {group}; the nearest is {near}")
+    if layout.pp > c.num_hidden_layers:
+        raise InputError(
+            f"--pp is {layout.pp}, above the model's {c.num_hidden_layers} layers; use at most {c.num_hidden_layers}"
+        )
+    if layout.ep > 1 and not c.n_routed_experts:
+        raise InputError(f"--ep is {layout.ep}, but the model is dense; use 1")
+    for what, size in (("n_routed_experts", c.n_routed_experts), ("dp x tp", layout.dp * layout.tp)):
+        if layout.ep > 1 and size % layout.ep:
+            near = _nearest_divisor(size, layout.ep)
+            raise InputError(f"--ep is {layout.ep}, it must divide {what} ({size}); the nearest is {near}")
+    if c.num_attention_heads % layout.tp:
+        near = _nearest_divisor(c.num_attention_heads, layout.tp)
+        raise InputError(
+            f"--tp is {layout.tp}, it must divide num_attention_heads ({c.num_attention_heads}); the nearest is {near}"
+        )
+    unit = layout.dp * layout.micro_batch_size
+    if global_batch_size % unit:
+        near = _nearest_multiple(global_batch_size, unit)
+        raise InputError(
+            f"--global-batch-size is {global_batch_size}, it must be a multiple of dp x micro_batch_size = {unit}; the "
+            f"nearest is {near}"
+        )
+    _check_microbatches(layout, global_batch_size // unit, unit)
+
+
+def _check_microbatches(layout: Layout, microbatches: int, unit: int) -> None:
+    pp = layout.pp
+    need = {"dualpipe": 2 * pp, "dualpipe_v": 2 * pp}.get(layout.schedule, 1) if pp > 1 else 1
+    if microbatches < need:
+        raise InputError(
+            f"--schedule {layout.schedule} with pp {pp} needs at least {need} micro-batches per replica and has {microbatches}; raise "
+            f"--global-batch-size to {need * unit}, or take one_f_one_b"
+        )
+    if layout.schedule == "dualpipe" and (pp % 2 or microbatches % 2) and pp > 1:
+        raise InputError(
+            f"--schedule dualpipe needs an even pp and an even number of micro-batches; pp is {pp} and there are {microbatches}: use "
+            f"pp {pp + pp % 2} and --global-batch-size {(microbatches + microbatches % 2) * unit}"
+        )
+    if layout.schedule == "interleaved" and microbatches % pp:
+        near = _nearest_multiple(microbatches, pp)
+        raise InputError(
+            f"--schedule interleaved needs a multiple of pp ({pp}) micro-batches per replica and has {microbatches}; the nearest "
+            f"--global-batch-size is {near * unit}"
+        )
+
+
+def _nearest_multiple(size: int, unit: int) -> int:
+    return max(unit, round(size / unit) * unit)
+
+
+def _nearest_divisor(size: int, value: int) -> int:
+    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - value), d))
+
+
+def activation_bytes_per_layer(c: ModelConfig, precision: Precision, recompute: Recompute) -> float:
+    """Bytes that one token leaves in one MoE (or dense) layer for the backward (V3 section 3.2.3, 3.3.3).
+
+    With `full` only the layer's input stays. With `selective` norms, expanded latents and SwiGLU's output are computed again:
+    what stays
+    are inputs of products, in FP8 where products are, and of the attention output in V3's 12 bits; `none` keeps all.
+    """
+    wide, low = 2.0, 1.0 if precision == "fp8" else 2.0
+    if precision == "fp32":
+        wide = low = 4.0
+    d, heads = c.hidden_size, c.num_attention_heads
+    if recompute == "full":
+        return wide * d
+    expert_width = (
+        c.moe_intermediate_size * (c.num_experts_per_tok + c.n_shared_experts) if c.n_routed_experts else c.intermediate_size
+    )
+    picks = c.num_experts_per_tok if c.n_routed_experts else 0
+    value = c.v_head_dim if c.kv_lora_rank else c.head_dim
+    latents = (c.q_lora_rank or heads * c.qk_head_dim) + c.cache_row_width
+    output = heads * value * (1.5 if precision == "fp8" else wide)
+    kept = 2 * wide * d + wide * latents + output + 4.0 * heads + low * d * (picks + 1) + low * 2 * expert_width
+    if recompute == "selective":
+        return kept
+    expanded = heads * (c.qk_nope_head_dim + c.v_head_dim + c.qk_head_dim) if c.kv_lora_rank else 0
+    return kept + wide * (2 * d + expanded + expert_width)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device that holds most, by component."""
+
+    weights_bytes: float
+    gradients_bytes: float
+    optimizer_bytes: float
+    activations_bytes: float
+    logits_bytes: float
+    buffers_bytes: float
+
+    @property
+    def total_bytes(self) -> float:
+        return (
+            self.weights_bytes
+            + self.gradients_bytes
+            + self.optimizer_bytes
+            + self.activations_bytes
+            + self.logits_bytes
+            + self.buffers_bytes
+        )
+
+
+def parameters_per_device(c: ModelConfig, layout: Layout) -> tuple[float, float]:
+    """Non-expert and expert parameters of one stage on one device, MTP's layer counted with one embedding and head (V3 section
+    3.2.3)."""
+    s, experts = shape(c), float(c.n_routed_experts)
+    layers_with_experts = c.num_moe_layers + (c.num_nextn_predict_layers if experts else 0)
+    expert = layers_with_experts * experts * s.expert
+    mtp = c.num_nextn_predict_layers * (s.attention + s.router + c.n_shared_experts * s.expert + 2 * c.hidden_size**2)
+    rest = count_params(c).total - c.num_moe_layers * experts * s.expert + mtp
+    return rest / (layout.pp * layout.tp), expert / (layout.pp * layout.ep)
+
+
+def training_memory(
+    c: ModelConfig,
+    layout: Layout,
+    precision: Precision,
+    sequence_length: int,
+    live_microbatches: float,
+    moments_bytes: float = 2.0,
+) -> Memory:
+    """ZeRO-1: weights in bf16 and gradients in fp32 whole, master copy and both moments shared out over the replicas of each part.
+
+    `live_microbatches` counts micro-batches of one stage held at once, from the schedule's simulation.
+    """
+    rest, expert = parameters_per_device(c, layout)
+    copies = layout.stages_held
+    state = 4.0 + 2 * moments_bytes
+    replicas = max(1, layout.dp * layout.tp // layout.ep)
+    tokens = layout.micro_batch_size * sequence_length / layout.tp
+    layers = (c.num_hidden_layers + c.num_nextn_predict_layers) / layout.pp
+    activations = live_microbatches * layers * tokens * activation_bytes_per_layer(c, precision, layout.recompute)
+    weight = 4.0 if precision == "fp32" else 2.0
+    gradient = 4.0
+    held = copies * (rest + expert)
+    master = 0.0 if precision == "fp32" else 4.0
+    per_token_logits = 2.0 * weight * c.vocab_size / layout.tp
+    return Memory(
+        weights_bytes=held * weight,
+        gradients_bytes=held * gradient,
+        optimizer_bytes=(rest / layout.dp + expert / replicas) * (state - 4.0 + master),
+        activations_bytes=activations,
+        logits_bytes=tokens * layout.tp * per_token_logits,
+        buffers_bytes=0.05 * held * weight + 4 * tokens * c.hidden_size * 2.0 * max(1, c.num_experts_per_tok),
+    )

@@ -1,0 +1,136 @@
+"""`finback plan rl`: rollout, reward and training time of GRPO at the scale of R1-Zero and R1 (R1 paper, Methods and appendix B.1)."""
+
+from dataclasses import dataclass
+
+from finback.config import InputError, ModelConfig
+from finback.planner.hardware import Hardware, Precision
+from finback.planner.inference import Unit, decode_step, largest_batch
+from finback.planner.layout import Layout, check_layout
+from finback.planner.step import per_token, step_time
+from finback.planner.train import Bill, Prices, bill
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One RL run. A rollout samples `outputs_per_rollout` answers, which are cut into minibatches of `batch_size` for as many optimizer
+    steps. `mean_tokens` is the average length over the run and `longest_tokens` the limit that the longest answer of a rollout
+    reaches; neither average is published, so they are assumptions."""
+
+    name: str
+    steps: int
+    batch_size: int = 512
+    outputs_per_rollout: int = 8192
+    mean_tokens: float = 6000.0
+    longest_tokens: float = 32768.0
+    prompt_tokens: float = 200.0
+    reward_seconds: float = 30.0
+    """What is left of code and rule rewards after overlapping them with sampling."""
+    uses_reward_model: bool = False
+
+
+# The limit was 32,768 tokens for 8,200 steps and 65,536 afterwards (R1 paper, Methods).
+R1_ZERO = Recipe("R1-Zero", steps=10_400, longest_tokens=round((8_200 * 32_768 + 2_200 * 65_536) / 10_400))
+R1 = Recipe("R1, second stage", steps=1_700, uses_reward_model=True)
+RECIPES = {"r1-zero": R1_ZERO, "r1": R1}
+
+
+@dataclass(frozen=True)
+class RLPlan:
+    """Seconds of one rollout cycle by part, and the run's bill. `rollout_seconds` is the longer of the two bounds beside it."""
+
+    recipe: str
+    hardware: str
+    devices: int
+    cycles: float
+    rollout_seconds: float
+    rollout_throughput_bound_seconds: float
+    rollout_longest_answer_seconds: float
+    tokens_per_cycle: float
+    reference_seconds: float
+    reward_seconds: float
+    training_seconds: float
+    cycle_seconds: float
+    seconds_per_step: float
+    requests_per_device: int
+    bill: Bill
+    efficiency_source: str
+
+
+def plan_rl(
+    c: ModelConfig,
+    hardware: Hardware,
+    layout: Layout,
+    unit: Unit,
+    recipe: Recipe,
+    *,
+    precision: Precision = "fp8",
+    prices: Prices | None = None,
+    mtp_acceptance: float = 0.0,
+) -> RLPlan:
+    """All phases use all devices in turn, models are moved in and out between them (R1 paper, appendix B.1)."""
+    _check(recipe, layout, unit)
+    outputs, devices = recipe.outputs_per_rollout, layout.devices
+    if outputs % recipe.batch_size:
+        near = max(1, round(outputs / recipe.batch_size)) * recipe.batch_size
+        raise InputError(
+            f"--outputs-per-rollout is {outputs}, it must be a multiple of --batch-size ({recipe.batch_size}); take {near}"
+        )
+    context = recipe.prompt_tokens + recipe.mean_tokens / 2
+    share = 1 if unit.ep > 1 else unit.devices
+    wanted = -(-outputs * share // devices)
+    room = largest_batch(c, hardware, unit, precision, context, 2.0)
+    if room < 1:
+        raise InputError(f"--ep {unit.ep}: the weights leave no room for a cache on {hardware.name}; take more devices per unit")
+    batch = max(1, min(wanted, room, 256))
+    step = decode_step(c, hardware, unit, precision, batch, context, mtp_acceptance=mtp_acceptance)
+    tokens = outputs * recipe.mean_tokens
+    throughput_bound = tokens / (devices * step.tokens_per_second_per_device)
+    # While the longest answer ends, its device has few others left.
+    last = decode_step(c, hardware, unit, precision, max(1, batch // 4), recipe.longest_tokens / 2, mtp_acceptance=mtp_acceptance)
+    longest = recipe.longest_tokens * last.tpot_ms / 1e3
+    seen = tokens + outputs * recipe.prompt_tokens
+    length = int(recipe.mean_tokens + recipe.prompt_tokens)
+    forward = per_token(c, hardware, layout, precision, length)
+    reference = seen * (forward.forward + forward.all_to_all) / devices / hardware.efficiencies.busy * layout.tp
+    rows = max(1, round(recipe.batch_size / layout.dp)) * layout.dp
+    check_layout(c, layout, rows)
+    update = step_time(c, hardware, layout, precision, length, rows).seconds * recipe.batch_size / rows
+    updates = outputs / recipe.batch_size
+    reward = recipe.reward_seconds + (reference if recipe.uses_reward_model else 0.0)
+    training = update * updates
+    rollout = max(throughput_bound, longest)
+    cycle = rollout + reference + reward + training
+    cycles = recipe.steps / updates
+    return RLPlan(
+        recipe=recipe.name,
+        hardware=hardware.title,
+        devices=devices,
+        cycles=cycles,
+        rollout_seconds=rollout,
+        rollout_throughput_bound_seconds=throughput_bound,
+        rollout_longest_answer_seconds=longest,
+        tokens_per_cycle=tokens,
+        reference_seconds=reference,
+        reward_seconds=reward,
+        training_seconds=training,
+        cycle_seconds=cycle,
+        seconds_per_step=cycle / updates,
+        requests_per_device=batch,
+        bill=bill(cycles * cycle * devices / 3600, devices, hardware, prices or Prices(None)),
+        efficiency_source=hardware.efficiency_source,
+    )
+
+
+def _check(recipe: Recipe, layout: Layout, unit: Unit) -> None:
+    for name in ("steps", "batch_size", "outputs_per_rollout", "mean_tokens", "longest_tokens"):
+        if getattr(recipe, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(recipe, name):g}, it must be at least 1")
+    if recipe.longest_tokens < recipe.mean_tokens:
+        raise InputError(
+            f"--longest-tokens is {recipe.longest_tokens:g}, below --mean-tokens ({recipe.mean_tokens:g}); give the longer of the two"
+        )
+    if layout.devices % unit.devices:
+        near = max(unit.devices, round(layout.devices / unit.devices) * unit.devices)
+        raise InputError(
+            f"--devices is {layout.devices}, it must be a multiple of a rollout unit ({unit.devices}); the nearest is {near}"
+        )

@@ -1,0 +1,412 @@
+"""`finback plan serve`: throughput, latency and money of serving, and dense against mixture for a given traffic."""
+
+from dataclasses import dataclass
+
+from finback.config import InputError, ModelConfig
+from finback.planner.dense import dense_equivalent
+from finback.planner.hardware import Hardware, Precision
+from finback.planner.inference import (
+    DecodeStep,
+    Prefill,
+    Unit,
+    check_unit,
+    decode_step,
+    largest_batch,
+    network_limit_ms,
+    prefill,
+    weight_bytes_per_device,
+)
+from finback.planner.model import cache_bytes_per_token
+
+DAY_SECONDS = 86400.0
+BATCHES = (1, 4, 16, 32, 64, 96, 128, 192, 256)
+HIT_SHARES = (0.0, 0.25, 0.5, 0.563, 0.75, 0.9)
+PREFILL_LOAD = 0.7  # share of its capacity at which prefill is planned, so that prompts do not queue long
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One day of requests. The defaults are DeepSeek's day of 27 February 2025 (open-infra-index, day 6); the average prompt is not
+    published there and assumed."""
+
+    input_tokens_per_day: float = 608e9
+    output_tokens_per_day: float = 168e9
+    hit_share: float = 342 / 608
+    prompt_tokens: float = 4000.0
+    context_tokens: float = 4989.0
+    """Average length that an output token attends to."""
+
+
+@dataclass(frozen=True)
+class Tariff:
+    """Prices per million tokens; the defaults are R1's of February 2025."""
+
+    usd_per_million_hit: float = 0.14
+    usd_per_million_miss: float = 0.55
+    usd_per_million_output: float = 2.19
+
+
+def daily_cost_usd(nodes: float, devices_per_node: int, usd_per_device_hour: float) -> float:
+    """Rent of so many nodes for a day."""
+    return nodes * devices_per_node * 24 * usd_per_device_hour
+
+
+def revenue_usd(traffic: Traffic, tariff: Tariff) -> float:
+    """What a day's tokens would bring."""
+    hit = traffic.input_tokens_per_day * traffic.hit_share
+    miss = traffic.input_tokens_per_day - hit
+    tokens = (
+        hit * tariff.usd_per_million_hit
+        + miss * tariff.usd_per_million_miss
+        + traffic.output_tokens_per_day * tariff.usd_per_million_output
+    )
+    return tokens / 1e6
+
+
+def margin(revenue: float, cost: float) -> float:
+    """Profit by cost: 5.45 is DeepSeek's 545%."""
+    return (revenue - cost) / cost
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One batch size: time to first token and per token, and what a node does."""
+
+    batch_per_device: int
+    ttft_ms: float
+    tpot_ms: float
+    tokens_per_second_per_request: float
+    output_tokens_per_second_per_node: float
+    cache_gb_per_device: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class HitRow:
+    """What a share of cached input does to prefill and to the bill."""
+
+    hit_share: float
+    prefill_nodes: float
+    total_nodes: float
+    cost_usd_per_day: float | None
+    revenue_usd_per_day: float
+    cost_usd_per_million_input: float | None
+
+
+@dataclass(frozen=True)
+class Economics:
+    """A day's bill."""
+
+    prefill_nodes: float
+    decode_nodes: float
+    total_nodes: float
+    cost_usd_per_day: float | None
+    revenue_usd_per_day: float
+    margin: float | None
+    cost_usd_per_million_input: float | None
+    cost_usd_per_million_output: float | None
+
+
+@dataclass(frozen=True)
+class ServePlan:
+    """The whole answer."""
+
+    hardware: str
+    precision: str
+    prefill_unit_devices: int
+    decode_unit_devices: int
+    weight_gb_per_prefill_device: float
+    weight_gb_per_decode_device: float
+    largest_batch_per_device: int
+    prefill: Prefill
+    input_tokens_per_second_per_node: float
+    input_tokens_per_second_per_node_with_hits: float
+    decode: DecodeStep
+    output_tokens_per_second_per_node: float
+    latencies: list[Latency]
+    network_limit_tpot_ms: float | None
+    economics: Economics
+    cache_hits: list[HitRow]
+    traffic_choices: "list[TrafficChoice]"
+    unknown_figures: list[str]
+    efficiency_source: str
+
+
+def plan_serve(
+    c: ModelConfig,
+    hardware: Hardware,
+    prefill_unit: Unit,
+    decode_unit: Unit,
+    *,
+    precision: Precision = "fp8",
+    batch: int = 128,
+    traffic: Traffic | None = None,
+    tariff: Tariff | None = None,
+    usd_per_device_hour: float | None = None,
+    mtp_acceptance: float = 0.0,
+    cache_value_bytes: float = 2.0,
+) -> ServePlan:
+    """Plan serving with separate units for prefill and decode. `batch` is the number of requests per decode device that the bill
+    counts on."""
+    traffic, tariff = traffic or Traffic(), tariff or Tariff()
+    _check(c, hardware, prefill_unit, decode_unit, batch, traffic, mtp_acceptance, precision)
+    largest = largest_batch(c, hardware, decode_unit, precision, traffic.context_tokens, cache_value_bytes)
+    for unit in (prefill_unit, decode_unit):
+        weights = weight_bytes_per_device(c, unit, precision)
+        if weights > 0.9 * hardware.memory_bytes:
+            raise InputError(
+                f"{hardware.name} has {hardware.memory_bytes / 1e9:.0f} GB and each of {unit.devices} devices would hold "
+                f"{weights / 1e9:.0f} GB of weights; take {_more_devices(c, unit, precision, hardware)}"
+            )
+    node = hardware.devices_per_node
+    filled = prefill(c, hardware, prefill_unit, precision, traffic.prompt_tokens, traffic.hit_share)
+
+    def step(size: int) -> DecodeStep:
+        return decode_step(
+            c,
+            hardware,
+            decode_unit,
+            precision,
+            size,
+            traffic.context_tokens,
+            cache_value_bytes=cache_value_bytes,
+            mtp_acceptance=mtp_acceptance,
+        )
+
+    chosen = step(batch)
+    cache = traffic.context_tokens * cache_bytes_per_token(c, bytes_per_value=cache_value_bytes)
+    rate = usd_per_device_hour if usd_per_device_hour is not None else hardware.usd_per_hour
+    output_rate = node * chosen.tokens_per_second_per_device
+    link = hardware.scale_out_gb_per_second if decode_unit.ep > node else hardware.scale_up_gb_per_second
+    limit = None
+    if decode_unit.ep > 1 and link is not None:
+        picks = c.num_experts_per_tok + c.n_shared_experts
+        limit = network_limit_ms(batch=32, picks=picks, width=c.hidden_size, layers=c.num_hidden_layers, gb_per_second=link)
+    return ServePlan(
+        hardware=hardware.title,
+        precision=precision,
+        prefill_unit_devices=prefill_unit.devices,
+        decode_unit_devices=decode_unit.devices,
+        weight_gb_per_prefill_device=weight_bytes_per_device(c, prefill_unit, precision) / 1e9,
+        weight_gb_per_decode_device=weight_bytes_per_device(c, decode_unit, precision) / 1e9,
+        largest_batch_per_device=largest,
+        prefill=filled,
+        input_tokens_per_second_per_node=node * filled.tokens_per_second_per_device,
+        input_tokens_per_second_per_node_with_hits=node * filled.tokens_per_second_per_device_with_hits,
+        decode=chosen,
+        output_tokens_per_second_per_node=output_rate,
+        latencies=[_latency(filled, step(size), node, traffic, cache) for size in sorted({*BATCHES, batch})],
+        network_limit_tpot_ms=limit,
+        economics=economics(filled, output_rate, node, traffic, tariff, rate),
+        cache_hits=[
+            _hit_row(c, hardware, prefill_unit, precision, share, traffic, tariff, output_rate, rate) for share in HIT_SHARES
+        ],
+        traffic_choices=dense_or_moe(c, hardware, precision, traffic.context_tokens, rate),
+        unknown_figures=hardware.unknown,
+        efficiency_source=hardware.efficiency_source,
+    )
+
+
+def _check(
+    c: ModelConfig,
+    hardware: Hardware,
+    prefill_unit: Unit,
+    decode_unit: Unit,
+    batch: int,
+    traffic: Traffic,
+    mtp_acceptance: float,
+    precision: Precision,
+) -> None:
+    for unit in (prefill_unit, decode_unit):
+        check_unit(c, unit)
+    if batch < 1:
+        raise InputError(f"--batch is {batch}, it must be at least 1")
+    if traffic.context_tokens > c.max_position_embeddings:
+        limit = c.max_position_embeddings
+        raise InputError(
+            f"--context-tokens is {traffic.context_tokens:.0f}, above the model's max_position_embeddings; use {limit}"
+        )
+    for name in ("input_tokens_per_day", "output_tokens_per_day", "prompt_tokens", "context_tokens"):
+        if getattr(traffic, name) <= 0:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(traffic, name):g}, it must be positive")
+    if not 0 <= traffic.hit_share < 1:
+        raise InputError(f"--hit-share is {traffic.hit_share:g}, it must be at least 0 and below 1")
+    if not 0 <= mtp_acceptance <= 1:
+        raise InputError(f"--mtp-acceptance is {mtp_acceptance:g}, it must be between 0 and 1")
+    if mtp_acceptance and not c.num_nextn_predict_layers:
+        raise InputError(f"--mtp-acceptance is {mtp_acceptance:g}, but the model has no MTP layer; use 0")
+    if precision == "fp8" and hardware.fp8_tflops is None and hardware.bf16_tflops is None:
+        raise InputError(
+            f"hardware {hardware.name} has no published matrix rates; measure this machine and use --hardware measured"
+        )
+
+
+def _more_devices(c: ModelConfig, unit: Unit, precision: Precision, hardware: Hardware) -> str:
+    """The smallest unit of the same kind that holds the weights."""
+    for power in range(1, 12):
+        bigger = Unit(ep=1 << power) if c.n_routed_experts else Unit(tp=1 << power)
+        try:
+            check_unit(c, bigger)
+        except InputError:
+            break
+        if weight_bytes_per_device(c, bigger, precision) <= 0.8 * hardware.memory_bytes:
+            return f"--ep {bigger.ep}" if c.n_routed_experts else f"--tp {bigger.tp}"
+    return "a device with more memory, or a lower precision"
+
+
+def _latency(filled: Prefill, step: DecodeStep, node: int, traffic: Traffic, cache_bytes: float) -> Latency:
+    """First token: the prompt's own prefill, its wait in a queue at the planned load (M/D/1), and one decode step."""
+    computed = traffic.prompt_tokens * (1 - traffic.hit_share)
+    service = computed / filled.tokens_per_second_per_device
+    wait = service * PREFILL_LOAD / (2 * (1 - PREFILL_LOAD))
+    return Latency(
+        batch_per_device=step.batch,
+        ttft_ms=1e3 * (service + wait) + step.tpot_ms,
+        tpot_ms=step.tpot_ms,
+        tokens_per_second_per_request=step.tokens_per_second_per_request,
+        output_tokens_per_second_per_node=node * step.tokens_per_second_per_device,
+        cache_gb_per_device=step.batch * cache_bytes / 1e9,
+        fits=step.fits,
+    )
+
+
+def economics(filled: Prefill, output_rate: float, node: int, traffic: Traffic, tariff: Tariff, rate: float | None) -> Economics:
+    """Nodes that the day's tokens need when evenly spread and planned at full decode batches, and their bill."""
+    prefill_nodes = traffic.input_tokens_per_day / DAY_SECONDS / (node * filled.tokens_per_second_per_device_with_hits)
+    decode_nodes = traffic.output_tokens_per_day / DAY_SECONDS / output_rate
+    revenue = revenue_usd(traffic, tariff)
+    if rate is None:
+        return Economics(prefill_nodes, decode_nodes, prefill_nodes + decode_nodes, None, revenue, None, None, None)
+    cost = daily_cost_usd(prefill_nodes + decode_nodes, node, rate)
+    return Economics(
+        prefill_nodes=prefill_nodes,
+        decode_nodes=decode_nodes,
+        total_nodes=prefill_nodes + decode_nodes,
+        cost_usd_per_day=cost,
+        revenue_usd_per_day=revenue,
+        margin=margin(revenue, cost),
+        cost_usd_per_million_input=daily_cost_usd(prefill_nodes, node, rate) / traffic.input_tokens_per_day * 1e6,
+        cost_usd_per_million_output=daily_cost_usd(decode_nodes, node, rate) / traffic.output_tokens_per_day * 1e6,
+    )
+
+
+def _hit_row(
+    c: ModelConfig,
+    hardware: Hardware,
+    unit: Unit,
+    precision: Precision,
+    share: float,
+    traffic: Traffic,
+    tariff: Tariff,
+    output_rate: float,
+    rate: float | None,
+) -> HitRow:
+    changed = Traffic(
+        traffic.input_tokens_per_day, traffic.output_tokens_per_day, share, traffic.prompt_tokens, traffic.context_tokens
+    )
+    filled = prefill(c, hardware, unit, precision, traffic.prompt_tokens, share)
+    money = economics(filled, output_rate, hardware.devices_per_node, changed, tariff, rate)
+    return HitRow(
+        hit_share=share,
+        prefill_nodes=money.prefill_nodes,
+        total_nodes=money.total_nodes,
+        cost_usd_per_day=money.cost_usd_per_day,
+        revenue_usd_per_day=money.revenue_usd_per_day,
+        cost_usd_per_million_input=money.cost_usd_per_million_input,
+    )
+
+
+@dataclass(frozen=True)
+class TrafficChoice:
+    """Mixture against the dense model of equal loss for so many requests at once: devices that each needs at least, speed of a request,
+    and cost per million output tokens (None without a rent)."""
+
+    requests_at_once: int
+    moe_devices: int
+    moe_tokens_per_second_per_request: float
+    moe_usd_per_million_output: float | None
+    moe_device_seconds_per_million_output: float
+    dense_devices: int
+    dense_tokens_per_second_per_request: float
+    dense_usd_per_million_output: float | None
+    dense_device_seconds_per_million_output: float
+    cheaper: str
+
+
+def dense_twin(c: ModelConfig) -> ModelConfig:
+    """A dense Llama-like model with the parameters of `dense_equivalent`: 128 values wide per layer, heads of 128, GQA of 8, FFN
+    3.5 wide."""
+    whole = blocks = dense_equivalent(c)
+    for _ in range(4):  # embedding and head come off what the layers get, and depend on the width
+        # Per layer 2.25 d^2 of attention (with 8 of d / 128 key-value heads) and 10.5 d^2 of FFN, d = 128 layers.
+        layers = max(2, round((blocks / (12.75 * 128**2)) ** (1 / 3)))
+        heads = max(1, round((blocks / (12.75 * layers)) ** 0.5 / 128))
+        heads = max(8, 8 * round(heads / 8)) if heads > 8 else heads
+        width = 128 * heads
+        blocks = max(0.2 * whole, whole - 2 * c.vocab_size * width)
+    return ModelConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=width,
+        intermediate_size=int(3.5 * width),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=min(8, heads),
+        head_dim=128,
+        max_position_embeddings=c.max_position_embeddings,
+        model_type="llama",
+    )
+
+
+def dense_or_moe(
+    c: ModelConfig, hardware: Hardware, precision: Precision, context: float, rate: float | None
+) -> list[TrafficChoice]:
+    """From one request at a time (one tenant) to many. Each side takes the layout with the least device time per token that
+    holds it."""
+    if not c.n_routed_experts or hardware.scale_up_gb_per_second is None:
+        return []
+    twin = dense_twin(c)
+    moe_units = [Unit(ep=ep) for ep in (8, 16, 32, 64, 128, 256) if c.n_routed_experts % ep == 0]
+    dense_units = [Unit(tp=tp) for tp in (1, 2, 4, 8) if twin.num_attention_heads % tp == 0]
+    found = []
+    for requests in (1, 8, 64, 512, 4096, 32768):
+        moe = _cheapest_unit(c, hardware, moe_units, precision, context, requests)
+        dense = _cheapest_unit(twin, hardware, dense_units, precision, context, requests)
+        if moe is None or dense is None:
+            continue
+        seconds = [devices / (requests / tpot) * 1e6 for devices, tpot in (moe, dense)]
+        money = [None if rate is None else value / 3600 * rate for value in seconds]
+        found.append(
+            TrafficChoice(
+                requests_at_once=requests,
+                moe_devices=moe[0],
+                moe_tokens_per_second_per_request=1 / moe[1],
+                moe_usd_per_million_output=money[0],
+                moe_device_seconds_per_million_output=seconds[0],
+                dense_devices=dense[0],
+                dense_tokens_per_second_per_request=1 / dense[1],
+                dense_usd_per_million_output=money[1],
+                dense_device_seconds_per_million_output=seconds[1],
+                cheaper="mixture" if seconds[0] < seconds[1] else "dense",
+            )
+        )
+    return found
+
+
+def _cheapest_unit(
+    c: ModelConfig, hardware: Hardware, units: list[Unit], precision: Precision, context: float, requests: int
+) -> tuple[int, float] | None:
+    """Devices and seconds per token of the unit (and number of units) that costs least device time for `requests` requests at once."""
+    best: tuple[float, int, float] | None = None
+    for unit in units:
+        if unit.ep > hardware.devices_per_node and hardware.scale_out_gb_per_second is None:
+            continue
+        largest = min(256, largest_batch(c, hardware, unit, precision, context, 2.0))
+        if largest < 1:
+            continue
+        places = largest * (unit.devices if unit.ep > 1 else 1)  # requests that one unit holds
+        count = -(-requests // places)
+        batch = -(-requests // (count * (unit.devices if unit.ep > 1 else 1)))
+        tpot = decode_step(c, hardware, unit, precision, batch, context).tpot_ms / 1e3
+        devices = count * unit.devices
+        best = min(best or (float("inf"), 0, 0.0), (devices * tpot, devices, tpot))
+    return None if best is None else (best[1], best[2])

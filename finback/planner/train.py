@@ -1,0 +1,308 @@
+"""`finback plan train`: memory, time, money and energy of a training run, and the best layouts for it."""
+
+from dataclasses import dataclass, replace
+
+from finback.config import InputError, ModelConfig, count_params
+from finback.planner.dense import DenseComparison, compare_with_dense
+from finback.planner.hardware import TERA, Hardware, Precision
+from finback.planner.layout import (
+    Layout,
+    Memory,
+    Recompute,
+    ScheduleName,
+    check_layout,
+    parameters_per_device,
+    training_memory,
+)
+from finback.planner.step import Step, per_token, step_time, useful_flops
+
+USABLE_MEMORY = 0.92  # the rest is the driver's, the communication library's and fragmentation
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What turns hours into money, energy and carbon."""
+
+    usd_per_device_hour: float | None
+    pue: float = 1.3
+    """Energy of the building by energy of the machines."""
+    host_watts_per_device: float = 300.0
+    """Processors, fans and network, per device."""
+    kg_co2_per_kwh: float = 0.55
+    """Of the grid; 0.55 is about China's."""
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a run costs; None where the hardware row has no published figure and none was given."""
+
+    device_hours: float
+    days: float
+    cost_usd: float | None
+    energy_mwh: float | None
+    co2_tonnes: float | None
+
+
+def bill(device_hours: float, devices: int, hardware: Hardware, prices: Prices) -> Bill:
+    """Money by the rent of a device, energy by its power limit."""
+    rate = prices.usd_per_device_hour if prices.usd_per_device_hour is not None else hardware.usd_per_hour
+    energy = None
+    if hardware.power_watts is not None:
+        energy = device_hours * (hardware.power_watts + prices.host_watts_per_device) * prices.pue / 1e6
+    return Bill(
+        device_hours=device_hours,
+        days=device_hours / devices / 24,
+        cost_usd=None if rate is None else device_hours * rate,
+        energy_mwh=energy,
+        co2_tonnes=None if energy is None else energy * prices.kg_co2_per_kwh,
+    )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One layout with what it gives. `why_worse` compares it with the best one; empty for the best."""
+
+    layout: Layout
+    description: str
+    step: Step
+    memory: Memory
+    memory_gb: float
+    fits: bool
+    step_seconds: float
+    tokens_per_second_per_device: float
+    why_worse: str = ""
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The whole answer. `mfu` is useful FLOPs, MTP and causal attention counted, by the bf16 peak."""
+
+    hardware: str
+    precision: str
+    tokens: float
+    sequence_length: int
+    global_batch_size: int
+    steps: float
+    best: Candidate
+    alternatives: list[Candidate]
+    mfu: float
+    tokens_per_second: float
+    bill: Bill
+    dense: DenseComparison | None
+    unknown_figures: list[str]
+    efficiency_source: str
+
+
+def evaluate(
+    c: ModelConfig, hardware: Hardware, layout: Layout, precision: Precision, sequence_length: int, global_batch_size: int
+) -> Candidate:
+    """Time and memory of one layout."""
+    step = step_time(c, hardware, layout, precision, sequence_length, global_batch_size)
+    memory = training_memory(c, layout, precision, sequence_length, step.live_microbatches)
+    return Candidate(
+        layout=layout,
+        description=layout.text(),
+        step=step,
+        memory=memory,
+        memory_gb=memory.total_bytes / 1e9,
+        fits=memory.total_bytes <= USABLE_MEMORY * hardware.memory_bytes,
+        step_seconds=step.seconds,
+        tokens_per_second_per_device=global_batch_size * sequence_length / step.seconds / layout.devices,
+    )
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << power for power in range(limit.bit_length()) if 1 << power <= limit]
+
+
+def _quick_seconds(
+    c: ModelConfig, hardware: Hardware, layout: Layout, precision: Precision, sequence_length: int, batch: int
+) -> float:
+    """Seconds of a step with the bubble by V3's table instead of a simulation: to sort many layouts."""
+    times = per_token(c, hardware, layout, precision, sequence_length)
+    forward, weight = times.forward + times.all_to_all, times.backward_weight
+    backward = times.backward_input + times.recompute + times.all_to_all + weight + 2 * times.tensor_parallel
+    pair = forward + backward
+    if layout.overlap:
+        exchange = 2 * times.all_to_all
+        pair = max(pair - exchange + exchange * hardware.efficiencies.communication_cores, exchange)
+    pp = layout.pp
+    bubble = {
+        "one_f_one_b": (pp - 1) * (forward + backward),
+        "interleaved": (pp - 1) * (forward + backward) / 4,
+        "zb1p": (pp - 1) * max(0.0, forward + backward - 2 * weight),
+        "dualpipe": max(0.0, (pp / 2 - 1) * (pair + backward - 3 * weight)),
+        "dualpipe_v": max(0.0, (pp - 1) * (pair + backward - 3 * weight) / 2),
+    }[layout.schedule]
+    microbatches = batch // (layout.dp * layout.micro_batch_size)
+    return (microbatches * pair + bubble) * layout.micro_batch_size * sequence_length / pp
+
+
+def candidates(
+    c: ModelConfig,
+    hardware: Hardware,
+    fixed: Layout,
+    free: frozenset[str],
+    precision: Precision,
+    sequence_length: int,
+    batch: int,
+) -> list[Layout]:
+    """Layouts that divide: the fields in `free` vary, the others are those of `fixed`. Tensor parallelism stays inside a node, and
+    pipelines are even."""
+    pps = (
+        [pp for pp in _powers(min(64, c.num_hidden_layers, fixed.devices)) if fixed.devices % pp == 0]
+        if "pp" in free
+        else [fixed.pp]
+    )
+    tps = _powers(min(8, hardware.devices_per_node, c.num_attention_heads)) if "tp" in free else [fixed.tp]
+    eps = _powers(min(c.n_routed_experts or 1, fixed.devices)) if "ep" in free else [fixed.ep]
+    schedules: list[ScheduleName] = ["one_f_one_b", "interleaved", "zb1p", "dualpipe", "dualpipe_v"]
+    names = schedules if "schedule" in free else [fixed.schedule]
+    recomputes = RECOMPUTES if "recompute" in free else (fixed.recompute,)
+    found = []
+    for pp in pps:
+        for tp in tps:
+            for ep in eps:
+                for name in names if pp > 1 else names[:1]:
+                    for recompute in recomputes:
+                        layout = replace(
+                            fixed,
+                            pp=pp,
+                            tp=tp,
+                            ep=ep,
+                            schedule=name,
+                            recompute=recompute,
+                            overlap=name.startswith("dualpipe") and ep > 1,
+                        )
+                        try:
+                            check_layout(c, layout, batch)
+                        except InputError:
+                            continue
+                        found.append(layout)
+    return found
+
+
+def _live_by_table(layout: Layout) -> float:
+    """Micro-batches held at once: V3's table, interleaved by Megatron's warm-up."""
+    pp = layout.pp
+    if pp == 1:
+        return 1.0
+    return {"one_f_one_b": pp, "zb1p": pp, "interleaved": pp * 1.25, "dualpipe": pp + 1, "dualpipe_v": pp + 0.5}[layout.schedule]
+
+
+def search(
+    c: ModelConfig,
+    hardware: Hardware,
+    fixed: Layout,
+    free: frozenset[str],
+    precision: Precision,
+    sequence_length: int,
+    batch: int,
+) -> list[Candidate]:
+    """The best layouts that fit, fastest first: all are sorted by table, the first dozen are simulated."""
+    layouts = candidates(c, hardware, fixed, free, precision, sequence_length, batch)
+    if not layouts:
+        check_layout(c, fixed, batch)  # says what does not divide
+        raise InputError(
+            f"--devices {fixed.devices}: no layout divides both the devices and the batch; change --global-batch-size"
+        )
+    limit = USABLE_MEMORY * hardware.memory_bytes
+    needs = {
+        layout: training_memory(c, layout, precision, sequence_length, _live_by_table(layout)).total_bytes for layout in layouts
+    }
+    fitting = [layout for layout in layouts if needs[layout] <= limit]
+    if not fitting:
+        least = min(layouts, key=lambda layout: needs[layout])
+        raise InputError(
+            f"--devices {fixed.devices}: the smallest layout ({least.text()}) needs {needs[least] / 1e9:.0f} GB on each device, of "
+            f"which {hardware.name} has {limit / 1e9:.0f} usable; take about "
+            f"{_devices_that_fit(c, hardware, precision)} devices or more"
+        )
+    fitting.sort(key=lambda layout: _quick_seconds(c, hardware, layout, precision, sequence_length, batch))
+    done = [evaluate(c, hardware, layout, precision, sequence_length, batch) for layout in fitting[:12]]
+    done = sorted((one for one in done if one.fits), key=lambda one: one.step_seconds)
+    if not done:
+        return [evaluate(c, hardware, min(fitting, key=lambda layout: needs[layout]), precision, sequence_length, batch)]
+    return [done[0], *(replace(one, why_worse=explain(done[0], one)) for one in done[1:6])]
+
+
+def _devices_that_fit(c: ModelConfig, hardware: Hardware, precision: Precision) -> int:
+    """A power of two of devices whose memory holds weights, gradients and optimizer once."""
+    state = 16.0 if precision == "fp32" else 14.0
+    total = count_params(c).total + count_params(c).mtp
+    needed = total * state / (USABLE_MEMORY * hardware.memory_bytes * 0.7)
+    return 1 << max(0, int(needed - 1e-9).bit_length())
+
+
+def explain(best: Candidate, other: Candidate) -> str:
+    """The component in which `other` loses most against `best`, and by how much."""
+    parts = {
+        "compute": "compute_seconds",
+        "recomputation": "recompute_seconds",
+        "all-to-all that is not hidden": "exposed_all_to_all_seconds",
+        "tensor-parallel traffic": "tensor_parallel_seconds",
+        "bubbles": "bubble_seconds",
+        "gradient synchronisation": "gradient_sync_seconds",
+    }
+    losses = {name: getattr(other.step, part) - getattr(best.step, part) for name, part in parts.items()}
+    worst = max(losses, key=lambda name: losses[name])
+    slower = other.step_seconds / best.step_seconds - 1
+    if slower < 0.001:
+        return f"as fast within 0.1%; takes {other.memory_gb:.0f} GB, the best {best.memory_gb:.0f}"
+    gain = min(losses, key=lambda name: losses[name])
+    saved = f", {gain} -{-losses[gain]:.2f} s" if losses[gain] < -0.01 else ""
+    return f"{slower:+.1%}: {worst} +{losses[worst]:.2f} s{saved}"
+
+
+def plan_train(
+    c: ModelConfig,
+    hardware: Hardware,
+    layout: Layout,
+    free: frozenset[str],
+    *,
+    tokens: float,
+    precision: Precision = "fp8",
+    sequence_length: int = 4096,
+    global_batch_size: int = 15360,
+    prices: Prices | None = None,
+    compare_dense: bool = True,
+) -> TrainPlan:
+    """Plan a run of `tokens` tokens. Fields of `layout` that are named in `free` are searched."""
+    for name, value in (("tokens", tokens), ("sequence_length", sequence_length), ("global_batch_size", global_batch_size)):
+        if value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
+    if precision == "fp8" and hardware.fp8_tflops is None:
+        raise InputError(f"--precision is fp8, but {hardware.name} has no FP8 units; use bf16")
+    if free:
+        found = search(c, hardware, layout, free, precision, sequence_length, global_batch_size)
+    else:
+        check_layout(c, layout, global_batch_size)
+        found = [evaluate(c, hardware, layout, precision, sequence_length, global_batch_size)]
+    best = found[0]
+    steps = tokens / (global_batch_size * sequence_length)
+    seconds = steps * best.step_seconds
+    flops = useful_flops(c, sequence_length, global_batch_size)
+    peak = hardware.need("bf16_tflops") * TERA * layout.devices * (0.5 if precision == "fp32" else 1.0)
+    dense = None
+    if compare_dense and c.n_routed_experts:
+        dense = compare_with_dense(c, tokens, sequence_length)
+    return TrainPlan(
+        hardware=hardware.title,
+        precision=precision,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        global_batch_size=global_batch_size,
+        steps=steps,
+        best=best,
+        alternatives=found[1:],
+        mfu=flops / best.step_seconds / peak,
+        tokens_per_second=best.tokens_per_second_per_device * layout.devices,
+        bill=bill(seconds * layout.devices / 3600, layout.devices, hardware, prices or Prices(None)),
+        dense=dense,
+        unknown_figures=hardware.unknown,
+        efficiency_source=hardware.efficiency_source,
+    )
+
+
+__all__ = ["Bill", "Candidate", "Prices", "TrainPlan", "bill", "evaluate", "parameters_per_device", "plan_train", "search"]

@@ -1,0 +1,167 @@
+"""`finback plan` at the terminal: every kind as table and as JSON, pictures, and one sentence for whatever is wrong."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finback.cli import main
+from finback.config import ModelConfig
+from finback.presets import v3_671b
+from tests.test_torch_blocked import run_verb
+
+ROOT = Path(__file__).parents[2]
+CEILINGS = str(ROOT / "bench" / "results" / "ceilings.json")
+KINDS = {
+    "model": ["model", "v3-671b"],
+    "train": ["train", "v3-671b", "--pp", "16", "--ep", "64", "--schedule", "dualpipe"],
+    "rl": ["rl", "v3-671b"],
+    "serve": ["serve", "v3-671b"],
+    "fit": ["fit", "rtx4090"],
+    "schedule": ["schedule", "dualpipe", "--stages", "4", "--microbatches", "8"],
+    "hardware": ["hardware"],
+    "validate": ["validate", "--results", str(ROOT / "bench" / "results")],
+}
+DRAWN = ["model", "train", "rl", "serve", "schedule"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_prints_a_table_and_json(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *KINDS[kind]]) == 0
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) > 5
+    assert main(["plan", *KINDS[kind], "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_pictures_are_png_files(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *KINDS[kind], "--json", "--png", str(tmp_path / "plan.png")]) == 0
+    json.loads(capsys.readouterr().out)
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
+
+
+def test_the_whole_search_answers_without_torch_and_within_a_second(capsys: pytest.CaptureFixture[str]) -> None:
+    """Processor time of the answer itself, which a busy machine does not stretch much."""
+    assert main(["plan", "train", "v3-671b", "--json"]) == 0
+    capsys.readouterr()
+    start = time.process_time()
+    assert main(["plan", "serve", "v3-671b", "--json"]) == 0
+    assert time.process_time() - start < 1.0
+    done = run_verb("plan", "train", "v3-671b", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["best"]["fits"] is True
+
+
+def test_numbers_carry_their_units(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", *KINDS["train"], "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["bill"].keys() == {"device_hours", "days", "cost_usd", "energy_mwh", "co2_tonnes"}
+    assert all(name.endswith("_bytes") for name in plan["best"]["memory"])
+    assert plan["best"]["layout"]["pp"] == 16
+
+
+def test_a_directory_is_a_model_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(v3_671b().model.to_dict()))
+    assert main(["plan", "model", str(tmp_path), "--json"]) == 0
+    by_directory = json.loads(capsys.readouterr().out)
+    assert main(["plan", "model", "v3-671b", "--json"]) == 0
+    assert by_directory == json.loads(capsys.readouterr().out)
+    assert by_directory["total_parameters"] == 671_026_419_200
+    assert ModelConfig.from_hf(tmp_path).hidden_size == 7168
+
+
+def test_this_machine_by_its_ceilings(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "train", "tiny", "--hardware", "measured", "--ceilings", CEILINGS, "--devices", "1", "--tokens", "1e7"]
+    assert main([*words, "--global-batch-size", "8", "--sequence-length", "256", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["precision"] == "bf16"
+    assert 1_000 < plan["tokens_per_second"] < 100_000
+    assert plan["bill"]["cost_usd"] is None
+
+
+def test_the_drawing_has_a_line_for_each_rank(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "schedule", "1F1B", "--stages", "3", "--microbatches", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "one_f_one_b, 3 stages, 4 micro-batches"
+    assert lines[1].startswith("  0  F0  F1  F2  ")
+    assert lines[3].startswith("  2  ........F0  B0      F1  B1      F2  B2      F3  B3")
+    assert len({len(line) for line in lines[1:4]}) == 1
+
+
+def test_the_schedule_json_is_what_an_executor_would_run(capsys: pytest.CaptureFixture[str]) -> None:
+    from finback.parallel.schedule import dualpipe
+
+    assert main(["plan", "schedule", "dualpipe", "--stages", "4", "--microbatches", "8", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    schedule = dualpipe(4, 8)
+    assert [len(actions) for actions in plan["ranks"]] == [len(actions) for actions in schedule]
+    for told, actions in zip(plan["ranks"], schedule, strict=True):
+        assert [(one["kind"], one["microbatch"], one["stage"]) for one in told] == [
+            (a.kind.value, a.microbatch, a.stage) for a in actions
+        ]
+    assert plan["peak_live_activations"] == [5] * 4
+
+
+def test_validate_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *KINDS["validate"], "--out", str(tmp_path / "page.md")]) == 0
+    capsys.readouterr()
+    assert (tmp_path / "page.md").read_text() == (ROOT / "docs" / "plan-validation.md").read_text()
+
+
+def test_help_names_every_kind_and_field(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("usage: finback plan")
+    assert all(f"usage: finback plan {kind}" in page for kind in KINDS)
+    assert all(field in page for field in ("--html", "--global-batch-size", "--hit-share", "--microbatches", "--ceilings"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["trian"], "unknown kind of plan 'trian'; did you mean 'train'?"),
+        (["model", "v3-67b"], "model 'v3-67b' is neither a preset nor a directory; did you mean 'v3-671b'?"),
+        (["train", "v3-671b", "--hardware", "h80"], "--hardware is 'h80', which is unknown; did you mean 'h800'?"),
+        (["train", "v3-671b", "--devises", "8"], "unknown field --devises; the nearest is --devices"),
+        (["train", "v3-671b", "--pp", "24"], "it must be a multiple of pp x tp = 24; the nearest is 2040"),
+        (["train", "v3-671b", "--devices", "2047"], "the nearest is 16376"),
+        (["train", "v3-671b", "--tokens", "-1"], "--tokens is -1, it must be positive"),
+        (["train", "v3-671b", "--tokens", "nan"], "--tokens is nan, it must be positive"),
+        (["train", "v3-671b", "--hardware", "hygon-k100"], "has no published scale_out_gb_per_second"),
+        (["train", "v3-671b", "--pp", "0"], "--pp is 0, it must be at least 1"),
+        (["schedule", "dualpip"], "unknown schedule 'dualpip'; did you mean 'dualpipe'?"),
+        (["schedule", "dualpipe", "--stages", "7"], "num_stages is 7, it must be divisible by 2; the nearest is 8"),
+        (["schedule", "dualpipe", "--forward", "0"], "--forward is 0, it must be positive"),
+        (["schedule", "zb1p", "--microbatches", "1000000"], "give fewer micro-batches"),
+        (["schedule"], "NAME is missing"),
+        (
+            ["serve", "v3-671b", "--decode-ep", "100"],
+            "it must divide experts with their copies (256 + 32); the nearest is --redundant-experts 44",
+        ),
+        (["serve", "tiny-dense", "--hardware", "laptop-cpu"], "no published"),
+        (["fit", "rtx4090", "--context", "0"], "--context is 0"),
+        (["fit", "rtx4090", "--png", "x.png"], "there is no picture of it"),
+        (["rl", "v3-671b", "--devices", "500"], "--devices is 500"),
+        (["train", "tiny", "--hardware", "measured", "--ceilings", "gone.json"], "run make bench first"),
+        (["--html"], "--html"),
+    ],
+)
+def test_bad_input_is_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["plan", *words]) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def test_python_m_runs_it(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "finback", "plan", "model", "tiny"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "attention projections" in done.stdout

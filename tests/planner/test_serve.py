@@ -1,0 +1,204 @@
+"""Serving and RL plans: published arithmetic, what must grow with what, and impossible units."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finback.config import InputError, checkpoint_tensors
+from finback.planner.fit import PUBLISHED, fit_table
+from finback.planner.hardware import HARDWARE
+from finback.planner.inference import (
+    Unit,
+    check_unit,
+    decode_step,
+    largest_batch,
+    network_limit_ms,
+    prefill,
+    weight_bytes_per_device,
+)
+from finback.planner.layout import Layout
+from finback.planner.model import cache_bytes_per_token
+from finback.planner.rl import R1_ZERO, plan_rl
+from finback.planner.serve import Tariff, Traffic, daily_cost_usd, dense_twin, margin, plan_serve, revenue_usd
+from finback.presets import tiny_dense, v2_lite_16b, v3_671b
+
+V3, H800 = v3_671b().model, HARDWARE["h800"]
+PREFILL, DECODE = Unit(ep=32, redundant_experts=32), Unit(ep=144, redundant_experts=32)
+
+
+def test_deepseeks_published_day() -> None:
+    cost, revenue = daily_cost_usd(226.75, 8, 2.0), revenue_usd(Traffic(), Tariff())
+    assert cost == 87_072
+    assert revenue == pytest.approx(562_027, rel=2e-4)
+    assert margin(562_027, cost) == pytest.approx(5.45, abs=0.01)
+
+
+def test_the_network_bound_limit_of_a_token() -> None:
+    assert network_limit_ms(width=7000) == pytest.approx(14.76, abs=0.005)
+    assert network_limit_ms() == pytest.approx(15.11, abs=0.005)
+    assert network_limit_ms(width=7000, gb_per_second=900) == pytest.approx(0.82, abs=0.005)
+
+
+def test_weights_of_one_device_are_those_of_the_checkpoint() -> None:
+    stored = sum(
+        spec_bytes * count
+        for spec_bytes, count in (
+            ({"BF16": 2, "F32": 4, "F8_E4M3": 1}[spec.dtype], _size(spec.shape))
+            for spec in checkpoint_tensors(V3)
+            if not spec.name.startswith("model.layers.61.")
+        )
+    )
+    assert weight_bytes_per_device(V3, Unit(), "fp8") == pytest.approx(stored, rel=1e-3)
+    eighth = weight_bytes_per_device(V3, Unit(ep=8), "fp8")
+    assert 8 * eighth > stored > 5 * eighth  # what is no expert is on all eight
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def test_one_request_on_one_device_is_bound_by_reading() -> None:
+    """A dense model's step at batch 1 by hand: weights without the embedding's rows, then the cache."""
+    model = tiny_dense().model
+    card = replace(HARDWARE["rtx4090"], efficiencies=replace(HARDWARE["rtx4090"].efficiencies, busy=1.0))
+    step = decode_step(model, card, Unit(), "bf16", 1, 1000)
+    read = 1000 * cache_bytes_per_token(model) / card.bytes_per_second
+    assert step.cache_ms == pytest.approx(1e3 * read)
+    assert step.exchange_ms == 0
+    assert step.tokens_per_second_per_device == pytest.approx(step.tokens_per_second_per_request)
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 200), st.integers(1, 200), st.sampled_from([8, 32, 144]), st.floats(100, 100_000))
+def test_more_requests_are_slower_each_and_faster_together(one: int, other: int, ep: int, context: float) -> None:
+    unit = Unit(ep=ep, redundant_experts=32 if ep == 144 else 0)
+    small, large = (decode_step(V3, H800, unit, "fp8", batch, context) for batch in sorted((one, other)))
+    assert small.tpot_ms <= large.tpot_ms * (1 + 1e-9)
+    if large.batch >= 2 * small.batch:  # nearer ones may fall on either side of cutting the batch in half
+        assert small.tokens_per_second_per_device <= large.tokens_per_second_per_device * 1.2
+    longer = decode_step(V3, H800, unit, "fp8", small.batch, 2 * context)
+    assert longer.tpot_ms >= small.tpot_ms  # equal where the exchange sets the time
+    assert longer.cache_ms == pytest.approx(2 * small.cache_ms) or longer.overlapped != small.overlapped
+
+
+def test_parts_sum_to_the_step() -> None:
+    for batch in (1, 16, 128):
+        step = decode_step(V3, H800, DECODE, "fp8", batch, 4989)
+        assert step.weights_ms + step.cache_ms + step.exposed_exchange_ms + step.idle_ms == pytest.approx(step.tpot_ms)
+
+
+def test_drafts_gain_what_is_accepted_less_their_cost() -> None:
+    plain = decode_step(V3, H800, DECODE, "fp8", 16, 4989)
+    drafted = decode_step(V3, H800, DECODE, "fp8", 16, 4989, mtp_acceptance=0.85)
+    assert 1.0 < plain.tpot_ms / drafted.tpot_ms < 1.85
+
+
+def test_the_largest_batch_fits_and_one_more_does_not() -> None:
+    most = largest_batch(V3, H800, DECODE, "fp8", 4989, 2.0)
+    assert decode_step(V3, H800, DECODE, "fp8", most, 4989).fits
+    assert not decode_step(V3, H800, DECODE, "fp8", most + 1, 4989).fits
+    assert largest_batch(V3, H800, Unit(ep=8), "bf16", 4989, 2.0) == 0
+
+
+def test_cached_input_costs_less_and_brings_less() -> None:
+    plan = plan_serve(V3, H800, PREFILL, DECODE, batch=88)
+    rows = plan.cache_hits
+    assert [row.prefill_nodes for row in rows] == sorted((row.prefill_nodes for row in rows), reverse=True)
+    assert [row.revenue_usd_per_day for row in rows] == sorted((row.revenue_usd_per_day for row in rows), reverse=True)
+    filled = prefill(V3, H800, PREFILL, "fp8", 4000, 0.5)
+    assert filled.tokens_per_second_per_device_with_hits == pytest.approx(2 * filled.tokens_per_second_per_device)
+
+
+def test_one_tenant_should_take_the_dense_model_and_many_the_mixture() -> None:
+    choices = plan_serve(V3, H800, PREFILL, DECODE, batch=88).traffic_choices
+    assert choices[0].cheaper == "dense"
+    assert choices[-1].cheaper == "mixture"
+    assert choices[-1].moe_usd_per_million_output == pytest.approx(choices[-1].moe_device_seconds_per_million_output / 1800)
+
+
+def test_the_dense_twin_has_the_parameters_it_should() -> None:
+    from finback.config import count_params
+    from finback.planner.dense import dense_equivalent
+
+    for model in (V3, v2_lite_16b().model):
+        assert count_params(dense_twin(model)).total == pytest.approx(dense_equivalent(model), rel=0.15)
+
+
+def test_a_bill_without_a_rent_is_unknown() -> None:
+    plan = plan_serve(V3, HARDWARE["h200"], PREFILL, DECODE, batch=88)
+    assert plan.economics.cost_usd_per_day is None
+    assert plan.economics.total_nodes > 0
+    assert plan.unknown_figures == ["usd_per_hour"]
+
+
+def test_what_fits_on_a_card() -> None:
+    rows = {(row.model, row.precision): row for row in fit_table(HARDWARE["rtx4090"], 8192)}
+    assert rows["R1-Distill-Qwen-7B", "bf16"].fits
+    assert not rows["R1-Distill-Qwen-14B", "bf16"].fits
+    assert rows["R1-Distill-Qwen-14B", "fp8"].fits
+    assert rows["R1-Distill-Qwen-32B", "int4"].fits
+    assert not rows["DeepSeek-V3 / R1", "int4"].fits
+    assert rows["DeepSeek-V2-Lite", "fp8"].most_context_tokens == 163_840
+    for row in rows.values():
+        model = next(model for model in PUBLISHED if model.name == row.model)
+        used = row.weights_gb * 1e9 + row.most_context_tokens * model.cache_bytes_per_token
+        assert row.most_context_tokens == 0 or used <= 0.9 * 24e9
+
+
+def test_v2_lite_of_the_table_is_the_preset() -> None:
+    model = next(model for model in PUBLISHED if model.name == "DeepSeek-V2-Lite")
+    assert model.cache_bytes_per_token == cache_bytes_per_token(v2_lite_16b().model)
+
+
+@pytest.mark.parametrize(
+    ("unit", "words"),
+    [
+        (Unit(ep=48), r"it must divide experts with their copies \(256 \+ 0\); the nearest is --redundant-experts 32"),
+        (Unit(tp=3), r"--tp is 3, it must divide num_attention_heads \(128\)"),
+        (Unit(ep=0), "both must be at least 1"),
+    ],
+)
+def test_units_that_do_not_divide(unit: Unit, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check_unit(V3, unit)
+
+
+def test_impossible_servings() -> None:
+    with pytest.raises(InputError, match="the model is dense"):
+        check_unit(tiny_dense().model, Unit(ep=8))
+    with pytest.raises(InputError, match=r"each of 4 devices would hold \d+ GB of weights; take --ep 16"):
+        plan_serve(V3, H800, Unit(ep=4), Unit(ep=4))
+    with pytest.raises(InputError, match="a device with more memory, or a lower precision"):
+        plan_serve(V3, HARDWARE["laptop-rtx4070"], Unit(ep=8), Unit(ep=8))
+    with pytest.raises(InputError, match="--hit-share is 1"):
+        plan_serve(V3, H800, PREFILL, DECODE, traffic=Traffic(hit_share=1.0))
+    with pytest.raises(InputError, match="--mtp-acceptance is 2"):
+        plan_serve(V3, H800, PREFILL, DECODE, mtp_acceptance=2.0)
+    with pytest.raises(InputError, match="use 163840"):
+        plan_serve(V3, H800, PREFILL, DECODE, traffic=Traffic(context_tokens=1e6))
+
+
+def test_an_rl_cycle_is_the_sum_of_its_parts_and_the_longest_answer_binds() -> None:
+    plan = plan_rl(V3, H800, Layout(512, pp=16, ep=32), Unit(ep=32), R1_ZERO)
+    assert plan.cycle_seconds == pytest.approx(
+        plan.rollout_seconds + plan.reference_seconds + plan.reward_seconds + plan.training_seconds
+    )
+    assert plan.cycles == 650
+    assert plan.rollout_seconds == plan.rollout_longest_answer_seconds > plan.rollout_throughput_bound_seconds
+    short = plan_rl(V3, H800, Layout(512, pp=16, ep=32), Unit(ep=32), replace(R1_ZERO, longest_tokens=6000.0))
+    assert short.cycle_seconds < plan.cycle_seconds
+
+
+def test_impossible_rl_runs() -> None:
+    layout = Layout(512, pp=16, ep=32)
+    with pytest.raises(InputError, match="multiple of --batch-size"):
+        plan_rl(V3, H800, layout, Unit(ep=32), replace(R1_ZERO, outputs_per_rollout=8000))
+    with pytest.raises(InputError, match="multiple of a rollout unit"):
+        plan_rl(V3, H800, Layout(80, pp=16), Unit(ep=32), R1_ZERO)
+    with pytest.raises(InputError, match="below --mean-tokens"):
+        plan_rl(V3, H800, layout, Unit(ep=32), replace(R1_ZERO, longest_tokens=10.0))

@@ -1,0 +1,181 @@
+"""Training plans: traffic and memory by hand, what must grow with what, and impossible layouts."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from finback.config import InputError
+from finback.planner.communication import all_to_all, distinct
+from finback.planner.dense import cheapest, chinchilla_loss, compare_with_dense, dense_equivalent
+from finback.planner.hardware import HARDWARE
+from finback.planner.layout import Layout, activation_bytes_per_layer, check_layout, parameters_per_device, training_memory
+from finback.planner.step import step_time
+from finback.planner.train import Prices, bill, evaluate, plan_train, search
+from finback.presets import tiny_dense, v2_lite_16b, v3_671b
+
+V3, H800 = v3_671b().model, HARDWARE["h800"]
+PAPER = Layout(2048, pp=16, ep=64, schedule="dualpipe", overlap=True)
+SEARCHED = frozenset({"pp", "ep", "schedule", "recompute"})
+
+
+def test_a_token_of_v3_goes_to_four_nodes_of_eight() -> None:
+    hops = all_to_all(V3, 64, 8, 1.0)
+    assert hops.nodes == 8
+    assert hops.copies_to_other_nodes == pytest.approx(4 * 7 / 8)
+    assert hops.scale_out_bytes == pytest.approx(3.5 * 7168 * 3)
+    assert hops.copies_to_other_devices == pytest.approx(distinct(64, 8) * 63 / 64)
+    network, links = hops.seconds(H800)
+    assert network == pytest.approx(3.5 * 7168 * 3 / (50e9 * 0.9))
+    assert links < network
+
+
+def test_inside_a_node_nothing_goes_over_the_network() -> None:
+    hops = all_to_all(V3, 8, 8, 1.0)
+    assert (hops.nodes, hops.scale_out_bytes) == (1, 0.0)
+    assert hops.scale_up_bytes > 0
+    assert all_to_all(V3, 1, 8, 1.0).seconds(H800) == (0.0, 0.0)
+
+
+def test_without_groups_more_nodes_are_reached() -> None:
+    free = replace(V3, n_group=1, topk_group=1)
+    assert all_to_all(free, 64, 8, 1.0).copies_to_other_nodes == pytest.approx(8 * (1 - (7 / 8) ** 8) * 7 / 8)
+    assert all_to_all(free, 64, 8, 1.0).copies_to_other_nodes > all_to_all(V3, 64, 8, 1.0).copies_to_other_nodes
+
+
+def test_memory_of_v3_by_hand() -> None:
+    """PP 16, EP 64, DP 128, ZeRO-1, bf16 moments, both directions of DualPipe."""
+    memory = training_memory(V3, PAPER, "fp8", 4096, live_microbatches=17)
+    experts = 59 * 256 * 44_040_192 / (16 * 64)
+    rest = (671_026_419_200 - 58 * 256 * 44_040_192 + 187_107_328 + 44_040_192 + 256 * 7168 + 2 * 7168**2) / 16
+    assert parameters_per_device(V3, PAPER) == (pytest.approx(rest, rel=1e-4), pytest.approx(experts))
+    assert memory.weights_bytes == pytest.approx(2 * 2 * (rest + experts), rel=1e-4)
+    assert memory.gradients_bytes == 2 * memory.weights_bytes
+    assert memory.optimizer_bytes == pytest.approx(8 * (rest / 128 + experts / 2), rel=1e-4)
+    assert memory.total_bytes < 80e9  # it did run
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16", "fp32"])
+def test_more_recomputation_keeps_less(precision: str) -> None:
+    sizes = [activation_bytes_per_layer(V3, precision, kind) for kind in ("none", "selective", "full")]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[2] == (4 if precision == "fp32" else 2) * 7168
+
+
+def test_more_recomputation_takes_longer() -> None:
+    seconds = [
+        step_time(V3, H800, replace(PAPER, recompute=kind), "fp8", 4096, 15360).seconds for kind in ("none", "selective", "full")
+    ]
+    assert seconds == sorted(seconds)
+    assert seconds[2] > 1.2 * seconds[0]
+
+
+def test_overlap_hides_the_exchange_and_costs_cores() -> None:
+    hidden = step_time(V3, H800, PAPER, "fp8", 4096, 15360)
+    plain = step_time(V3, H800, replace(PAPER, overlap=False), "fp8", 4096, 15360)
+    exchange = plain.exposed_all_to_all_seconds
+    assert hidden.exposed_all_to_all_seconds == pytest.approx(exchange * 20 / 132)
+    assert hidden.hidden_all_to_all_seconds == pytest.approx(exchange * 112 / 132)
+    assert exchange == pytest.approx(max(plain.all_to_all_network_seconds, plain.all_to_all_links_seconds))
+    assert hidden.seconds < plain.seconds
+
+
+def test_parts_sum_to_the_step() -> None:
+    step = step_time(V3, H800, PAPER, "fp8", 4096, 15360)
+    parts = [value for name, value in vars(step).items() if name.endswith("_seconds")]
+    apart = step.hidden_all_to_all_seconds + step.all_to_all_network_seconds + step.all_to_all_links_seconds + step.p2p_seconds
+    assert step.seconds == pytest.approx(sum(parts) - apart)
+
+
+@settings(max_examples=30)
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 8, 16, 64]), st.sampled_from([1, 2, 4]))
+def test_twice_the_batch_is_less_than_twice_the_time(pp: int, ep: int, factor: int) -> None:
+    layout = Layout(512, pp=pp, ep=ep)
+    one, two = (step_time(V3, H800, layout, "fp8", 4096, 512 * factor * times).seconds for times in (1, 2))
+    assert one < two <= 2 * one + 1e-9
+
+
+def test_the_search_finds_nothing_slower_than_the_paper() -> None:
+    found = search(V3, H800, PAPER, SEARCHED, "fp8", 4096, 15360)
+    paper = evaluate(V3, H800, PAPER, "fp8", 4096, 15360)
+    assert found[0].step_seconds <= paper.step_seconds
+    assert all(one.fits for one in found)
+    assert [one.step_seconds for one in found] == sorted(one.step_seconds for one in found)
+    assert found[0].why_worse == ""
+    assert all(one.why_worse for one in found[1:])
+
+
+def test_the_sorting_by_table_agrees_with_the_simulation() -> None:
+    """What the search simulates first must hold what simulation finds best."""
+    from finback.planner.train import _quick_seconds, candidates
+
+    layouts = candidates(V3, H800, PAPER, frozenset({"schedule"}), "fp8", 4096, 15360)
+    assert len(layouts) == 4  # 120 micro-batches are no multiple of 16, as interleaving wants
+    by_table = sorted(layouts, key=lambda one: _quick_seconds(V3, H800, one, "fp8", 4096, 15360))
+    by_simulation = sorted(layouts, key=lambda one: evaluate(V3, H800, one, "fp8", 4096, 15360).step_seconds)
+    assert {one.schedule for one in by_table[:2]} == {one.schedule for one in by_simulation[:2]} == {"dualpipe", "dualpipe_v"}
+
+
+def test_a_bill_by_hand() -> None:
+    paid = bill(2_788_000, 2048, H800, Prices(None))
+    assert paid.cost_usd == 5_576_000
+    assert paid.days == pytest.approx(56.72, abs=0.01)
+    assert paid.energy_mwh == pytest.approx(2_788_000 * 1000 * 1.3 / 1e6)
+    assert paid.co2_tonnes == pytest.approx(paid.energy_mwh * 0.55)
+    unknown = bill(100, 8, HARDWARE["ascend910b"], Prices(None))
+    assert (unknown.cost_usd, unknown.energy_mwh, unknown.co2_tonnes) == (None, None, None)
+    assert bill(100, 8, HARDWARE["ascend910b"], Prices(1.5)).cost_usd == 150
+
+
+def test_a_run_scales_with_its_tokens() -> None:
+    one, two = (plan_train(V3, H800, PAPER, frozenset(), tokens=tokens) for tokens in (1e12, 2e12))
+    assert two.bill.device_hours == pytest.approx(2 * one.bill.device_hours)
+    assert one.mfu == two.mfu
+    assert one.steps == pytest.approx(1e12 / (15360 * 4096))
+
+
+def test_chinchilla_by_hand_and_the_published_pair() -> None:
+    assert chinchilla_loss(70e9, 1.4e12) == pytest.approx(1.937, abs=0.002)
+    v2_lite = v2_lite_16b().model
+    assert dense_equivalent(v2_lite) == pytest.approx((15.706e9 * 2.66e9) ** 0.5, rel=0.01)
+    size, tokens = cheapest(chinchilla_loss(70e9, 1.4e12), 0.0)
+    assert chinchilla_loss(size, tokens) == pytest.approx(chinchilla_loss(70e9, 1.4e12))
+    assert size * tokens <= 70e9 * 1.4e12
+    assert compare_with_dense(V3, 14.8e12, 4096).dense_over_moe_training > 3
+
+
+@pytest.mark.parametrize(
+    ("layout", "batch", "words"),
+    [
+        (Layout(2048, pp=24), 15360, "--devices is 2048, it must be a multiple of pp x tp = 24; the nearest is 2040"),
+        (Layout(2048, pp=64), 15360, "--pp is 64, above the model's 61 layers"),
+        (Layout(2048, pp=16, ep=48), 15360, "--ep is 48, it must divide n_routed_experts .256.; the nearest is 32"),
+        (Layout(96, pp=8, ep=8), 96, r"--ep is 8, it must divide dp x tp \(12\); the nearest is 6"),
+        (Layout(2048, pp=16, ep=64), 15361, "multiple of dp x micro_batch_size = 128; the nearest is 15360"),
+        (Layout(2048, pp=16, ep=64, schedule="dualpipe"), 2048, "needs at least 32 micro-batches per replica and has 16"),
+        (Layout(8, pp=1, tp=3), 8, "multiple of pp x tp = 3; the nearest is 9"),
+        (Layout(9, pp=1, tp=3), 9, "--tp is 3, it must divide num_attention_heads"),
+        (Layout(0), 8, "--devices is 0, it must be at least 1"),
+        (Layout(64, pp=4, schedule="interleaved"), 96, "needs a multiple of pp"),
+    ],
+)
+def test_layouts_that_do_not_divide(layout: Layout, batch: int, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check_layout(V3, layout, batch)
+
+
+def test_experts_of_a_dense_model_and_precisions_that_are_missing() -> None:
+    with pytest.raises(InputError, match="the model is dense; use 1"):
+        check_layout(tiny_dense().model, Layout(8, ep=2), 8)
+    with pytest.raises(InputError, match="a100 has no FP8 units; use bf16"):
+        plan_train(V3, HARDWARE["a100"], PAPER, frozenset(), tokens=1e12)
+    with pytest.raises(InputError, match="no published bf16_tflops"):
+        plan_train(
+            tiny_dense().model, HARDWARE["laptop-cpu"], Layout(1), frozenset(), tokens=1e9, precision="bf16", global_batch_size=8
+        )
+
+
+def test_too_few_devices_say_how_many() -> None:
+    with pytest.raises(InputError, match="usable; take about 256 devices or more"):
+        search(V3, H800, Layout(64), SEARCHED, "fp8", 4096, 15360)
