@@ -16,6 +16,7 @@ from finback.config import InputError, ModelConfig, count_params, nearest
 
 if TYPE_CHECKING:
     from finback.commands.conversation import Answer, Conversation, Steps
+    from finback.commands.paired import PairedConversation
     from finback.commands.terminal import Screen
 
 
@@ -23,8 +24,20 @@ if TYPE_CHECKING:
 class ChatFields:
     """What `finback chat` takes."""
 
-    directory: Positional[Path]
-    """Hugging Face directory with weights, tokenizer and chat template."""
+    directory: Positional[Path | None] = None
+    """Hugging Face directory with weights, tokenizer and chat template; left out where two models are paired."""
+    plan_with: str = ""
+    """Directory or OpenAI-style endpoint (http://HOST/v1) of a model whose thought another one writes from."""
+    write_with: str = ""
+    """Directory or endpoint of the model that writes; goes with --plan-with."""
+    plan_model: str = "default"
+    """Name of the planner at its endpoint."""
+    write_model: str = "default"
+    """Name of the writer at its endpoint."""
+    plan_key_env: str = ""
+    """The environment variable with the key of the planner's endpoint; empty sends none."""
+    write_key_env: str = ""
+    """The environment variable with the key of the writer's endpoint; empty sends none."""
     system: str = ""
     """System prompt."""
     temperature: float = 0.6
@@ -60,6 +73,10 @@ def main(argv: list[str]) -> int:
         description="Talk with a model in the terminal. Without one, each line of standard input is a question and the answers "
         "go to standard output. /help lists what can be done meanwhile.",
     )
+    if fields.plan_with or fields.write_with:
+        return _paired(fields)
+    if fields.directory is None:
+        raise InputError("the model's directory is missing: finback chat DIRECTORY; see finback chat --help")
     config = ModelConfig.from_hf(fields.directory)
 
     from finback.commands.conversation import Conversation
@@ -99,6 +116,35 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _paired(fields: ChatFields) -> int:
+    """The chat with a planner and a writer."""
+    if not (fields.plan_with and fields.write_with):
+        raise InputError("--plan-with and --write-with go together; give both, or a directory alone")
+    if fields.directory is not None:
+        raise InputError(f"{fields.directory} is a third model beside --plan-with and --write-with; leave it out")
+    if fields.num_speculative_tokens or fields.dtype != "auto" or fields.device != "cpu":
+        raise InputError("--num-speculative-tokens, --dtype and --device are for a chat with one model; leave them out")
+    for place in (fields.plan_with, fields.write_with):
+        if not place.startswith(("http://", "https://")):
+            ModelConfig.from_hf(Path(place))
+
+    from finback.commands.paired import PairedConversation
+    from finback.commands.terminal import Screen
+    from finback.engine.config import SamplingParams
+    from finback.recipes.pairing import Pair, open_speaker
+
+    params = SamplingParams(temperature=fields.temperature, top_p=fields.top_p, max_tokens=fields.max_tokens, seed=fields.seed)
+    pair = Pair(
+        open_speaker(fields.plan_with, model=fields.plan_model, api_key_env=fields.plan_key_env),
+        open_speaker(fields.write_with, model=fields.write_model, api_key_env=fields.write_key_env),
+    )
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    screen = Screen(terminal=terminal, folded=fields.fold or not terminal)
+    screen.remark(f"{fields.plan_with} plans, {fields.write_with} writes; /help lists commands, Ctrl-C stops, Ctrl-D leaves")
+    Chat(PairedConversation(pair, params, system=fields.system), screen).run()
+    return 0
+
+
 def _count(parameters: int) -> str:
     for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if parameters >= size:
@@ -109,7 +155,7 @@ def _count(parameters: int) -> str:
 class Chat:
     """The loop: a message or a command, an answer, and again."""
 
-    def __init__(self, conversation: "Conversation", screen: "Screen") -> None:
+    def __init__(self, conversation: "Conversation | PairedConversation", screen: "Screen") -> None:
         self.conversation = conversation
         self.screen = screen
         self.answers: list[Answer] = []

@@ -1,0 +1,118 @@
+"""Rejection sampling as a command: a model's samples that pass every check become conversations (R1 section 2.3.3)."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from finback.config import InputError
+from finback.data.files import write_atomic
+from finback.data.reasoning import parse_answer
+from finback.data.tokenizer import load_tokenizer
+from finback.engine.config import SamplingParams
+from finback.engine.llm import LLM
+from finback.recipes.sampling_config import RejectConfig
+from finback.rewards.pool import RewardPool
+from finback.rewards.reward import load_rewards
+from finback.rl.prompts import read_prompts
+from finback.rl.rejection import Check, Funnel, kept_rows, rejection_sample
+
+
+def reject(config: RejectConfig) -> Funnel:
+    """Sample, keep, print the funnel, write `config.out` and its lineage; returns the funnel.
+
+    Raises InputError, before the model is loaded where that can be, if a field or row is wrong, `out` exists, or nothing passed.
+    """
+    check_target(config.out)
+    checks = load_checks(config.reward)
+    tokenizer = load_tokenizer(config.model)
+    llm = LLM(config.model, tokenizer=tokenizer)
+    if config.max_tokens >= llm.max_model_len:
+        raise InputError(f"max_tokens is {config.max_tokens}, the model's context is {llm.max_model_len}; lower it")
+    files = [str(file) for file in config.data]
+    prompts = read_prompts(files, tokenizer, config.template, longest=llm.max_model_len - config.max_tokens)
+    params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, skip_special_tokens=False)
+    with RewardPool([check.reward for check in checks], deadline=config.reward_deadline) as pool:
+        kept, funnel = rejection_sample(
+            llm,
+            pool,
+            prompts[: config.max_prompts],
+            checks,
+            params,
+            num_samples=config.num_samples,
+            keep_per_prompt=config.keep,
+            seed=config.seed,
+        )
+    print("\n".join(funnel.lines()))
+    if not kept:
+        raise InputError(f"no sample passed, so {config.out} is not written; lower a threshold, or sample a better model")
+    rows = [conversation(row) for row in kept_rows(kept)]
+    write_rows(config.out, rows)
+    write_lineage(config.out, "reject", asdict(config), {"model": model_hash(config.model)}, funnel.stages)
+    print(f"\n{len(rows):,} conversations are in {config.out}; learn from them: finback sft MODEL --data {config.out} --out DIR")
+    return funnel
+
+
+def load_checks(specs: Sequence[str]) -> list[Check]:
+    """The check that each `module:function[:threshold]` names: rewards whose last number is the least value, 1 if it is missing."""
+    for spec in specs:
+        threshold = spec.split(":")[2:]
+        try:
+            bad = bool(threshold) and not math.isfinite(float(":".join(threshold)))
+        except ValueError:
+            bad = True
+        if bad:
+            raise InputError(f"reward {spec!r}: the threshold {':'.join(threshold)!r} is not a finite number")
+    return [Check(reward, reward.weight) for reward in load_rewards(specs)]
+
+
+def conversation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of `kept_rows` as a conversation: the prompt's messages, then the sample, its thought apart."""
+    prompt = row["example"]["prompt"]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    opened = row["prompt"].rstrip().endswith("<think>")
+    parts = parse_answer(row["completion"].lstrip(), starts_in_thought=opened, tools=False)
+    reply = {"role": "assistant", "content": parts.content.strip()}
+    if parts.reasoning.strip():
+        reply["reasoning_content"] = parts.reasoning.strip("\n")
+    return {"messages": [*messages, reply]}
+
+
+def check_target(out: Path) -> None:
+    """InputError if `out` is there already or is no .jsonl file."""
+    if out.suffix != ".jsonl":
+        raise InputError(f"out is {out}, it must end in .jsonl")
+    if out.exists():
+        raise InputError(f"{out} exists; give out another name, or remove it")
+
+
+def write_rows(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    write_atomic(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_lineage(
+    out: Path, verb: str, settings: Mapping[str, Any], sources: Mapping[str, str], stages: Sequence[tuple[str, int]]
+) -> None:
+    """OUT.lineage.json: what was run, on what, the funnel, and the hash of what came out."""
+    record = {
+        "verb": verb,
+        "settings": dict(settings),
+        "sources": dict(sources),
+        "funnel": [list(stage) for stage in stages],
+        "sha256": hashlib.sha256(out.read_bytes()).hexdigest(),
+    }
+    write_atomic(out.with_name(out.name + ".lineage.json"), json.dumps(record, indent=2, default=str, ensure_ascii=False) + "\n")
+
+
+def model_hash(directory: Path) -> str:
+    """SHA-256 over the names and bytes of a model's configuration, tokenizer and weights."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors")):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
