@@ -39,4 +39,4 @@ def main(planner: str, writer: str, problems: str, count: int = 200, max_tokens:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *map(int, sys.argv[4:]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:]))

@@ -25,6 +25,7 @@ VERBS = {
     "r1-zero": ("GRPO on a base model by rules alone, as R1-Zero", "finback.commands.r1_zero:main"),
     "r1": ("the whole R1 recipe on a base model and a task of your own", "finback.commands.r1:main"),
     "distill": ("teach a student by a teacher's verified answers", "finback.commands.distill:main"),
+    "logit-distill": ("teach a student a teacher's probabilities, token by token", "finback.commands.logit_distill:main"),
     "reject": ("sample a model and keep what passes every check, as data", "finback.commands.reject:main"),
     "judge": ("keep rows, or make preference pairs, by a judge", "finback.commands.judge:main"),
     "sft": ("fine-tune a model on conversations or completions", "finback.commands.sft:main"),

@@ -1,4 +1,4 @@
-"""Rejection sampling as a command: a model's samples that pass every check become conversations (R1 section 2.3.3)."""
+"""Rejection sampling as a command: a model's samples that pass every check become conversations."""
 
 import hashlib
 import json
