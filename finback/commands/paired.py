@@ -3,18 +3,21 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from finback.commands.conversation import Answer, Steps
 from finback.config import InputError
 from finback.engine.config import SamplingParams
-from finback.recipes.pairing import Pair, plan_and_write_steps
+
+if TYPE_CHECKING:
+    from finback.recipes.pairing import Pair
 
 
 class PairedConversation:
     """Like `Conversation`, with a planner and a writer; plans are kept for the record and never enter a later prompt."""
 
     def __init__(
-        self, pair: Pair, params: SamplingParams, *, system: str = "", clock: Callable[[], float] = time.monotonic
+        self, pair: "Pair", params: SamplingParams, *, system: str = "", clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.pair = pair
         self.params = params
@@ -43,6 +46,8 @@ class PairedConversation:
         yield from self._answer(self.messages[:-1])
 
     def _answer(self, messages: list[dict[str, str]]) -> Steps:
+        from finback.recipes.pairing import plan_and_write_steps
+
         before, self.messages = self.messages, messages
         sent = [{"role": turn["role"], "content": turn["content"]} for turn in self.record()]
         params = self.params
