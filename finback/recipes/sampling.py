@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def reject(config: RejectConfig) -> Funnel:
     files = [str(file) for file in config.data]
     prompts = read_prompts(files, tokenizer, config.template, longest=llm.max_model_len - config.max_tokens)
     params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, skip_special_tokens=False)
-    with RewardPool([check.reward for check in checks], deadline=config.reward_deadline) as pool:
+    with RewardPool([reward for check in checks for reward in check.rewards], deadline=config.reward_deadline) as pool:
         kept, funnel = rejection_sample(
             llm,
             pool,
@@ -66,7 +66,7 @@ def load_checks(specs: Sequence[str]) -> list[Check]:
             bad = True
         if bad:
             raise InputError(f"reward {spec!r}: the threshold {':'.join(threshold)!r} is not a finite number")
-    return [Check(reward, reward.weight) for reward in load_rewards(specs)]
+    return [Check((replace(reward, weight=1.0),), reward.weight) for reward in load_rewards(specs)]
 
 
 def conversation(row: Mapping[str, Any]) -> dict[str, Any]:
