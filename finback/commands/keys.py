@@ -9,7 +9,7 @@ import tyro
 from tyro.conf import Positional
 
 from finback.commands.parse import parse_arguments
-from finback.config import InputError
+from finback.config import InputError, nearest
 from finback.server.config import decimal
 from finback.server.keys import Key, KeyStore, nano, yuan
 
@@ -65,9 +65,9 @@ def main(argv: list[str]) -> int:
         print("usage: finback keys add NAME | list | revoke NAME | top-up NAME AMOUNT  [--keys FILE]\n")
         print("Keys, balances and usage of finback serve --keys FILE. finback keys add --help shows the fields of one.")
         return 0
+    if argv[0].startswith("-"):
+        raise InputError(f"unknown field {argv[0]}; an action comes first: {', '.join(actions)}")
     if argv[0] not in actions:
-        from finback.config import nearest
-
         raise InputError(f"unknown action {argv[0]!r}; there are {', '.join(actions)}{nearest(argv[0], list(actions))}")
     return actions[argv[0]](argv[1:])
 

@@ -3,6 +3,7 @@
 import logging
 import socket
 
+import finback
 from finback.commands.parse import parse_arguments
 from finback.config import InputError, ModelConfig
 from finback.server.config import ServeConfig, decimal
@@ -83,6 +84,7 @@ def _serve(config: ServeConfig, listening: socket.socket) -> int:
         tokenizer=tokenizer,
         metrics=Metrics(llm, name),
         store=store,
+        version=finback.__version__,
         prices=None if store is None else prices(hit, miss, output, config.off_peak_minutes, discount),
     )
     server = uvicorn.Server(

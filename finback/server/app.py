@@ -12,7 +12,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-import finback
 from finback.server import openai
 from finback.server.config import is_loopback
 from finback.server.errors import TYPES, APIError
@@ -43,7 +42,7 @@ def create_app(service: Service) -> FastAPI:
         await service.endings.finish()
         service.worker.stop()
 
-    app = FastAPI(title="finback", version=finback.__version__, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="finback", version=service.version, lifespan=lifespan, redoc_url=None)
     _add_chat(app, service)
     _add_facts(app, service)
     _add_page(app)
@@ -111,7 +110,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             "prices": None
             if prices is None
             else {n: float(getattr(prices, n)) / nano_per_yuan_million() for n in ("hit", "miss", "output")},
-            "version": finback.__version__,
+            "version": service.version,
         }
 
     @app.get("/health")

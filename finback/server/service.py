@@ -38,6 +38,7 @@ class Service:
     metrics: Metrics
     store: KeyStore | None
     prices: Prices | None
+    version: str
     endings: Endings = field(default_factory=Endings)
     created: int = field(default_factory=lambda: int(time.time()))
     _recent: dict[int, deque[float]] = field(default_factory=dict)  # key id -> when its last requests came

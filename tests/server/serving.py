@@ -81,6 +81,7 @@ def serving(
         tokenizer=tokenizer,
         metrics=Metrics(engine, "tiny"),
         store=None,
+        version="0",
         prices=None
         if keys is None
         else prices(*map(_decimal, ("1", "4", "16")), config.off_peak_minutes, _decimal(config.off_peak_discount)),
