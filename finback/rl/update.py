@@ -74,7 +74,7 @@ def update(
                 totals.add_mtp_loss(mtp_loss)
             if counts is not None:
                 place = iteration * len(minibatches) + number
-                totals.add_norm(_optimizer_step(config, state, counts, learning_rate(config, step, place)))
+                totals.add_norm(optimizer_step(config, state, counts, learning_rate(config, step, place)))
     return totals
 
 
@@ -107,7 +107,7 @@ def _log_probs(model: Transformer, batch: Batch, config: GRPOConfig, *, mtp: boo
     return sample_log_probs(model, batch, temperature=config.temperature, precision=config.precision, mtp=mtp, replay=replay)
 
 
-def _optimizer_step(config: GRPOConfig, state: TrainingState[PromptStream], counts: Tensor, lr: float) -> float:
+def optimizer_step(config: GRPOConfig, state: TrainingState[PromptStream], counts: Tensor, lr: float) -> float:
     """Clip and apply what `.grad` holds, then move the router biases; returns the policy's norm. One that is not finite changes
     nothing. Frozen MTP modules are not in the counts."""
     parameters = state.parameters
