@@ -15,3 +15,12 @@ def rounded(values, dtype: tl.constexpr):
         near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         values = tl.where(values == values, near.to(tl.float32, bitcast=True), values)
     return values.to(dtype)
+
+
+@triton.jit
+def dot(a, b):
+    """a b with float32 sums. The interpreter multiplies the bits of bfloat16 as if they were numbers: it gets float32, in which
+    products of two of them are exact."""
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    return tl.dot(a, b)
