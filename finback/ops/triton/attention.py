@@ -185,7 +185,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ro
     block_m, block_n = 64, 64
     if out.numel():
         prefill_kernel[(triton.cdiv(tokens, block_m), batch * heads)](
-            query.contiguous(), key.contiguous(), value.contiguous(), out, tokens, heads, heads // key.shape[1], scale, nope, rope, width,
-            block_m, block_n, num_warps=4, num_stages=2,
+            query.contiguous(), key.contiguous(), value.contiguous(), out, tokens, heads, heads // key.shape[1], scale, nope, rope,
+            width, block_m, block_n, num_warps=4, num_stages=2,
         )  # fmt: skip
     return out
