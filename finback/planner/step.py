@@ -2,12 +2,13 @@
 simulation, data-parallel traffic and optimizer."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from finback.config import ModelConfig
 from finback.parallel.schedule import SCHEDULES, Costs, Schedule, Simulation, interleaved, simulate
 from finback.planner.communication import all_to_all
 from finback.planner.hardware import GIGA, Hardware, Precision
-from finback.planner.layout import INTERLEAVED_CHUNKS, Layout, parameters_per_device
+from finback.planner.layout import INTERLEAVED_CHUNKS, Layout, ScheduleName, parameters_per_device
 from finback.planner.model import absorbed_core_flops, attention_core_flops, shape, training_flops_per_token
 
 __all__ = ["PerToken", "Step", "absorbed_core_flops", "per_token", "step_time"]
@@ -125,13 +126,7 @@ def pipeline(layout: Layout, microbatches: int, costs: Costs) -> tuple[Schedule,
     Bubbles do not depend on the number of micro-batches once the pipeline is full, so a long run is simulated at a shorter length.
     """
     pp = layout.pp
-    stages = 2 * pp if layout.schedule == "dualpipe_v" else pp
-    short = min(microbatches, 4 * pp + microbatches % 2)
-    if layout.schedule == "interleaved":
-        short = min(microbatches, 2 * pp)
-        schedule = interleaved(pp, short, INTERLEAVED_CHUNKS)
-    else:
-        schedule = SCHEDULES[layout.schedule](stages, short)
+    short = min(microbatches, 2 * pp + microbatches % 2)
     parts = {"dualpipe_v": 2, "interleaved": INTERLEAVED_CHUNKS}.get(layout.schedule, 1)
     cut = Costs(
         costs.forward / parts,
@@ -140,8 +135,17 @@ def pipeline(layout: Layout, microbatches: int, costs: Costs) -> tuple[Schedule,
         None if costs.overlapped is None else costs.overlapped / parts,
         costs.send,
     )
-    result = simulate(schedule, cut)
+    schedule, result = _simulated(layout.schedule, pp, short, cut)
     return schedule, result, max(result.peak_live_activations) / parts
+
+
+@lru_cache(maxsize=256)  # many layouts and clusters differ in what does not concern the pipeline
+def _simulated(name: ScheduleName, pp: int, microbatches: int, costs: Costs) -> tuple[Schedule, Simulation]:
+    if name == "interleaved":
+        schedule = interleaved(pp, microbatches, INTERLEAVED_CHUNKS)
+    else:
+        schedule = SCHEDULES[name](2 * pp if name == "dualpipe_v" else pp, microbatches)
+    return schedule, simulate(schedule, costs)
 
 
 def step_time(
