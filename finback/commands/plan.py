@@ -161,8 +161,8 @@ class ServeFields(Output):
     """Devices that share each layer, where experts are not spread."""
     redundant_experts: int | None = None
     """Copies of busy experts; None: 32 in units of several nodes, else 0."""
-    batch: int = 88
-    """Requests per decode device that the bill counts on."""
+    batch: int | None = None
+    """Requests per decode device that the bill counts on; None: 88, or as many as fit."""
     mtp_acceptance: float = 0.0
     """Share of MTP's drafts that are accepted; 0: none are made."""
     input_tokens_per_day: float = Traffic.input_tokens_per_day

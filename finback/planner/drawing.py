@@ -127,7 +127,7 @@ def train_png(plan: TrainPlan) -> bytes:
         start = [one + other for one, other in zip(start, size, strict=True)]
     left.invert_yaxis()
     left.set_xlabel("seconds of a step")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.3, -0.1), frameon=False)
     memory = {name.removesuffix("_bytes"): size / 1e9 for name, size in vars(plan.best.memory).items()}
     right.barh(list(memory), list(memory.values()), color=COLORS[Kind.BACKWARD_WEIGHT])
     right.invert_yaxis()
@@ -147,8 +147,8 @@ def serve_png(plan: ServePlan) -> bytes:
     )
     for row in plan.latencies:
         place = (row.tokens_per_second_per_request, row.output_tokens_per_second_per_node)
-        text = str(row.batch_per_device) + ("" if row.fits else " (no room)")
-        axes.annotate(text, place, textcoords="offset points", xytext=(6, 4), fontsize=8)
+        text = str(row.batch_per_device) + ("" if row.fits else ", no room")
+        axes.annotate(text, place, textcoords="offset points", xytext=(4, 5), fontsize=8, rotation=40)
     axes.set_xlabel("tokens per second of one request")
     axes.set_ylabel("output tokens per second of a node")
     axes.set_title(f"{plan.hardware}, batch per device at each point")

@@ -19,6 +19,7 @@ from finback.planner.inference import (
 from finback.planner.model import cache_bytes_per_token
 
 DAY_SECONDS = 86400.0
+USUAL_BATCH = 88  # 14.8K tokens per second of a node at 21 for each request
 BATCHES = (1, 4, 16, 32, 64, 96, 128, 192, 256)
 HIT_SHARES = (0.0, 0.25, 0.5, 0.563, 0.75, 0.9)
 PREFILL_LOAD = 0.7  # share of its capacity at which prefill is planned, so that prompts do not queue long
@@ -139,7 +140,7 @@ def plan_serve(
     decode_unit: Unit,
     *,
     precision: Precision = "fp8",
-    batch: int = 128,
+    batch: int | None = None,
     traffic: Traffic | None = None,
     tariff: Tariff | None = None,
     usd_per_device_hour: float | None = None,
@@ -149,7 +150,7 @@ def plan_serve(
     """Plan serving with separate units for prefill and decode. `batch` is the number of requests per decode device that the bill
     counts on."""
     traffic, tariff = traffic or Traffic(), tariff or Tariff()
-    _check(c, hardware, prefill_unit, decode_unit, batch, traffic, mtp_acceptance, precision)
+    _check(c, hardware, prefill_unit, decode_unit, traffic, mtp_acceptance, precision)
     largest = largest_batch(c, hardware, decode_unit, precision, traffic.context_tokens, cache_value_bytes)
     for unit in (prefill_unit, decode_unit):
         weights = weight_bytes_per_device(c, unit, precision)
@@ -158,6 +159,7 @@ def plan_serve(
                 f"{hardware.name} has {hardware.memory_bytes / 1e9:.0f} GB and each of {unit.devices} devices would hold "
                 f"{weights / 1e9:.0f} GB of weights; take {_more_devices(c, unit, precision, hardware)}"
             )
+    batch = _fitting_batch(batch, largest, traffic.context_tokens)
     node = hardware.devices_per_node
     filled = prefill(c, hardware, prefill_unit, precision, traffic.prompt_tokens, traffic.hit_share)
 
@@ -212,15 +214,12 @@ def _check(
     hardware: Hardware,
     prefill_unit: Unit,
     decode_unit: Unit,
-    batch: int,
     traffic: Traffic,
     mtp_acceptance: float,
     precision: Precision,
 ) -> None:
     for unit in (prefill_unit, decode_unit):
         check_unit(c, unit)
-    if batch < 1:
-        raise InputError(f"--batch is {batch}, it must be at least 1")
     if traffic.context_tokens > c.max_position_embeddings:
         limit = c.max_position_embeddings
         raise InputError(
@@ -239,6 +238,19 @@ def _check(
         raise InputError(
             f"hardware {hardware.name} has no published matrix rates; measure this machine and use --hardware measured"
         )
+
+
+def _fitting_batch(batch: int | None, largest: int, context: float) -> int:
+    """The requests that were asked for; else as many as DeepSeek's day implies, if they fit."""
+    if largest < 1:
+        raise InputError(f"--context-tokens is {context:.0f}, of which no request fits beside the weights; take larger units")
+    if batch is None:
+        return min(USUAL_BATCH, largest)
+    if not 1 <= batch <= largest:
+        raise InputError(
+            f"--batch is {batch}, but from 1 to {largest} requests of {context:.0f} tokens fit on a device; use {largest}"
+        )
+    return batch
 
 
 def _more_devices(c: ModelConfig, unit: Unit, precision: Precision, hardware: Hardware) -> str:

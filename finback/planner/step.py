@@ -2,12 +2,13 @@
 simulation, data-parallel traffic and optimizer."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from finback.config import ModelConfig
-from finback.parallel.schedule import SCHEDULES, Costs, Schedule, Simulation, interleaved, simulate
+from finback.parallel.schedule import SCHEDULES, Costs, Simulation, interleaved, simulate
 from finback.planner.communication import all_to_all
 from finback.planner.hardware import GIGA, Hardware, Precision
-from finback.planner.layout import INTERLEAVED_CHUNKS, Layout, parameters_per_device
+from finback.planner.layout import INTERLEAVED_CHUNKS, Layout, ScheduleName, parameters_per_device
 from finback.planner.model import absorbed_core_flops, attention_core_flops, shape, training_flops_per_token
 
 __all__ = ["PerToken", "Step", "absorbed_core_flops", "per_token", "step_time"]
@@ -119,19 +120,13 @@ class Step:
         )
 
 
-def pipeline(layout: Layout, microbatches: int, costs: Costs) -> tuple[Schedule, Simulation, float]:
-    """The schedule of a layout, its simulation, and the most micro-batches of one of pp stages that are held at once.
+def pipeline(layout: Layout, microbatches: int, costs: Costs) -> tuple[float, float]:
+    """The largest bubble of a layout's schedule, and the most micro-batches of one of pp stages that a rank holds at once.
 
-    Bubbles do not depend on the number of micro-batches once the pipeline is full, so a long run is simulated at a shorter length.
+    Once the pipeline is full, a micro-batch more adds the same as the one before (nothing, unless sending takes time), so a long run
+    is simulated at two short lengths, and the line through them is followed.
     """
     pp = layout.pp
-    stages = 2 * pp if layout.schedule == "dualpipe_v" else pp
-    short = min(microbatches, 4 * pp + microbatches % 2)
-    if layout.schedule == "interleaved":
-        short = min(microbatches, 2 * pp)
-        schedule = interleaved(pp, short, INTERLEAVED_CHUNKS)
-    else:
-        schedule = SCHEDULES[layout.schedule](stages, short)
     parts = {"dualpipe_v": 2, "interleaved": INTERLEAVED_CHUNKS}.get(layout.schedule, 1)
     cut = Costs(
         costs.forward / parts,
@@ -140,8 +135,20 @@ def pipeline(layout: Layout, microbatches: int, costs: Costs) -> tuple[Schedule,
         None if costs.overlapped is None else costs.overlapped / parts,
         costs.send,
     )
-    result = simulate(schedule, cut)
-    return schedule, result, max(result.peak_live_activations) / parts
+    near, far = 2 * pp + microbatches % pp % 2, 3 * pp + microbatches % pp % 2
+    if microbatches <= far:
+        result = _simulated(layout.schedule, pp, microbatches, cut)
+        return max(result.bubbles), max(result.peak_live_activations) / parts
+    short, long = (_simulated(layout.schedule, pp, length, cut) for length in (near, far))
+    slope = (max(long.bubbles) - max(short.bubbles)) / (far - near)
+    return max(long.bubbles) + slope * (microbatches - far), max(long.peak_live_activations) / parts
+
+
+@lru_cache(maxsize=256)  # many layouts and clusters differ in what does not concern the pipeline
+def _simulated(name: ScheduleName, pp: int, microbatches: int, costs: Costs) -> Simulation:
+    if name == "interleaved":
+        return simulate(interleaved(pp, microbatches, INTERLEAVED_CHUNKS), costs)
+    return simulate(SCHEDULES[name](2 * pp if name == "dualpipe_v" else pp, microbatches), costs)
 
 
 def step_time(
@@ -173,8 +180,7 @@ def step_time(
         send=_send_seconds(c, hardware, layout, tokens),
     )
     if layout.pp > 1:
-        _, result, live = pipeline(layout, microbatches, costs)
-        bubble = max(result.bubbles)
+        bubble, live = pipeline(layout, microbatches, costs)
     else:
         bubble, live = 0.0, 1.0
     work = microbatches * scale

@@ -41,7 +41,11 @@ def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], t
 
 
 def _number(value: float | None, digits: int = 1) -> str:
-    return UNKNOWN if value is None else f"{value:,.{digits}f}"
+    if value is None:
+        return UNKNOWN
+    if value and abs(value) < 10.0**-digits:  # of small models three digits are left
+        return f"{value:.3g}"
+    return f"{value:,.{digits}f}"
 
 
 def _say(*lines: str) -> None:

@@ -17,6 +17,7 @@ from finback.planner.layout import (
 from finback.planner.step import Step, per_token, step_time, useful_flops
 
 USABLE_MEMORY = 0.92  # the rest is the driver's, the communication library's and fragmentation
+SIMULATED = 6  # layouts of a search
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
@@ -200,7 +201,7 @@ def search(
     sequence_length: int,
     batch: int,
 ) -> list[Candidate]:
-    """The best layouts that fit, fastest first: all are sorted by table, the first dozen are simulated."""
+    """The best layouts that fit, fastest first: all are sorted by table, the first few are simulated."""
     layouts = candidates(c, hardware, fixed, free, precision, sequence_length, batch)
     if not layouts:
         check_layout(c, fixed, batch)  # says what does not divide
@@ -220,7 +221,7 @@ def search(
             f"{_devices_that_fit(c, hardware, precision)} devices or more"
         )
     fitting.sort(key=lambda layout: _quick_seconds(c, hardware, layout, precision, sequence_length, batch))
-    done = [evaluate(c, hardware, layout, precision, sequence_length, batch) for layout in fitting[:12]]
+    done = [evaluate(c, hardware, layout, precision, sequence_length, batch) for layout in fitting[:SIMULATED]]
     done = sorted((one for one in done if one.fits), key=lambda one: one.step_seconds)
     if not done:
         return [evaluate(c, hardware, min(fitting, key=lambda layout: needs[layout]), precision, sequence_length, batch)]

@@ -148,7 +148,9 @@ def test_help_names_every_kind_and_field(capsys: pytest.CaptureFixture[str]) -> 
         (["fit", "rtx4090", "--png", "x.png"], "there is no picture of it"),
         (["rl", "v3-671b", "--devices", "500"], "--devices is 500"),
         (["train", "tiny", "--hardware", "measured", "--ceilings", "gone.json"], "run make bench first"),
+        (["serve", "v3-671b", "--batch", "0"], "--batch is 0, but from 1 to 136 requests"),
         (["--html"], "--html"),
+        (["--html", "."], "is a directory; give a file"),
     ],
 )
 def test_bad_input_is_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -157,6 +159,12 @@ def test_bad_input_is_one_sentence(words: list[str], sentence: str, capsys: pyte
     assert sentence in printed.err
     assert printed.err.count("\n") == 1
     assert printed.out == ""
+
+
+def test_the_page_is_written_whole(tmp_path: Path) -> None:
+    assert main(["plan", "--html", str(tmp_path / "plan.html")]) == 0
+    assert (tmp_path / "plan.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.html"]
 
 
 def test_python_m_runs_it(tmp_path: Path) -> None:

@@ -129,6 +129,13 @@ def test_the_dense_twin_has_the_parameters_it_should() -> None:
         assert count_params(dense_twin(model)).total == pytest.approx(dense_equivalent(model), rel=0.15)
 
 
+def test_the_batch_that_is_left_out_fits() -> None:
+    assert plan_serve(V3, H800, PREFILL, DECODE).decode.batch == 88
+    small = plan_serve(v2_lite_16b().model, HARDWARE["rtx4090"], Unit(), Unit())
+    assert small.decode.batch == small.largest_batch_per_device < 88
+    assert small.decode.fits
+
+
 def test_a_bill_without_a_rent_is_unknown() -> None:
     plan = plan_serve(V3, HARDWARE["h200"], PREFILL, DECODE, batch=88)
     assert plan.economics.cost_usd_per_day is None
@@ -175,6 +182,8 @@ def test_impossible_servings() -> None:
         plan_serve(V3, H800, Unit(ep=4), Unit(ep=4))
     with pytest.raises(InputError, match="a device with more memory, or a lower precision"):
         plan_serve(V3, HARDWARE["laptop-rtx4070"], Unit(ep=8), Unit(ep=8))
+    with pytest.raises(InputError, match="--batch is 500, but from 1 to 136 requests of 4989 tokens fit on a device; use 136"):
+        plan_serve(V3, H800, PREFILL, DECODE, batch=500)
     with pytest.raises(InputError, match="--hit-share is 1"):
         plan_serve(V3, H800, PREFILL, DECODE, traffic=Traffic(hit_share=1.0))
     with pytest.raises(InputError, match="--mtp-acceptance is 2"):

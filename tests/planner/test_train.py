@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finback.config import InputError
+from finback.parallel.schedule import SCHEDULES, Costs, interleaved, simulate
 from finback.planner.communication import all_to_all, distinct
 from finback.planner.dense import cheapest, chinchilla_loss, compare_with_dense, dense_equivalent
 from finback.planner.hardware import HARDWARE
 from finback.planner.layout import Layout, activation_bytes_per_layer, check_layout, parameters_per_device, training_memory
-from finback.planner.step import step_time
+from finback.planner.step import pipeline, step_time
 from finback.planner.train import Prices, bill, evaluate, plan_train, search
 from finback.presets import tiny_dense, v2_lite_16b, v3_671b
 
@@ -94,6 +95,20 @@ def test_twice_the_batch_is_less_than_twice_the_time(pp: int, ep: int, factor: i
     layout = Layout(512, pp=pp, ep=ep)
     one, two = (step_time(V3, H800, layout, "fp8", 4096, 512 * factor * times).seconds for times in (1, 2))
     assert one < two <= 2 * one + 1e-9
+
+
+@pytest.mark.parametrize("name", ["one_f_one_b", "interleaved", "zb1p", "dualpipe", "dualpipe_v"])
+def test_a_long_pipeline_is_followed_from_two_short_ones(name: str) -> None:
+    """Against the simulation of the whole, where sending takes time and so every micro-batch adds something."""
+    layout = Layout(4, pp=4, schedule=name)
+    costs = Costs(1.0, 1.1, 0.8, overlapped=2.6, send=0.1)
+    bubble, live = pipeline(layout, 64, costs)
+    parts = {"dualpipe_v": 2, "interleaved": 4}.get(name, 1)
+    cut = Costs(1.0 / parts, 1.1 / parts, 0.8 / parts, overlapped=2.6 / parts, send=0.1)
+    whole = interleaved(4, 64, 4) if name == "interleaved" else SCHEDULES[name](8 if name == "dualpipe_v" else 4, 64)
+    result = simulate(whole, cut)
+    assert bubble == pytest.approx(max(result.bubbles), rel=1e-9)
+    assert live == max(result.peak_live_activations) / parts
 
 
 def test_the_search_finds_nothing_slower_than_the_paper() -> None:
