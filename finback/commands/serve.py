@@ -51,6 +51,7 @@ def _serve(config: ServeConfig, listening: socket.socket) -> int:
     from finback.server.app import create_app
     from finback.server.keys import KeyStore, prices
     from finback.server.metrics import Metrics
+    from finback.server.prefixes import restore_prefixes
     from finback.server.service import Service
     from finback.server.worker import EngineWorker
 
@@ -73,6 +74,8 @@ def _serve(config: ServeConfig, listening: socket.socket) -> int:
         num_blocks=config.num_blocks,
         num_speculative_tokens=config.num_speculative_tokens,
     )
+    if config.cache_dir is not None:
+        restore_prefixes(llm, config.cache_dir)
     name = config.name or config.directory.resolve().name
     hit, miss, output, discount = (
         decimal(field, getattr(config, field)) for field in ("price_hit", "price_miss", "price_output", "off_peak_discount")

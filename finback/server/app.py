@@ -17,6 +17,7 @@ from finback.server import anthropic, ollama, openai
 from finback.server.config import is_loopback
 from finback.server.errors import TYPES, APIError
 from finback.server.keys import nano, yuan
+from finback.server.prefixes import keep_prefixes
 from finback.server.schemas import ChatRequest, CompletionRequest, ErrorBody, told
 from finback.server.service import Service
 from finback.server.wire import ClientGone, event, stream, whole
@@ -45,6 +46,8 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.endings.finish()
         service.worker.stop()
+        if service.config.cache_dir is not None:
+            keep_prefixes(service.worker.llm, service.config.cache_dir)
 
     app = FastAPI(title="finback", version=service.version, lifespan=lifespan, redoc_url=None)
     _add_chat(app, service)

@@ -91,10 +91,12 @@ def _params(
             bias = {int(token): value for token, value in body.logit_bias.items()}
         except ValueError:
             raise APIError(422, "field logit_bias maps token ids, whole numbers, to values", param="logit_bias") from None
+    cache_key = "" if key is None else f"{key.id} {key.created}"
     fields = {
         "temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "min_p": body.min_p,
-        "frequency_penalty": body.frequency_penalty, "presence_penalty": body.presence_penalty, "logit_bias": bias, "stop": body.stop,
-        "max_tokens": service.max_tokens(max_tokens, prompt_tokens), "cache_key": "" if key is None else str(key.id), **more,
+        "frequency_penalty": body.frequency_penalty, "presence_penalty": body.presence_penalty, "logit_bias": bias,
+        "stop": body.stop, "ignore_eos": body.ignore_eos,
+        "max_tokens": service.max_tokens(max_tokens, prompt_tokens), "cache_key": cache_key, **more,
     }  # fmt: skip
     return [
         service.params(seed=None if body.seed is None else (body.seed + index) % 2**63, **fields) for index in range(body.n or 1)

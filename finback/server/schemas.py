@@ -126,6 +126,7 @@ class Sampling(BaseModel):
     n: Annotated[StrictInt, Field(ge=1, le=16)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop = None
+    ignore_eos: StrictBool | None = None
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
 

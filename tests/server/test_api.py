@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -314,3 +315,14 @@ def test_a_client_that_leaves_frees_its_blocks(served: Served) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{served.url}/v1/chat/completions", json=body | {"stream": False}, timeout=0.3)
     assert served.is_idle()
+
+
+def test_prefixes_are_kept_over_a_restart(tmp_path: Path) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "鲸鱼" * 40}], "max_tokens": 1}
+    hits = []
+    for _ in range(2):
+        with serving(cache_dir=tmp_path / "cache") as served:
+            usage = httpx.post(f"{served.url}/v1/chat/completions", json=body).raise_for_status().json()["usage"]
+            hits.append(usage["prompt_cache_hit_tokens"])
+    assert hits[0] == 0
+    assert hits[1] >= 64
