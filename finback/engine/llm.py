@@ -472,7 +472,9 @@ class LLM:
         return len(kept)
 
     def load_prefix_cache(self, file: str | Path) -> int:
-        """Take in what `save_prefix_cache` wrote, before the first request; the number of blocks, 0 if it is another model's."""
+        """Take in what `save_prefix_cache` wrote, before the first request; the number of blocks, 0 if it is another model's.
+
+        The experts that their tokens took are not in the file: with `return_experts` they are told as -1."""
         cache = self._runner.cache
         shape = (cache.shape[0], cache.shape[2], cache.shape[3])
         found = read_blocks(Path(file), model_identity(self.model), shape, cache.dtype)
@@ -482,6 +484,11 @@ class LLM:
         blocks = self._blocks.restore(digests)
         cache[:, blocks] = rows[:, rows.shape[1] - len(blocks) :].to(cache.device)
         return len(blocks)
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """How many tokens each expert has had, int64 [routers, E], MTP modules left out; no rows without `return_experts`."""
+        return self._runner.expert_counts
 
     @property
     def num_blocks(self) -> int:

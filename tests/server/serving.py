@@ -73,7 +73,9 @@ def serving(
 ) -> Iterator[Served]:
     """Serve until the block ends."""
     model, tokenizer = tiny_model(template)
-    engine = LLM(model=model, tokenizer=tokenizer, **({"max_num_seqs": 8, "num_blocks": 200} | (llm or {})))
+    engine = LLM(
+        model=model, tokenizer=tokenizer, **({"max_num_seqs": 8, "num_blocks": 200, "return_experts": True} | (llm or {}))
+    )
     config = ServeConfig(Path("tiny"), keys=keys, **({"max_num_seqs": 8} | fields))
     if config.cache_dir is not None:
         restore_prefixes(engine, config.cache_dir)

@@ -303,6 +303,11 @@ def test_facts(served: Served, client: openai.OpenAI) -> None:
     metrics = httpx.get(f"{served.url}/metrics").text
     assert 'finback:kv_cache_usage_perc{model_name="tiny"} 0.0' in metrics
     assert "finback:time_to_first_token_seconds_bucket" in metrics
+    tokens = [float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("finback:expert_tokens_total{")]
+    config = served.llm.model.config
+    assert len(tokens) == config.n_routed_experts * len(served.llm.expert_counts) > 0
+    assert sum(tokens) > 0
+    assert 'finback:expert_load{model_name="tiny",router="0"}' in metrics
     assert httpx.get(f"{served.url}/docs").status_code == 200
     assert httpx.get(f"{served.url}/static/../app.py").status_code == 404
     assert httpx.get(f"{served.url}/static/%2e%2e/app.py").status_code == 404
