@@ -300,6 +300,7 @@ def test_facts(served: Served, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["deepseek-chat", "deepseek-reasoner", "tiny"]
     assert httpx.get(f"{served.url}/user/balance").json() == {"is_available": True, "balance_infos": []}
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    client.completions.create(model="tiny", prompt="One day", max_tokens=2)
     metrics = httpx.get(f"{served.url}/metrics").text
     assert 'finback:kv_cache_usage_perc{model_name="tiny"} 0.0' in metrics
     assert "finback:time_to_first_token_seconds_bucket" in metrics
