@@ -97,7 +97,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def toy_engine(directory: Path) -> engine.Size:
     """A dense model in place of SmolLM2 and one with an MTP module; llama.cpp is not looked for."""
-    tokenizer = family_tokenizer("smollm")
+    tokenizer = family_tokenizer("smollm", chat_template="{{ messages[0].content }}")
     vocabulary = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 256}
     dense = replace(LLAMA, **vocabulary, rope_scaling=None)
     for name, config in (("dense", dense), ("mtp", replace(SMALL, **vocabulary, num_nextn_predict_layers=1))):

@@ -315,7 +315,7 @@ def test_facts(served: Served, client: openai.OpenAI) -> None:
 
 
 def test_a_client_that_leaves_frees_its_blocks(served: Served) -> None:
-    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 900, "stream": True}
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 900, "ignore_eos": True, "n": 8, "stream": True}
     with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
