@@ -63,7 +63,10 @@ def main(argv: list[str]) -> int:
     actions = {"add": add, "list": show, "revoke": revoke, "top-up": top_up}
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: finback keys add NAME | list | revoke NAME | top-up NAME AMOUNT  [--keys FILE]\n")
-        print("Keys, balances and usage of finback serve --keys FILE. finback keys add --help shows the fields of one.")
+        print(
+            "Keys, balances and usage of finback serve --keys FILE. finback keys add takes --balance YUAN and --requests-per-minute N,"
+        )
+        print("too; finback keys add --help says more, and so for each of them.")
         return 0
     if argv[0].startswith("-"):
         raise InputError(f"unknown field {argv[0]}; an action comes first: {', '.join(actions)}")

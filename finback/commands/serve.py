@@ -17,10 +17,10 @@ def main(argv: list[str]) -> int:
         verb="serve",
         description="Serve a model: DeepSeek's and OpenAI's API, Anthropic's and Ollama's beside it, metrics, and a page to chat on.",
     )
-    ModelConfig.from_hf(config.directory)
+    model = ModelConfig.from_hf(config.directory)
     listening = _listen(config)
     with listening:
-        return _serve(config, listening)
+        return _serve(config, model, listening)
 
 
 def _listen(config: ServeConfig) -> socket.socket:
@@ -42,7 +42,7 @@ def _listen(config: ServeConfig) -> socket.socket:
     return listening
 
 
-def _serve(config: ServeConfig, listening: socket.socket) -> int:
+def _serve(config: ServeConfig, model: ModelConfig, listening: socket.socket) -> int:
     import torch
     import uvicorn
 
@@ -51,6 +51,7 @@ def _serve(config: ServeConfig, listening: socket.socket) -> int:
     from finback.server.app import create_app
     from finback.server.keys import KeyStore, prices
     from finback.server.metrics import Metrics
+    from finback.server.prefixes import restore_prefixes
     from finback.server.service import Service
     from finback.server.worker import EngineWorker
 
@@ -72,7 +73,10 @@ def _serve(config: ServeConfig, listening: socket.socket) -> int:
         max_model_len=config.max_model_len,
         num_blocks=config.num_blocks,
         num_speculative_tokens=config.num_speculative_tokens,
+        return_experts=model.num_moe_layers > 0,  # for /metrics
     )
+    if config.cache_dir is not None:
+        restore_prefixes(llm, config.cache_dir)
     name = config.name or config.directory.resolve().name
     hit, miss, output, discount = (
         decimal(field, getattr(config, field)) for field in ("price_hit", "price_miss", "price_output", "off_peak_discount")

@@ -24,6 +24,7 @@ Two rules keep it simple:
 from array import array
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Sequence
 from hashlib import sha256
 
 from finback.config import InputError
@@ -160,6 +161,29 @@ class BlockManager:
         self._registered.clear()
         self._free.extend(self._cached)
         self._cached.clear()
+
+    def kept(self) -> list[tuple[bytes, int]]:
+        """Digest and number of every block that nobody holds and whose content is known, the least recently released first."""
+        found = []
+        for block in self._cached:
+            digest = self._digests[block]
+            assert digest is not None
+            found.append((digest, block))
+        return found
+
+    def restore(self, digests: Sequence[bytes]) -> list[int]:
+        """Take in contents that `kept` told, in its order, before any request; the blocks to write them to, for the last of `digests`
+        where not all fit. The first to be dropped are tails, so that no block is known without those before it."""
+        assert not self._registered
+        assert self.num_used == 0
+        blocks = []
+        for digest in digests[-self.num_blocks :] if self.enable_prefix_caching else ():
+            block = self._free.pop()
+            self._registered[digest] = block
+            self._digests[block] = digest
+            self._cached[block] = None
+            blocks.append(block)
+        return blocks
 
     def _find_hits(self, request: Request) -> list[int]:
         """The longest cached prefix of whole blocks that leaves at least one token."""

@@ -22,6 +22,7 @@ from finback.data.files import read_json
 from finback.data.tokenizer import Tokenizer, load_tokenizer
 from finback.engine.batch import Chunk
 from finback.engine.blocks import BlockManager
+from finback.engine.cache_file import model_identity, read_blocks, write_blocks
 from finback.engine.config import SamplingParams, is_integer
 from finback.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from finback.engine.grammar_config import Grammar
@@ -461,6 +462,33 @@ class LLM:
         """
         self._blocks.reset_prefix_cache()
         self._runner.weights_changed()
+
+    def save_prefix_cache(self, file: str | Path) -> int:
+        """Write the cached prefixes that no request holds, for `load_prefix_cache` of a later engine with the same model; the number of
+        blocks. With unfinished requests theirs are left out."""
+        kept = self._blocks.kept()
+        rows = self._runner.cache[:, [block for _, block in kept]]
+        write_blocks(Path(file), model_identity(self.model), [digest for digest, _ in kept], rows)
+        return len(kept)
+
+    def load_prefix_cache(self, file: str | Path) -> int:
+        """Take in what `save_prefix_cache` wrote, before the first request; the number of blocks, 0 if it is another model's.
+
+        The experts that their tokens took are not in the file: with `return_experts` they are told as -1."""
+        cache = self._runner.cache
+        shape = (cache.shape[0], cache.shape[2], cache.shape[3])
+        found = read_blocks(Path(file), model_identity(self.model), shape, cache.dtype)
+        if found is None:
+            return 0
+        digests, rows = found
+        blocks = self._blocks.restore(digests)
+        cache[:, blocks] = rows[:, rows.shape[1] - len(blocks) :].to(cache.device)
+        return len(blocks)
+
+    @property
+    def expert_counts(self) -> Tensor:
+        """How many tokens each expert has had, int64 [routers, E], MTP modules left out; no rows without `return_experts`."""
+        return self._runner.expert_counts
 
     @property
     def num_blocks(self) -> int:

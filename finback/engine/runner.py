@@ -59,6 +59,10 @@ class Runner:
         if record_experts:
             shape = (num_blocks * block_size, c.num_moe_layers, c.num_experts_per_tok)
             self._experts = torch.full(shape, -1, dtype=torch.int16, device=weight.device)
+        self.expert_counts = torch.zeros(
+            c.num_moe_layers if record_experts else 0, c.n_routed_experts, dtype=torch.int64, device=weight.device
+        )
+        """How many tokens each expert of the main model has had; no rows without `record_experts`."""
         self._rotary = Rotary(*rotary_table(c, torch.arange(max_model_len, device=weight.device)))
         self._native: NativeDecoder | None = None
         library = _choose(backend, model)
@@ -76,7 +80,7 @@ class Runner:
             chosen: list[Tensor] | None = None if self._experts is None else []
             hidden = paged_forward(self.model, self.cache, self._rotary, packed, chosen)
             if self._experts is not None and chosen is not None:
-                self._experts[packed.slots] = torch.stack(chosen, dim=1).to(torch.int16)
+                self._record(packed.slots, torch.stack(chosen, dim=1))
             return hidden
 
         def by_kernels(part: Sequence[Chunk], numbers: list[int]) -> Tensor:
@@ -84,10 +88,18 @@ class Runner:
             hidden = self._native.forward(part)
             if self._experts is not None:
                 slots = [slot for chunk in part for slot in self._slots(chunk.block_table, chunk.start, len(chunk.token_ids))]
-                self._experts[torch.tensor(slots)] = self._native.chosen(len(slots)).to(torch.int16)
+                self._record(torch.tensor(slots), self._native.chosen(len(slots)))
             return hidden
 
         return self._run(chunks, wanted, by_torch, by_kernels)
+
+    def _record(self, slots: Tensor, chosen: Tensor) -> None:
+        """Experts int64 [T, layers, K]: beside the cached rows, and counted."""
+        assert self._experts is not None
+        self._experts[slots] = chosen.to(torch.int16)
+        layers, width = self.expert_counts.shape
+        numbers = (chosen + torch.arange(layers, device=chosen.device).view(1, -1, 1) * width).flatten()
+        self.expert_counts.view(-1).scatter_add_(0, numbers, torch.ones_like(numbers))
 
     def experts(self, block_table: Sequence[int], tokens: int) -> Tensor | None:
         """The experts int16 [tokens, layers, K] of a sequence's first tokens, on the CPU; None where they are not recorded."""

@@ -6,29 +6,34 @@ from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+import orjson
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from finback.server import openai
+from finback.server import anthropic, ollama, openai
 from finback.server.config import is_loopback
 from finback.server.errors import TYPES, APIError
 from finback.server.keys import nano, yuan
+from finback.server.prefixes import keep_prefixes
 from finback.server.schemas import ChatRequest, CompletionRequest, ErrorBody, told
 from finback.server.service import Service
-from finback.server.wire import ClientGone, stream, whole
+from finback.server.wire import ClientGone, event, stream, whole
 
 logger = logging.getLogger("finback.server")
 
 STATIC = Path(__file__).parent / "static"
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorBody} for status in (400, 401, 402, 403, 404, 413, 422, 429, 500, 503)
-}
+STATUSES = (400, 401, 402, 403, 404, 413, 422, 429, 500, 503)
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in STATUSES}
+ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": anthropic.ErrorBody} for status in STATUSES}
+OLLAMA_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ollama.ErrorBody} for status in STATUSES}
 ANSWER: dict[int | str, dict[str, Any]] = {
-    200: {"description": "The answer, or with stream its events", "content": {"application/json": {}, "text/event-stream": {}}},
-    **ERRORS,
+    200: {"description": "The answer, or with stream its events", "content": {"application/json": {}, "text/event-stream": {}}}
+}
+LINES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, or with stream its lines", "content": {"application/json": {}, "application/x-ndjson": {}}}
 }
 
 
@@ -41,9 +46,13 @@ def create_app(service: Service) -> FastAPI:
         yield
         await service.endings.finish()
         service.worker.stop()
+        if service.config.cache_dir is not None:
+            keep_prefixes(service.worker.llm, service.config.cache_dir)
 
     app = FastAPI(title="finback", version=service.version, lifespan=lifespan, redoc_url=None)
     _add_chat(app, service)
+    _add_anthropic(app, service)
+    _add_ollama(app, service)
     _add_facts(app, service)
     _add_page(app)
     _add_errors(app, service)
@@ -54,8 +63,19 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
+def _known(service: Service) -> list[Any]:
+    """Whoever has no key here learns nothing about the body that came along: it is asked for before the body is checked."""
+
+    async def known(request: Request) -> None:
+        service.key_of(request.headers)
+
+    return [Depends(known)]
+
+
 def _add_chat(app: FastAPI, service: Service) -> None:
     seconds = service.config.keep_alive_seconds
+
+    known = _known(service)
 
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         key = service.authenticate(request.headers)
@@ -73,8 +93,79 @@ def _add_chat(app: FastAPI, service: Service) -> None:
 
     for prefix in ("", "/v1", "/beta", "/beta/v1"):
         shown = prefix in ("/v1", "/beta")
-        app.post(f"{prefix}/chat/completions", responses=ANSWER, response_model=None, include_in_schema=shown)(chat_completions)
-        app.post(f"{prefix}/completions", responses=ANSWER, response_model=None, include_in_schema=shown)(completions)
+        app.post(
+            f"{prefix}/chat/completions",
+            responses=ANSWER | ERRORS,
+            response_model=None,
+            include_in_schema=shown,
+            dependencies=known,
+        )(chat_completions)
+        app.post(
+            f"{prefix}/completions", responses=ANSWER | ERRORS, response_model=None, include_in_schema=shown, dependencies=known
+        )(completions)
+
+
+def _add_anthropic(app: FastAPI, service: Service) -> None:
+    seconds = service.config.keep_alive_seconds
+
+    def error_event(error: APIError) -> bytes:
+        return event(anthropic.error_body(error), "error")
+
+    @app.post("/v1/messages", responses=ANSWER | ANTHROPIC_ERRORS, response_model=None, dependencies=_known(service))
+    async def messages(request: Request, body: anthropic.MessagesRequest) -> Response:
+        key = service.authenticate(request.headers)
+        job = anthropic.job_of(service, body, key)
+        if body.stream:
+            events = anthropic.events(service, job)
+            return await stream(request, events, service.endings, seconds, error_event, keep_alive=anthropic.PING)
+        return await whole(request, anthropic.answer(service, job), service.endings, seconds)
+
+    @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, dependencies=_known(service))
+    async def count_tokens(request: Request, body: anthropic.CountRequest) -> dict[str, int]:
+        return {"input_tokens": len(anthropic.job_of(service, body, service.key_of(request.headers)).prompt.token_ids)}
+
+
+def _add_ollama(app: FastAPI, service: Service) -> None:
+    seconds, known = service.config.keep_alive_seconds, _known(service)
+
+    async def answered(request: Request, job: openai.Job | openai.CompletionJob, streams: bool, chat: bool) -> Response:
+        if not streams:
+            return await whole(request, ollama.answer(service, job, chat), service.endings, seconds)
+        lines = ollama.lines(service, job, chat)
+        return await stream(
+            request, lines, service.endings, seconds, lambda error: orjson.dumps({"error": error.message}) + b"\n",
+            media_type="application/x-ndjson", keep_alive=b"\n",
+        )  # fmt: skip
+
+    @app.post("/api/chat", responses=LINES | OLLAMA_ERRORS, response_model=None, dependencies=known)
+    async def chat(request: Request, body: ollama.OllamaChatRequest) -> Response:
+        key = service.authenticate(request.headers)
+        if not body.messages:
+            service.thinking_of(ollama.own_name(body.model))
+            return JSONResponse(ollama.loaded(body.model, chat=True))
+        return await answered(request, ollama.chat_of(service, body, key), body.stream is not False, chat=True)
+
+    @app.post("/api/generate", responses=LINES | OLLAMA_ERRORS, response_model=None, dependencies=known)
+    async def generate(request: Request, body: ollama.GenerateRequest) -> Response:
+        key = service.authenticate(request.headers)
+        if not body.prompt:
+            service.thinking_of(ollama.own_name(body.model))
+            return JSONResponse(ollama.loaded(body.model, chat=False))
+        return await answered(request, ollama.generate_of(service, body, key), body.stream is not False, chat=False)
+
+    @app.get("/api/tags", responses=OLLAMA_ERRORS, dependencies=known)
+    async def tags(request: Request) -> dict[str, Any]:
+        service.key_of(request.headers)
+        return ollama.tags(service)
+
+    @app.post("/api/show", responses=OLLAMA_ERRORS, dependencies=known)
+    async def show(request: Request, body: ollama.ShowRequest) -> dict[str, Any]:
+        service.key_of(request.headers)
+        return ollama.show(service, ollama.own_name(body.model or body.name or ""))
+
+    @app.get("/api/version")
+    async def version() -> dict[str, str]:
+        return {"version": ollama.VERSION}
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
@@ -148,13 +239,14 @@ def _file(path: str) -> Response:
 
 
 def _add_errors(app: FastAPI, service: Service) -> None:
-    def answer(error: APIError) -> Response:
-        service.metrics.error(error.status)
-        return JSONResponse(error.body(), error.status, headers=error.headers)
+    def answer(request: Request, error: APIError) -> Response:
+        response = _error_response(request.url.path, error)
+        service.metrics.error(response.status_code)
+        return response
 
     @app.exception_handler(APIError)
     async def api_error(request: Request, error: APIError) -> Response:
-        return answer(error)
+        return answer(request, error)
 
     @app.exception_handler(ClientGone)
     async def client_gone(request: Request, error: ClientGone) -> Response:
@@ -165,21 +257,30 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             where = first["ctx"]["error"] if "ctx" in first else first["msg"]
-            return answer(APIError(400, f"the body is not valid JSON: {where}"))
+            return answer(request, APIError(400, f"the body is not valid JSON: {where}"))
         place, words = told(dict(first))
         if first["type"] in ("missing", "model_attributes_type", "model_type", "dict_type") and not place:
-            return answer(APIError(400, "the body must be a JSON object, sent with Content-Type: application/json"))
-        return answer(APIError(422, words, param=place or None))
+            return answer(request, APIError(400, "the body must be a JSON object, sent with Content-Type: application/json"))
+        return answer(request, APIError(422, words, param=place or None))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         status = error.status_code if error.status_code in TYPES else 400
         words = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not possible at {request.url.path}"}
-        return answer(APIError(status, words.get(status, str(error.detail)), headers=dict(error.headers or {})))
+        return answer(request, APIError(status, words.get(status, str(error.detail)), headers=dict(error.headers or {})))
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
-        return answer(APIError(500, "the server failed at this request; its log says why"))  # uvicorn logs the traceback
+        return answer(request, APIError(500, "the server failed at this request; its log says why"))  # uvicorn logs the traceback
+
+
+def _error_response(path: str, error: APIError) -> Response:
+    """In the words of the door that was knocked at."""
+    status, body = error.status, error.body()
+    if path.startswith(("/v1/messages", "/api/")):
+        status = 404 if error.code == "model_not_found" else status
+        body = {"error": error.message} if path.startswith("/api/") else anthropic.error_body(error)
+    return JSONResponse(body, status, headers=error.headers)
 
 
 Message = MutableMapping[str, Any]
@@ -201,13 +302,15 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if self.config.keys is None and not is_loopback(_host_name(headers.get("host", ""))):
             await _refuse(
-                send, APIError(403, "without keys this server answers only requests to localhost; start it with --keys FILE")
+                scope["path"],
+                send,
+                APIError(403, "without keys this server answers only requests to localhost; start it with --keys FILE"),
             )
             return
         limit, read = self.config.max_request_bytes, 0
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > limit:
-            await _refuse(send, _too_large(limit))
+            await _refuse(scope["path"], send, _too_large(limit))
             return
 
         async def counted() -> Message:
@@ -217,7 +320,7 @@ class Guard:
             if read <= limit:
                 return message
             if before <= limit:
-                await _refuse(send, _too_large(limit))
+                await _refuse(scope["path"], send, _too_large(limit))
             return {"type": "http.disconnect"}  # for the application the client is gone
 
         async def unless_refused(message: Message) -> None:
@@ -238,8 +341,8 @@ def _host_name(host: str) -> str:
     return host.partition(":")[0]
 
 
-async def _refuse(send: Send, error: APIError) -> None:
-    response = JSONResponse(error.body(), error.status)
+async def _refuse(path: str, send: Send, error: APIError) -> None:
+    response = _error_response(path, error)
     start = {"type": "http.response.start", "status": error.status, "headers": response.raw_headers}
     await send(start)
     await send({"type": "http.response.body", "body": response.body})

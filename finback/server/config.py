@@ -52,6 +52,8 @@ class ServeConfig:
     """Type of the weights in memory; auto is that of the files."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
+    cache_dir: Path | None = None
+    """Directory in which cached prefixes are kept over a restart; None: they are forgotten when the server stops."""
     max_request_bytes: int = 4 * 2**20
     """Larger bodies are refused with 413."""
     allow_origin: tuple[str, ...] = ()

@@ -81,6 +81,20 @@ class _EngineCollector(Collector):
         yield self._count("spec_decode_num_accepted_tokens", "Drafts that were right.", llm.stats.accepted_tokens)
         yield self._count("engine_steps", "Passes through the model.", llm.stats.steps)
 
+        yield from self._experts()
+
+    def _experts(self) -> Iterator[Metric]:
+        load = GaugeMetricFamily(
+            "finback:expert_load", "Tokens of a layer's busiest expert by those of the mean one.", labels=["model_name", "router"]
+        )
+        tokens = CounterMetricFamily("finback:expert_tokens", "Tokens by expert.", labels=["model_name", "router", "expert"])
+        for router, counts in enumerate(self._llm.expert_counts.tolist()):
+            load.add_metric([self._model, str(router)], max(counts) * len(counts) / max(1, sum(counts)))
+            for expert, count in enumerate(counts):
+                tokens.add_metric([self._model, str(router), str(expert)], count)
+        yield load
+        yield tokens
+
     def _gauge(self, name: str, words: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"finback:{name}", words, labels=["model_name"])
         family.add_metric([self._model], value)

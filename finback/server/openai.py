@@ -91,10 +91,12 @@ def _params(
             bias = {int(token): value for token, value in body.logit_bias.items()}
         except ValueError:
             raise APIError(422, "field logit_bias maps token ids, whole numbers, to values", param="logit_bias") from None
+    cache_key = "" if key is None else f"{key.id} {key.created}"
     fields = {
         "temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "min_p": body.min_p,
-        "frequency_penalty": body.frequency_penalty, "presence_penalty": body.presence_penalty, "logit_bias": bias, "stop": body.stop,
-        "max_tokens": service.max_tokens(max_tokens, prompt_tokens), "cache_key": "" if key is None else str(key.id), **more,
+        "frequency_penalty": body.frequency_penalty, "presence_penalty": body.presence_penalty, "logit_bias": bias,
+        "stop": body.stop, "ignore_eos": body.ignore_eos,
+        "max_tokens": service.max_tokens(max_tokens, prompt_tokens), "cache_key": cache_key, **more,
     }  # fmt: skip
     return [
         service.params(seed=None if body.seed is None else (body.seed + index) % 2**63, **fields) for index in range(body.n or 1)
@@ -105,14 +107,14 @@ async def chat_events(service: Service, body: ChatRequest, job: Job) -> AsyncIte
     """The answer as server-sent events, one for each step of the engine."""
     head = _head("chat.completion.chunk", "chatcmpl", body.model)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
-    calls = [_Calls() for _ in job.params]
+    calls = [Calls() for _ in job.params]
 
     def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     opened: set[int] = set()
-    async for index, part in _closing(job.deltas(service)):
+    async for index, part in closing(job.deltas(service)):
         if index not in opened:
             opened.add(index)
             yield chunk(index, {"role": "assistant", "content": ""})
@@ -133,8 +135,8 @@ async def chat_events(service: Service, body: ChatRequest, job: Job) -> AsyncIte
 async def chat_answer(service: Service, body: ChatRequest, job: Job) -> dict[str, Any]:
     """The answer in one piece."""
     wholes = [Delta() for _ in job.params]
-    calls = [_Calls() for _ in job.params]
-    async for index, part in _closing(job.deltas(service)):
+    calls = [Calls() for _ in job.params]
+    async for index, part in closing(job.deltas(service)):
         add(wholes[index], part)
         for call in part.tool_calls:
             calls[index].delta(call)
@@ -185,7 +187,7 @@ async def completion_events(service: Service, body: CompletionRequest, job: Comp
     head = _head("text_completion", "cmpl", body.model)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     opened: set[int] = set()
-    async for index, part in _closing(job.deltas(service)):
+    async for index, part in closing(job.deltas(service)):
         text = part.content if index in opened else job.echo + part.content
         opened.add(index)
         choice = {
@@ -199,7 +201,7 @@ async def completion_events(service: Service, body: CompletionRequest, job: Comp
 
 async def completion_answer(service: Service, body: CompletionRequest, job: CompletionJob) -> dict[str, Any]:
     wholes = [Delta() for _ in job.params]
-    async for index, part in _closing(job.deltas(service)):
+    async for index, part in closing(job.deltas(service)):
         add(wholes[index], part)
     choices = [
         {"index": index, "text": job.echo + part.content, "logprobs": _text_logprobs(service.tokenizer, body, part),
@@ -232,7 +234,7 @@ def add(whole: Delta, part: Delta) -> None:
     whole.finish_reason = part.finish_reason or whole.finish_reason
 
 
-class _Calls:
+class Calls:
     """The tool calls of one answer as they grow."""
 
     def __init__(self) -> None:
@@ -249,13 +251,14 @@ class _Calls:
         return {"index": part.index, "function": {"arguments": part.arguments}}
 
 
-def parsed_arguments(call: dict[str, Any]) -> Any:
-    """A call's arguments as a value; an object with the text under "arguments" where it is cut and no JSON."""
+def parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments as an object; one with what came under "arguments" where it is cut, or no object."""
     text = call["function"]["arguments"]
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError:
-        return {"arguments": text}
+        value = text
+    return value if isinstance(value, dict) else {"arguments": value}
 
 
 def _head(kind: str, prefix: str, model: str) -> dict[str, Any]:
@@ -268,7 +271,7 @@ def _head(kind: str, prefix: str, model: str) -> dict[str, Any]:
     }
 
 
-async def _closing(deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[tuple[int, Delta]]:
+async def closing(deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[tuple[int, Delta]]:
     """The same, closed at once when it is left early, and not when the garbage collector finds it."""
     try:
         async for item in deltas:

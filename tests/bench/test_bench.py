@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import ceilings, checkpoint, cli, decode, engine, grpo, llama, report, speculation, tiny, train
+from bench import ceilings, checkpoint, cli, decode, engine, grpo, llama, report, serve, speculation, tiny, train
 from bench.contest import Turn, alternate, in_a_fresh_process, summarize
 from bench.machine import describe_device, peak_memory_bytes, read_commit
 from bench.peers import COMPARED, SETTINGS, our_model, their_model
@@ -80,13 +80,24 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         turns=1,
         separate=False,
     )
-    cli.run(cli.NAMES, {**TOY, "engine": engine_size, "grpo": grpo_size}, out, quick=True)
+    served = serve.Size(
+        engine_size.model,
+        engine_size.llama_bin,
+        clients=(1, 3),
+        requests=1,
+        prompt_words=4,
+        new_tokens=4,
+        turns=1,
+        dtype="float32",
+    )
+    sizes = {**TOY, "engine": engine_size, "serve": served, "grpo": grpo_size}
+    cli.run(cli.NAMES, sizes, out, quick=True)
     return out
 
 
 def toy_engine(directory: Path) -> engine.Size:
     """A dense model in place of SmolLM2 and one with an MTP module; llama.cpp is not looked for."""
-    tokenizer = family_tokenizer("smollm")
+    tokenizer = family_tokenizer("smollm", chat_template="{{ messages[0].content }}")
     vocabulary = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 256}
     dense = replace(LLAMA, **vocabulary, rope_scaling=None)
     for name, config in (("dense", dense), ("mtp", replace(SMALL, **vocabulary, num_nextn_predict_layers=1))):

@@ -21,6 +21,7 @@ from finback.server.app import create_app
 from finback.server.config import ServeConfig
 from finback.server.keys import KeyStore, prices
 from finback.server.metrics import Metrics
+from finback.server.prefixes import restore_prefixes
 from finback.server.service import Service
 from finback.server.worker import EngineWorker
 from tests.model.oracle import BASE
@@ -72,8 +73,12 @@ def serving(
 ) -> Iterator[Served]:
     """Serve until the block ends."""
     model, tokenizer = tiny_model(template)
-    engine = LLM(model=model, tokenizer=tokenizer, **({"max_num_seqs": 8, "num_blocks": 200} | (llm or {})))
+    engine = LLM(
+        model=model, tokenizer=tokenizer, **({"max_num_seqs": 8, "num_blocks": 200, "return_experts": True} | (llm or {}))
+    )
     config = ServeConfig(Path("tiny"), keys=keys, **({"max_num_seqs": 8} | fields))
+    if config.cache_dir is not None:
+        restore_prefixes(engine, config.cache_dir)
     service = Service(
         config=config,
         name="tiny",

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -299,18 +300,35 @@ def test_facts(served: Served, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["deepseek-chat", "deepseek-reasoner", "tiny"]
     assert httpx.get(f"{served.url}/user/balance").json() == {"is_available": True, "balance_infos": []}
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
+    client.completions.create(model="tiny", prompt="One day", max_tokens=2)
     metrics = httpx.get(f"{served.url}/metrics").text
     assert 'finback:kv_cache_usage_perc{model_name="tiny"} 0.0' in metrics
     assert "finback:time_to_first_token_seconds_bucket" in metrics
+    tokens = [float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("finback:expert_tokens_total{")]
+    config = served.llm.model.config
+    assert len(tokens) == config.n_routed_experts * len(served.llm.expert_counts) > 0
+    assert sum(tokens) > 0
+    assert 'finback:expert_load{model_name="tiny",router="0"}' in metrics
     assert httpx.get(f"{served.url}/docs").status_code == 200
     assert httpx.get(f"{served.url}/static/../app.py").status_code == 404
     assert httpx.get(f"{served.url}/static/%2e%2e/app.py").status_code == 404
 
 
 def test_a_client_that_leaves_frees_its_blocks(served: Served) -> None:
-    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 900, "stream": True}
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 900, "ignore_eos": True, "n": 8, "stream": True}
     with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body) as answer:
         next(answer.iter_lines())
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{served.url}/v1/chat/completions", json=body | {"stream": False}, timeout=0.3)
     assert served.is_idle()
+
+
+def test_prefixes_are_kept_over_a_restart(tmp_path: Path) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "鲸鱼" * 40}], "max_tokens": 1}
+    hits = []
+    for _ in range(2):
+        with serving(cache_dir=tmp_path / "cache") as served:
+            usage = httpx.post(f"{served.url}/v1/chat/completions", json=body).raise_for_status().json()["usage"]
+            hits.append(usage["prompt_cache_hit_tokens"])
+    assert hits[0] == 0
+    assert hits[1] >= 64

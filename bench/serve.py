@@ -1,0 +1,279 @@
+"""`finback serve` beside llama-server, and beside the bare engine: tokens per second and time to the first token, by requests at once.
+
+Both servers get the same requests by OpenAI's /v1/completions, streamed, from clients in this process.
+"""
+
+import asyncio
+import contextlib
+import math
+import os
+import random
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from bench.contest import in_a_fresh_process, summarize
+from bench.llama import OURS, find_tool, prepare
+from bench.results import Row
+from finback.config import InputError
+from finback.data.fetch import default_cache
+
+PEER = "llama-server"
+START_SECONDS = 120.0
+TEXT = "the whale swims north in a cold deep sea where small fish follow its song and ice drifts by"
+TARGET_OVERHEAD = 0.05  # of the engine's time, at the most clients
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    model: Path = field(default_factory=lambda: default_cache() / "smollm2")
+    llama_bin: Path | None = None  # None: the PATH
+    clients: tuple[int, ...] = (1, 8, 32)
+    requests: int = 2  # of each client in a turn
+    prompt_words: int = 32
+    new_tokens: int = 128
+    turns: int = 3
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    dtype: str = "bfloat16"
+
+
+FULL: Size = Size()
+QUICK: Size = Size(clients=(1, 8), requests=1, new_tokens=24, turns=1)
+
+
+class Load(NamedTuple):
+    """One turn of requests against a server."""
+
+    tokens_per_second: float
+    first: list[float]
+    """Seconds to the first token of each request."""
+
+
+def run(size: Size) -> tuple[list[Row], list[str]]:
+    """Rows of what is there. A note says how to get the rest."""
+    if not (size.model / "config.json").is_file():
+        return [], ["Without SmolLM2-135M: finback fetch smollm2 gets it."]
+    notes = [
+        f"{size.requests} streamed requests of each client at /v1/completions, {size.prompt_words} words of prompt, {size.new_tokens} "
+        f"new tokens, greedy, {size.threads} threads; the clients run on the same cores.",
+    ]
+    with contextlib.ExitStack() as stack:
+        servers = {OURS: stack.enter_context(our_server(size))}
+        work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="finback-bench-")))
+        try:
+            tool = find_tool(PEER, size.llama_bin)
+            find_tool("llama-quantize", size.llama_bin)
+        except InputError as error:
+            notes.append(f"Without llama.cpp ({error}).")
+        else:
+            file = prepare(size.model, work, ("BF16",), tool.parent)["BF16"]
+            servers[PEER] = stack.enter_context(llama_server(tool, file, size))
+        turns = _in_turns(servers, size)
+    rows = [row for clients in size.clients for row in _rows(clients, turns)]
+    most = max(size.clients)
+    bare = in_a_fresh_process(partial(build_engine, size), most)
+    served = statistics.median(load.tokens_per_second for load in turns[OURS, most])
+    rows.append(
+        Row(
+            f"engine's time that the API adds, {_clients(most)}", "share", max(bare / served - 1, 1e-6),
+            extra={
+                "clients": most, "engine_tokens_per_second": bare, "api_tokens_per_second": served, "wanted_at_most": TARGET_OVERHEAD,
+            },
+        )
+    )  # fmt: skip
+    notes.append(
+        "The share by which the API is slower than LLM.generate on the same prompts; the clients' own work counts as the API's."
+    )
+    return rows, notes
+
+
+def _in_turns(servers: dict[str, str], size: Size) -> dict[tuple[str, int], list[Load]]:
+    """Every number of clients against every server, `turns` times in turns; each after a short warm-up."""
+    for url in servers.values():
+        asyncio.run(ask(url, size, max(size.clients), 0, new_tokens=2, requests=1))
+    turns: dict[tuple[str, int], list[Load]] = {}
+    for turn in range(size.turns):
+        for clients in size.clients:
+            for name, url in servers.items():
+                load = asyncio.run(ask(url, size, clients, 1 + turn, new_tokens=size.new_tokens, requests=size.requests))
+                turns.setdefault((name, clients), []).append(load)
+    return turns
+
+
+def _rows(clients: int, turns: dict[tuple[str, int], list[Load]]) -> list[Row]:
+    peer = (PEER, clients) in turns
+
+    def values(name: str, of: Callable[[Load], float]) -> tuple[float, float | None]:
+        return summarize([of(load) for load in turns[name, clients]])
+
+    rows = []
+    for what, unit, of in (
+        ("served", "tokens_per_second", lambda load: load.tokens_per_second),
+        ("first token p50", "milliseconds", lambda load: 1000 * percentile(load.first, 50)),
+        ("first token p99", "milliseconds", lambda load: 1000 * percentile(load.first, 99)),
+    ):
+        row = Row(f"{what}, {_clients(clients)}", unit, *values(OURS, of), extra={"clients": clients})
+        if peer:
+            theirs, spread = values(PEER, of)
+            row = replace(row, peer=PEER, peer_value=theirs, peer_spread_percent=spread)
+        rows.append(row)
+    return rows
+
+
+def _clients(number: int) -> str:
+    return f"{number} client{'s' if number > 1 else ''}"
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that so many percent are not above."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+def prompts(size: Size, clients: int, seed: int, requests: int) -> list[list[str]]:
+    """Of each client; all different, so that no prefix is found."""
+    chance = random.Random(seed * 1000 + clients)
+    return [[" ".join(chance.choices(TEXT.split(), k=size.prompt_words)) for _ in range(requests)] for _ in range(clients)]
+
+
+async def ask(url: str, size: Size, clients: int, seed: int, *, new_tokens: int, requests: int) -> Load:
+    """So many clients at once, each asking one thing after the other."""
+    import httpx
+    import orjson
+
+    first: list[float] = []
+    total = 0
+
+    async def client(http: httpx.AsyncClient, texts: list[str]) -> None:
+        nonlocal total
+        for text in texts:
+            body = {
+                "model": "model", "prompt": text, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+                "stream_options": {"include_usage": True},
+            }  # fmt: skip
+            start, seen, tokens = time.perf_counter(), None, None
+            async with http.stream("POST", f"{url}/v1/completions", json=body) as answer:
+                answer.raise_for_status()
+                async for line in answer.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    seen = seen or time.perf_counter()
+                    if '"usage":{' in line:
+                        tokens = orjson.loads(line[6:])["usage"]["completion_tokens"]
+            assert tokens == new_tokens, f"{tokens} tokens came instead of {new_tokens}"
+            assert seen is not None
+            first.append(seen - start)
+            total += tokens
+
+    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None)) as http:
+        start = time.perf_counter()
+        await asyncio.gather(*(client(http, texts) for texts in prompts(size, clients, seed, requests)))
+        return Load(total / (time.perf_counter() - start), first)
+
+
+def build_engine(size: Size) -> Callable[[int], float]:
+    """The bare engine on the prompts of the first turn; its tokens per second."""
+    import torch
+
+    from finback import LLM, SamplingParams
+
+    torch.set_num_threads(size.threads)
+    llm = LLM(size.model, dtype=getattr(torch, size.dtype), max_num_seqs=max(size.clients))
+    params = SamplingParams(temperature=0.0, max_tokens=size.new_tokens, ignore_eos=True)
+
+    def turn(clients: int) -> float:
+        llm.generate([texts[0] for texts in prompts(size, clients, 0, 1)], SamplingParams(max_tokens=2))
+        speeds = []
+        for number in range(size.turns):
+            start = time.perf_counter()
+            for round_ in zip(*prompts(size, clients, 1 + number, size.requests), strict=True):
+                llm.generate(list(round_), params)
+            speeds.append(clients * size.requests * size.new_tokens / (time.perf_counter() - start))
+        return statistics.median(speeds)
+
+    return turn
+
+
+@contextlib.contextmanager
+def our_server(size: Size) -> Iterator[str]:
+    """`finback serve` in a process of its own; its address."""
+    command = [sys.executable, "-m", "finback", "serve", str(size.model), "--port", "0", "--name", "model", "--dtype", size.dtype]
+    command += ["--max-num-seqs", str(max(size.clients))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(size.threads)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout is not None
+        found = re.search(r"http://\S+", process.stdout.readline())
+        if found is None:
+            raise InputError(f"finback serve {size.model} did not start; its own message stands above")
+        yield found[0]
+    finally:
+        _end(process)
+
+
+@contextlib.contextmanager
+def llama_server(tool: Path, model: Path, size: Size) -> Iterator[str]:
+    """llama-server with a slot for each client; its address."""
+    import httpx
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    slots, context = max(size.clients), 256 * -(-(2 * size.prompt_words + size.new_tokens) // 256)
+    command = [
+        str(tool),
+        "-m",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "-np",
+        str(slots),
+        "-c",
+        str(slots * context),
+    ]
+    command += ["-t", str(size.threads), "-tb", str(size.threads)]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        try:
+            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
+            while time.monotonic() < deadline and process.poll() is None:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                time.sleep(0.1)
+            else:
+                log.seek(0)
+                raise InputError(f"{tool} did not start; it said: {log.read().decode(errors='replace').strip()[-300:]}")
+            yield url
+        finally:
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[str] | subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    try:
+        process.wait(timeout=20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+if __name__ == "__main__":
+    from bench.cli import main_of
+
+    main_of("serve")

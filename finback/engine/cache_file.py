@@ -1,0 +1,60 @@
+"""The prefix cache in a file, so that it survives a restart: digests of blocks, and their rows of every layer.
+
+A digest says which tokens stand in a block and before it, but not which model computed the rows. So the file carries the identity of
+the model, a digest of its configuration and weights, and another model's file is not used.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finback.config import InputError
+from finback.data.files import write_atomic
+from finback.model.transformer import Transformer
+
+_IDENTITY = "identity"
+
+
+def model_identity(model: Transformer) -> str:
+    """A digest of everything that decides what is cached. It reads all weights once."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_blocks(file: Path, identity: str, digests: Sequence[bytes], rows: Tensor) -> None:
+    """Write `rows` [layers, blocks, block_size, W] of the blocks with `digests`, through a temporary file."""
+    from safetensors.torch import save
+
+    numbers = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8).reshape(len(digests), 32)
+    tensors = {"digests": numbers, "rows": rows.cpu().contiguous()}
+    write_atomic(file, save(tensors, metadata={_IDENTITY: identity}))
+
+
+def read_blocks(file: Path, identity: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[list[bytes], Tensor] | None:
+    """What `write_blocks` wrote, for a cache of `shape` (layers, block_size, W); None if it is another model's, or another shape's.
+
+    Raises InputError if it is no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            if (opened.metadata() or {}).get(_IDENTITY) != identity:
+                return None
+            digests, rows = opened.get_tensor("digests"), opened.get_tensor("rows")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read as a prefix cache: {error}; remove it") from None
+    if (
+        rows.dim() != 4
+        or (rows.shape[0], *rows.shape[2:]) != shape
+        or rows.dtype != dtype
+        or digests.shape != (rows.shape[1], 32)
+    ):
+        return None
+    return [bytes(digest) for digest in digests.tolist()], rows

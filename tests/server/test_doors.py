@@ -1,0 +1,190 @@
+"""Anthropic's and Ollama's doors as their official clients see them."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import httpx
+import ollama
+import pytest
+
+from tests.server.serving import Served, serving
+
+QUESTION: list[Any] = [{"role": "user", "content": "Where does the whale swim?"}]
+PARAMETERS = {"type": "object", "properties": {"deep": {"type": "boolean"}}, "required": ["deep"], "additionalProperties": False}
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving() as running:
+        yield running
+        assert running.is_idle()
+
+
+@pytest.fixture
+def claude(served: Served) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=served.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def llama(served: Served) -> Iterator[ollama.Client]:
+    client = ollama.Client(host=served.url)
+    yield client
+    client._client.close()
+
+
+GREEDY = {"temperature": 0}  # which the client's own arguments no longer have
+
+
+def openai_message(served: Served, **fields: Any) -> Any:
+    """What the first door says to the same."""
+    body = {"messages": QUESTION, **fields}
+    return httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).raise_for_status().json()["choices"][0]
+
+
+def test_a_message_has_a_block_for_the_thought_and_one_for_the_answer(served: Served, claude: anthropic.Anthropic) -> None:
+    asked: dict[str, Any] = {
+        "model": "deepseek-reasoner",
+        "messages": QUESTION,
+        "max_tokens": 40,
+        "thinking": {"type": "enabled", "budget_tokens": 8},
+        "extra_body": GREEDY,
+    }
+    message = claude.messages.create(**asked)
+    expected = openai_message(served, model="deepseek-reasoner", max_tokens=40, thinking=asked["thinking"], **GREEDY)["message"]
+    thought, text = message.content
+    assert thought.type == "thinking"
+    assert text.type == "text"
+    assert (thought.thinking, text.text) == (expected["reasoning_content"], expected["content"])
+    assert message.stop_reason == "max_tokens"
+    assert message.usage.output_tokens == 40
+    count = claude.messages.count_tokens(model="deepseek-reasoner", messages=QUESTION, thinking=asked["thinking"])
+    assert count.input_tokens == message.usage.input_tokens + (message.usage.cache_read_input_tokens or 0)
+    with claude.messages.stream(**asked) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_message()
+    assert [block.model_dump(exclude={"signature"}) for block in final.content] == [
+        block.model_dump(exclude={"signature"}) for block in message.content
+    ]
+    assert kinds[0] == "message_start"
+    assert kinds[-1] == "message_stop"
+    assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 2
+    assert final.usage.output_tokens == 40
+
+
+def test_messages_with_tools(served: Served, claude: anthropic.Anthropic) -> None:
+    asked: dict[str, Any] = {
+        "model": "deepseek-chat",
+        "messages": QUESTION,
+        "max_tokens": 400,
+        "extra_body": GREEDY,
+        "tools": [{"name": "get_sea", "description": "Where a whale is.", "input_schema": PARAMETERS}],
+        "tool_choice": {"type": "tool", "name": "get_sea", "disable_parallel_tool_use": True},
+    }
+    message = claude.messages.create(**asked)
+    call = message.content[-1]
+    assert call.type == "tool_use"
+    assert message.stop_reason == "tool_use"
+    assert call.name == "get_sea"
+    assert isinstance(call.input["deep"], bool)  # type: ignore[index]
+    with claude.messages.stream(**asked) as stream:
+        assert stream.get_final_message().content[-1].input == call.input  # type: ignore[union-attr]
+    thought = {"type": "thinking", "thinking": "hm " * 50, "signature": ""}
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": [{"type": "text", "text": "yes"}]}
+    turns: list[Any] = [
+        *QUESTION,
+        {"role": "assistant", "content": [thought, call.model_dump()]},
+        {"role": "user", "content": [result]},
+    ]
+    counts = [
+        claude.messages.count_tokens(model="deepseek-chat", messages=messages).input_tokens
+        for messages in (turns, [turns[0], {"role": "assistant", "content": [call.model_dump()]}, turns[2]])
+    ]
+    assert counts[0] == counts[1], "thoughts never enter the prompt"
+    assert claude.messages.create(model="deepseek-chat", messages=turns, max_tokens=2).usage.output_tokens == 2
+
+
+def test_messages_may_end_with_a_prefix_and_begin_with_a_system_text(served: Served, claude: anthropic.Anthropic) -> None:
+    turns = [*QUESTION, {"role": "assistant", "content": "The whale"}]
+    message = claude.messages.create(
+        model="tiny", system=[{"type": "text", "text": "Be short."}], messages=turns, max_tokens=5, extra_body=GREEDY
+    )
+    system = {"role": "system", "content": "Be short."}
+    prefix = {"role": "assistant", "content": "The whale", "prefix": True}
+    expected = openai_message(served, model="tiny", messages=[system, *QUESTION, prefix], max_tokens=5, temperature=0)
+    assert message.content[0].text == expected["message"]["content"]  # type: ignore[union-attr]
+
+
+def test_errors_of_the_messages_are_in_their_shape(served: Served, claude: anthropic.Anthropic) -> None:
+    with pytest.raises(anthropic.NotFoundError, match="there is no model 'claude'"):
+        claude.messages.create(model="claude", messages=QUESTION, max_tokens=1)
+    with pytest.raises(anthropic.BadRequestError, match="leaves no room") as told:
+        claude.messages.create(model="tiny", messages=[{"role": "user", "content": "鲸" * 2000}], max_tokens=1)
+    assert told.value.body["type"] == "error"  # type: ignore[index, call-overload]
+    assert told.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index, call-overload]
+    image: Any = {"type": "image", "source": {"type": "url", "url": "x"}}
+    with pytest.raises(anthropic.UnprocessableEntityError, match="reads text only"):
+        claude.messages.create(model="tiny", messages=[{"role": "user", "content": [image]}], max_tokens=1)
+    assert httpx.post(f"{served.url}/v1/messages", json={"model": "tiny"}).json()["type"] == "error"
+
+
+def test_ollama_chats_whole_and_in_pieces(served: Served, llama: ollama.Client) -> None:
+    options = {"num_predict": 30, "temperature": 0}
+    whole = llama.chat(model="tiny:latest", messages=QUESTION, think=True, options=options)
+    expected = openai_message(served, model="tiny", max_tokens=30, temperature=0, thinking=True)["message"]
+    assert whole.message.thinking == expected["reasoning_content"]
+    assert (whole.done_reason, whole.eval_count) == ("length", 30)
+    parts = list(llama.chat(model="tiny", messages=QUESTION, think=True, options=options, stream=True))
+    assert "".join(part.message.thinking or "" for part in parts) == expected["reasoning_content"]
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert parts[-1].prompt_eval_count == whole.prompt_eval_count
+    plain = llama.chat(model="tiny", messages=QUESTION, think=False, options=options)
+    assert (
+        plain.message.content == openai_message(served, model="deepseek-chat", max_tokens=30, temperature=0)["message"]["content"]
+    )
+
+
+def test_ollama_calls_tools_and_writes_json(llama: ollama.Client) -> None:
+    tool: Any = {"type": "function", "function": {"name": "get_sea", "description": "Where.", "parameters": PARAMETERS}}
+    listed = llama.chat(model="deepseek-chat", messages=QUESTION, tools=[tool], options={"num_predict": 4}, think=False)
+    assert listed.prompt_eval_count is not None
+    turns: list[Any] = [
+        *QUESTION,
+        {"role": "assistant", "tool_calls": [{"function": {"name": "get_sea", "arguments": {"deep": True}}}]},
+        {"role": "tool", "tool_name": "get_sea", "content": "north"},
+    ]
+    again = llama.chat(model="deepseek-chat", messages=turns, tools=[tool], options={"num_predict": 4}, think=False)
+    assert (again.prompt_eval_count or 0) > listed.prompt_eval_count
+    made = llama.chat(
+        model="deepseek-chat", messages=QUESTION, format=PARAMETERS, options={"num_predict": 300, "seed": 4}, think=False
+    )
+    assert isinstance(json.loads(made.message.content or "")["deep"], bool)
+
+
+def test_ollama_generates_and_fills_in(served: Served, llama: ollama.Client) -> None:
+    options = {"num_predict": 5, "temperature": 0}
+    chat = llama.chat(model="tiny", messages=QUESTION, think=False, options=options)
+    assert (
+        llama.generate(model="tiny", prompt=QUESTION[0]["content"], think=False, options=options).response == chat.message.content
+    )
+    raw = llama.generate(model="tiny", prompt="One day", raw=True, options=options).response
+    pieces = list(llama.generate(model="tiny", prompt="One day", raw=True, options=options, stream=True))
+    assert "".join(piece.response for piece in pieces) == raw
+    filled = llama.generate(model="tiny", prompt="One ", suffix=" whale", options=options)
+    assert (filled.prompt_eval_count or 0) > 3
+    assert llama.generate(model="tiny").done_reason == "load"
+
+
+def test_ollama_lists_shows_and_refuses(served: Served, llama: ollama.Client) -> None:
+    assert [model.model for model in llama.list().models] == ["deepseek-chat", "deepseek-reasoner", "tiny"]
+    shown = llama.show("tiny")
+    assert "thinking" in (shown.capabilities or [])
+    assert (shown.modelinfo or {})["deepseek_v3.context_length"] == 1024
+    assert "version" in httpx.get(f"{served.url}/api/version").json()
+    with pytest.raises(ollama.ResponseError, match="there is no model 'llama3'") as told:
+        llama.chat(model="llama3", messages=QUESTION)
+    assert told.value.status_code == 404
+    with pytest.raises(ollama.ResponseError, match="temperature"):
+        llama.chat(model="tiny", messages=QUESTION, options={"temperature": 9})

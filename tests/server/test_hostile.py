@@ -1,0 +1,157 @@
+"""What may come from outside: bodies made by Schemathesis from our OpenAPI document, crowds that leave early; and what the log says."""
+
+import asyncio
+import logging
+import random
+import sqlite3
+import time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from finback.server.keys import KeyStore, nano
+from tests.server.serving import Served, serving
+
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+
+
+def check_document(served: Served, examples: int) -> int:
+    """Ask every operation of the document so often; the number of operations."""
+    document = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+    operations = [found.ok() for found in document.get_all_operations()]
+    for operation in operations:
+
+        @given(case=operation.as_strategy())
+        @settings(
+            max_examples=examples,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        def ask(case: Any) -> None:
+            case.call_and_validate(checks=CHECKS, timeout=120)
+
+        ask()
+    return len(operations)
+
+
+def test_made_bodies_find_no_server_error_and_no_breach() -> None:
+    with serving(llm={"max_model_len": 96}) as served:
+        assert check_document(served, 4) >= 15
+        assert served.is_idle()
+
+
+@pytest.mark.slow
+def test_many_made_bodies_find_no_server_error_and_no_breach() -> None:
+    with serving(llm={"max_model_len": 96}) as served:
+        check_document(served, 300)
+        assert served.is_idle()
+
+
+async def crowd(served: Served, secret: str, clients: int, seconds: float) -> dict[int | str, int]:
+    """Clients that ask, leave in the middle, ask too much and send what is no JSON, until the time is over; how often what came."""
+    url, seen = f"{served.url}/v1/chat/completions", dict[int | str, int]()
+    deadline = time.monotonic() + seconds
+
+    async def client(http: httpx.AsyncClient, number: int) -> None:
+        chance = random.Random(number)
+        first = True
+        while first or time.monotonic() < deadline:
+            first = False
+            kind = chance.choice(("stream", "whole", "leave", "leave", "oversize", "malformed", "wrong key"))
+            words = "".join(chance.choice("鲸鱼向北游去 a whale") for _ in range(chance.randrange(1, 60)))
+            body: dict[str, Any] = {
+                "model": chance.choice(("tiny", "deepseek-reasoner")),
+                "messages": [{"role": "user", "content": words * (400 if kind == "oversize" else 1)}],
+                "max_tokens": chance.randrange(1, 40),
+                "stream": kind in ("stream", "leave"),
+            }
+            headers = {"authorization": f"Bearer {'sk-wrong' if kind == 'wrong key' else secret}"}
+            result: int | str
+            if kind == "malformed":
+                content = chance.choice((b"{", b"[]", b'{"model": 3}', b"\xff\x00", b'{"messages": [{"role": "king"}]}'))
+                result = (
+                    await http.post(url, content=content, headers=headers | {"content-type": "application/json"})
+                ).status_code
+            elif kind == "leave":
+                async with http.stream("POST", url, json=body, headers=headers) as answer:
+                    left = chance.randrange(4)
+                    async for _ in answer.aiter_lines():
+                        left -= 1
+                        if left < 0:
+                            break
+                result = "left" if answer.status_code == 200 else answer.status_code
+            else:
+                answer = await http.post(url, json=body, headers=headers)
+                result = answer.status_code
+                assert kind != "stream" or result != 200 or answer.text.endswith("data: [DONE]\n\n")
+            seen[result] = seen.get(result, 0) + 1
+
+    async with httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None)) as http:
+        await asyncio.gather(*(client(http, number) for number in range(clients)))
+    return seen
+
+
+def check_crowd(tmp_path: Path, clients: int, seconds: float) -> None:
+    keys = tmp_path / "keys.sqlite"
+    store = KeyStore(keys, create=True)
+    secret = store.add("crowd", nano(Decimal(1000)))
+    with serving(keys, llm={"num_blocks": 60}) as served:
+        seen = asyncio.run(crowd(served, secret, clients, seconds))
+        assert served.is_idle(), "blocks are held that nobody uses"
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        metrics = httpx.get(f"{served.url}/metrics").text
+    assert not any(isinstance(status, int) and status >= 500 for status in seen), seen
+    assert seen[401] + seen[400] > 0
+    (key,) = store.all()
+    requests, _, cost = store.usage(key.id)
+    assert requests == seen.get(200, 0) + seen.get("left", 0), "each accepted request is accounted once"
+    assert key.balance == nano(Decimal(1000)) - cost
+    ended = sum(
+        float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith("finback:request_success_total")
+    )
+    assert ended == requests
+    store.close()
+
+
+def test_a_small_crowd_is_served_and_accounted(tmp_path: Path) -> None:
+    check_crowd(tmp_path, clients=16, seconds=1.0)
+
+
+@pytest.mark.slow
+def test_a_crowd_of_64_for_two_minutes(tmp_path: Path) -> None:
+    check_crowd(tmp_path, clients=64, seconds=120.0)
+
+
+def test_neither_keys_nor_prompts_are_logged_or_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = tmp_path / "keys.sqlite"
+    store = KeyStore(keys, create=True)
+    secret = store.add("alice", nano(Decimal(1)))
+    store.close()
+    with caplog.at_level(logging.INFO), serving(keys) as served:
+        for headers in ({"authorization": f"Bearer {secret}"}, {"authorization": "Bearer sk-mistyped"}):
+            for body in (
+                {"model": "tiny", "messages": [{"role": "user", "content": "xyzzy"}], "max_tokens": 2},
+                {"messages": "xyzzy"},
+            ):
+                httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=headers)
+    for hidden in (secret, "sk-mistyped", "xyzzy"):
+        assert hidden not in caplog.text
+        for file in tmp_path.iterdir():
+            assert hidden.encode() not in file.read_bytes()
+    with sqlite3.connect(keys) as database:
+        assert database.execute("SELECT count(*) FROM usage").fetchone() == (1,)
+    database.close()
