@@ -40,7 +40,7 @@ from finback.train.sft_config import SFTConfig
 TARGET, TARGET_GRPO = 0.25, 0.15  # pass@1 over the better untrained form; of it, GRPO over the warm-up
 TEMPLATE = "Question: {prompt}\n"
 SHOTS = 4
-DECODINGS = {"T = 0.6": Decoding(samples=4, temperature=0.6, top_p=1.0), "greedy": Decoding(samples=1, temperature=0.0)}
+DECODINGS = {"T = 0.6": Decoding(samples=2, temperature=0.6, top_p=1.0), "greedy": Decoding(samples=1, temperature=0.0)}
 
 
 class Sum(NamedTuple):
@@ -68,7 +68,7 @@ class Plan:
     """Sizes of the run; the defaults are those of the recorded one."""
 
     seed: int = 0
-    traces: int = 512
+    traces: int = 192
     prompts: int = 2000
     problems: int = 200
     warm_up: SFTConfig = field(
@@ -211,7 +211,7 @@ def untrained(model: Path, problems: Sequence[Sum], seed: int) -> dict[str, Mapp
     answered = [(s.question, s.answer) for s in shown]
     in_chat = [(asking.format(question), reply) for question, reply in worked]
     return {
-        "chat": measure(model, task_of(problems, asking=asking), PromptForm(), longest=96),
+        "chat": measure(model, task_of(problems, asking=asking), PromptForm(), longest=64),
         "chat, 4 solved": measure(model, task_of(problems, in_chat, asking), PromptForm("chat", few_shot=SHOTS), longest=48),
         "text, 4 solved": measure(model, task_of(problems, worked), PromptForm("plain", TEMPLATE, few_shot=SHOTS), longest=48),
         "text, 4 answered": measure(model, task_of(problems, answered), PromptForm("plain", TEMPLATE, few_shot=SHOTS)),
