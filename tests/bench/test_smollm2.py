@@ -1,5 +1,6 @@
 """The run on SmolLM2 at toy size: its data, its reward, and what it writes; what it learns is for the recorded run to show."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.tokenizer_samples import family_tokenizer
 def test_a_sum_is_worked_out_step_by_step():
     example = Sum((47, 85, 29))
     assert (example.question, example.answer) == ("47 + 85 + 29", "161")
+    assert example.at_once == "47 + 85 + 29 = 161"
     assert example.worked == "47 + 85 = 132\n132 + 29 = 161"
 
 
@@ -61,6 +63,8 @@ def test_the_whole_run_at_toy_size_and_its_continuation(tmp_path: Path):
     content = run(plan, model, tmp_path / "run")
     forms = {"chat", "chat, 4 solved", "text, 4 solved", "text, 4 answered", "warm-up", "GRPO"}
     assert content["models"].keys() == forms
+    completions = [json.loads(line)["completion"] for line in (tmp_path / "run" / "traces.jsonl").read_text().splitlines()]
+    assert sum("\n" not in completion for completion in completions) == 3  # 60% of 4, rounded up
     assert all(
         0 <= part["low"] <= part["value"] <= part["high"] <= 1 for of_it in content["models"].values() for part in of_it.values()
     )
