@@ -5,6 +5,7 @@ two sides differ, being drawn; that both do the same work is checked on those of
 log-probabilities and the norm of the gradient must agree.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -54,8 +55,8 @@ class Size:
     questions: tuple[tuple[str, str], ...] = QUESTIONS
     num_generations: int = 8
     new_tokens: int = 64
+    longest: int = 128  # tokens of a sample that ends where the model ends it
     precisions: tuple[str, ...] = tuple(DTYPES)
-    reward_processes: int = 1
     warm_up: int = 1
     turns: int = 3
     separate: bool = True
@@ -100,7 +101,7 @@ def model_part(
 ) -> tuple[list[Row], list[Step]]:
     """Rows of the whole step, then of rollout and training apart, beside TRL with each of transformers' `settings`; and our steps."""
     work = work_of(size.questions, load_tokenizer(directory), size)
-    competitors: dict[str, Build] = {"finback": partial(build_ours, directory, work, precision, size)}
+    competitors: dict[str, Build] = {"finback": partial(build_ours, directory, work, precision)}
     if is_installed():
         for of_them, setting in settings.items():
             competitors[of_them.replace("transformers", "TRL")] = partial(build_trl, directory, work, precision, setting)
@@ -124,9 +125,10 @@ def model_part(
 
 
 def sandbox_steps(size: Size) -> list[Step]:
-    """Of SmolLM2 on several prompts, whose samples end where the model ends them, with programs in the sandbox for rewards."""
-    work = work_of(MANY_QUESTIONS, load_tokenizer(size.smollm2), size)
-    build = partial(build_ours, size.smollm2, work, "bf16", size, reward="code", ignore_eos=False)
+    """Of SmolLM2 on several prompts, whose samples end where the model ends them, with programs in the sandbox for rewards: a reward
+    process for each core."""
+    work = work_of(MANY_QUESTIONS, load_tokenizer(size.smollm2), replace(size, new_tokens=size.longest))
+    build = partial(build_ours, size.smollm2, work, "bf16", reward="code", reward_processes=os.cpu_count() or 1, ignore_eos=False)
     turns = alternate({"finback": build}, range(size.warm_up + size.turns), separate=size.separate)
     return [turn.value for turn in turns["finback"][size.warm_up :]]
 
@@ -140,11 +142,11 @@ def isolation_is_there() -> bool:
 
 
 def build_ours(
-    directory: Path, work: Work, precision: str, size: Size, reward: str = "maths", ignore_eos: bool = True
+    directory: Path, work: Work, precision: str, *, reward: str = "maths", reward_processes: int = 1, ignore_eos: bool = True
 ) -> Callable[[Any], Step]:
     """A step of `finback grpo`: its rollout and its update. The reward processes are started before the clock is."""
     keep_freed_memory()
-    config = config_of(directory, work, precision, size.reward_processes)
+    config = config_of(directory, work, precision, reward_processes)
     state = new_policy(config, PromptStream(0), torch.device("cpu"))
     tokenizer = load_tokenizer(directory)
     prompts = prompts_of(work, tokenizer)
@@ -162,7 +164,7 @@ def build_ours(
     rewards = [load_reward(f"bench.grpo_reward:{reward}")]
 
     def turn(number: int) -> Step:
-        with RewardPool(rewards, processes=size.reward_processes, deadline=10.0) as pool:
+        with RewardPool(rewards, processes=reward_processes, deadline=10.0) as pool:
             pool.wait_ready()
             start = perf_counter()
             llm.reset_prefix_cache()

@@ -3,14 +3,17 @@
 The model is a real one that was pre-trained elsewhere, and the task one that it can hardly do as it is: the sum of three numbers of two
 digits. It is asked as a chat, with and without solved sums before the question, and as text behind solved sums; the better of these is
 what the trained model is held against, on sums that none of the training data holds.
+
+The texts of the warm-up write sums in two ways, as texts that people write do: most give the answer at once, which this model hardly
+ever gets right, the others go step by step. Which way pays is for reinforcement learning to find.
 """
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +29,6 @@ from finback.data.problems import is_held_out
 from finback.engine.llm import LLM
 from finback.eval.answers import vote
 from finback.eval.config import Decoding, PromptForm
-from finback.eval.result import TaskResult
 from finback.eval.runner import evaluate_answers
 from finback.eval.statistics import paired_difference
 from finback.eval.task import Task
@@ -40,7 +42,9 @@ from finback.train.sft_config import SFTConfig
 TARGET, TARGET_GRPO = 0.25, 0.15  # pass@1 over the better untrained form; of it, GRPO over the warm-up
 TEMPLATE = "Question: {prompt}\n"
 SHOTS = 4
-DECODINGS = {"T = 0.6": Decoding(samples=4, temperature=0.6, top_p=1.0), "greedy": Decoding(samples=1, temperature=0.0)}
+DECODINGS = {"T = 0.6": Decoding(samples=2, temperature=0.6, top_p=1.0), "greedy": Decoding(samples=1, temperature=0.0)}
+
+Measure = Callable[[], dict[str, Any]]
 
 
 class Sum(NamedTuple):
@@ -57,8 +61,13 @@ class Sum(NamedTuple):
         return str(sum(self.terms))
 
     @property
+    def at_once(self) -> str:
+        """Without a thought."""
+        return f"{self.question} = {self.answer}"
+
+    @property
     def worked(self) -> str:
-        """Step by step: what the warm-up shows."""
+        """Step by step."""
         a, b, c = self.terms
         return f"{a} + {b} = {a + b}\n{a + b} + {c} = {self.answer}"
 
@@ -68,7 +77,8 @@ class Plan:
     """Sizes of the run; the defaults are those of the recorded one."""
 
     seed: int = 0
-    traces: int = 512
+    traces: int = 192
+    at_once: float = 0.6  # share of the traces that give the answer without a thought
     prompts: int = 2000
     problems: int = 200
     warm_up: SFTConfig = field(
@@ -89,13 +99,13 @@ class Plan:
             model="",
             reward=("bench.sum_reward:last_number",),
             template=TEMPLATE,
-            steps=60,
+            steps=24,
             prompts_per_step=8,
             num_generations=8,
             max_completion_length=28,
             beta=0.0,
-            lr=2e-5,
-            final_lr=5e-6,
+            lr=1.5e-5,
+            final_lr=2e-6,
             precision="fp32",
             save_every=10,
         )
@@ -149,7 +159,13 @@ def run(plan: Plan, model: Path, out: Path) -> dict[str, Any]:
     prompts = sums(plan.prompts, plan.seed + 3, held_out=False)
     assert not set(held_out) & {*traces, *prompts}, "a problem of the evaluation is trained on"
     rows = {
-        "traces": [{"prompt": TEMPLATE.replace("{prompt}", s.question), "completion": s.worked} for s in traces],
+        "traces": [
+            {
+                "prompt": TEMPLATE.replace("{prompt}", s.question),
+                "completion": s.at_once if i < plan.at_once * plan.traces else s.worked,
+            }
+            for i, s in enumerate(traces)
+        ],
         "prompts": [{"prompt": s.question, "answer": s.answer} for s in prompts],
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -161,18 +177,17 @@ def run(plan: Plan, model: Path, out: Path) -> dict[str, Any]:
     learning = replace(plan.grpo, model=str(warm), data=(str(out / "prompts.jsonl"),), seed=plan.seed)
     policy = grpo(learning, out / "grpo", resume=(out / "grpo" / "config.json").exists())
 
-    measured = {
-        **untrained(model, held_out, plan.seed),
-        "warm-up": measure(warm, task_of(held_out), PromptForm("plain", TEMPLATE)),
-        "GRPO": measure(policy, task_of(held_out), PromptForm("plain", TEMPLATE)),
-    }
-    forms = [name for name in measured if name not in ("warm-up", "GRPO")]
+    plain = PromptForm("plain", TEMPLATE)
+    measured = {name: remembered(out, name, asking) for name, asking in untrained(model, held_out, plan.seed).items()}
+    forms = list(measured)
+    measured["warm-up"] = remembered(out, "warm-up", partial(measure, warm, task_of(held_out), plain))
+    measured["GRPO"] = remembered(out, "GRPO", partial(measure, policy, task_of(held_out), plain))
     gains: dict[str, dict[str, Any]] = {"GRPO over the better untrained": {}, "GRPO over the warm-up": {}}
     for decoding in DECODINGS:
-        best = max(forms, key=lambda name: fmean(measured[name][decoding].scores))
+        best = max(forms, key=lambda name: measured[name][decoding]["value"])
         for gain, before in zip(gains.values(), (best, "warm-up"), strict=True):
-            scores = measured[before][decoding].scores, measured["GRPO"][decoding].scores
-            gain[decoding] = {"from": before, **paired_difference(*scores)._asdict()}
+            difference = paired_difference(measured[before][decoding]["scores"], measured["GRPO"][decoding]["scores"])
+            gain[decoding] = {"from": before, **difference._asdict()}
     met = all(
         part["value"] >= target
         for gain, target in zip(gains.values(), (TARGET, TARGET_GRPO), strict=True)
@@ -180,8 +195,7 @@ def run(plan: Plan, model: Path, out: Path) -> dict[str, Any]:
     )
     return {
         "settings": {"plan": asdict(plan), "targets": [TARGET, TARGET_GRPO]},
-        "models": {name: {key: result.pass_at_1._asdict() for key, result in of_it.items()} for name, of_it in measured.items()},
-        "samples": {name: sample_texts(of_it["greedy"]) for name, of_it in measured.items()},
+        "models": measured,
         "gains": gains,
         "verdict": "met" if met else "missed",
         "curve": list(curve(out / "grpo" / "metrics.jsonl")),
@@ -203,29 +217,41 @@ def task_of(problems: Sequence[Sum], shots: Sequence[tuple[str, str]] = (), aski
     return Task("sums", examples, Reward("last_number", last_number), vote, shots)
 
 
-def untrained(model: Path, problems: Sequence[Sum], seed: int) -> dict[str, Mapping[str, TaskResult]]:
+def untrained(model: Path, problems: Sequence[Sum], seed: int) -> dict[str, Measure]:
     """The model as it is, in every form that might suit it."""
     shown = sums(SHOTS, seed + 4, held_out=False)
     asking = "What is {}?"
     worked = [(s.question, s.worked) for s in shown]
     answered = [(s.question, s.answer) for s in shown]
     in_chat = [(asking.format(question), reply) for question, reply in worked]
+    chat, text = PromptForm("chat", few_shot=SHOTS), PromptForm("plain", TEMPLATE, few_shot=SHOTS)
     return {
-        "chat": measure(model, task_of(problems, asking=asking), PromptForm(), longest=96),
-        "chat, 4 solved": measure(model, task_of(problems, in_chat, asking), PromptForm("chat", few_shot=SHOTS), longest=48),
-        "text, 4 solved": measure(model, task_of(problems, worked), PromptForm("plain", TEMPLATE, few_shot=SHOTS), longest=48),
-        "text, 4 answered": measure(model, task_of(problems, answered), PromptForm("plain", TEMPLATE, few_shot=SHOTS)),
+        "chat": partial(measure, model, task_of(problems, asking=asking), PromptForm(), longest=64),
+        "chat, 4 solved": partial(measure, model, task_of(problems, in_chat, asking), chat, longest=48),
+        "text, 4 solved": partial(measure, model, task_of(problems, worked), text, longest=48),
+        "text, 4 answered": partial(measure, model, task_of(problems, answered), text),
     }
 
 
-def measure(model: Path, task: Task, form: PromptForm, longest: int = 28) -> dict[str, TaskResult]:
-    """By each decoding, in fp32."""
+def measure(model: Path, task: Task, form: PromptForm, longest: int = 28) -> dict[str, Any]:
+    """By each decoding, in fp32: pass@1 with its interval, the score of each problem, and the first answers."""
     llm = LLM(model, dtype=torch.float32, max_num_seqs=64, max_model_len=512)
-    return {name: evaluate_answers(llm, task, form, replace(how, max_tokens=longest)) for name, how in DECODINGS.items()}
+    measured = {}
+    for name, how in DECODINGS.items():
+        result = evaluate_answers(llm, task, form, replace(how, max_tokens=longest))
+        kept = [{"completion": s.completion, "score": s.score} for s in result.kept]
+        measured[name] = {**result.pass_at_1._asdict(), "tokens": result.mean_tokens, "scores": result.scores, "samples": kept}
+    return measured
 
 
-def sample_texts(result: TaskResult) -> list[dict[str, Any]]:
-    return [{"prompt": s.prompt, "completion": s.completion, "score": s.score} for s in result.kept[:2]]
+def remembered(out: Path, name: str, work: Measure) -> dict[str, Any]:
+    """What `work` measures, or has measured in an earlier call on the same run."""
+    file = out / "measured" / f"{name}.json"
+    if not file.is_file():
+        file.parent.mkdir(exist_ok=True)
+        write_atomic(file, json.dumps(work()) + "\n")
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def curve(metrics: Path) -> Iterator[dict[str, float]]:

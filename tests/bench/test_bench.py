@@ -75,6 +75,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         replace(SMALL, vocab_size=engine_vocabulary(engine_size), max_position_embeddings=256),
         num_generations=2,
         new_tokens=4,
+        longest=4,
         precisions=("fp32",),
         warm_up=0,
         turns=1,
