@@ -185,15 +185,17 @@ class Service:
         finally:
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            _add_up(usage, usages)
-            end = time.perf_counter()
-            self.metrics.finished(usage, reasons, end - start, None if first is None else end - first)
-            self._charge(request_id, model, key, usage)
-            logger.debug(
-                "%s: %d prompt tokens (%d cached), %d tokens in %.2f s", request_id, usage.prompt_tokens, usage.hit_tokens,
-                usage.completion_tokens, end - start,
-            )  # fmt: skip
+            try:
+                await asyncio.gather(*tasks, return_exceptions=True)
+            finally:  # also where the server stops meanwhile: what was used is paid
+                _add_up(usage, usages)
+                end = time.perf_counter()
+                self.metrics.finished(usage, reasons, end - start, None if first is None else end - first)
+                self._charge(request_id, model, key, usage)
+                logger.debug(
+                    "%s: %d prompt tokens (%d cached), %d tokens in %.2f s", request_id, usage.prompt_tokens, usage.hit_tokens,
+                    usage.completion_tokens, end - start,
+                )  # fmt: skip
 
     def _charge(self, request_id: str, model: str, key: Key | None, usage: Usage) -> None:
         if self.store is None or key is None or self.prices is None or not usage.prompt_tokens:

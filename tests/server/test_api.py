@@ -332,3 +332,19 @@ def test_prefixes_are_kept_over_a_restart(tmp_path: Path) -> None:
             hits.append(usage["prompt_cache_hit_tokens"])
     assert hits[0] == 0
     assert hits[1] >= 64
+
+
+def test_slow_answers_are_kept_alive_and_too_many_are_refused() -> None:
+    with serving(keep_alive_seconds=0.001, max_num_seqs=1, max_waiting=0) as served:
+        url = f"{served.url}/v1/chat/completions"
+        body = {"model": "tiny", "messages": QUESTION, "max_tokens": 300, "ignore_eos": True}
+        with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            refused = httpx.post(url, json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+            assert "retry-after" in refused.headers
+            assert ": keep-alive" in list(lines)
+        whole = httpx.post(url, json=body, timeout=60)
+        assert whole.text.startswith("\n")
+        assert whole.json()["usage"]["completion_tokens"] == 300
