@@ -3,13 +3,14 @@
 import json
 import secrets
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, StrictBool, StrictInt, StrictStr
 
 from finback.server.errors import APIError
 from finback.server.keys import Key
-from finback.server.openai import Calls, Job, add, chat_job, closing, parsed_arguments
+from finback.server.openai import Calls, Job, add, chat_job, parsed_arguments
 from finback.server.schemas import ChatRequest, Stop, Temperature, chat_request
 from finback.server.service import Service
 from finback.server.turn import Delta, Usage
@@ -178,10 +179,11 @@ def _head(model: str, usage: Usage) -> dict[str, Any]:
 async def answer(service: Service, job: Job) -> dict[str, Any]:
     """The answer in one piece."""
     whole, calls = Delta(), Calls()
-    async for _, part in closing(job.deltas(service)):
-        add(whole, part)
-        for call in part.tool_calls:
-            calls.delta(call)
+    async with aclosing(job.deltas(service)) as deltas:
+        async for _, part in deltas:
+            add(whole, part)
+            for call in part.tool_calls:
+                calls.delta(call)
     content: list[dict[str, Any]] = []
     if whole.reasoning:
         content.append({"type": "thinking", "thinking": whole.reasoning, "signature": ""})
@@ -213,26 +215,27 @@ async def events(service: Service, job: Job) -> AsyncIterator[bytes]:
     def grown(**delta: Any) -> bytes:
         return _event("content_block_delta", index=index, delta=delta)
 
-    async for _, part in closing(job.deltas(service)):
-        out = b""
-        if not started:
-            out, started = _event("message_start", message=_head(job.model, job.usage)), True
-        if part.reasoning:
-            out += b"" if kind == "thinking" else opened("thinking", {"type": "thinking", "thinking": "", "signature": ""})
-            out += grown(type="thinking_delta", thinking=part.reasoning)
-        if part.content:
-            out += b"" if kind == "text" else opened("text", {"type": "text", "text": ""})
-            out += grown(type="text_delta", text=part.content)
-        for call in part.tool_calls:
-            named = f"call {call.index}"
-            calls.delta(call)
-            if kind != named:
-                made = calls.calls[call.index]
-                out += opened(named, {"type": "tool_use", "id": made["id"], "name": made["function"]["name"], "input": {}})
-            out += grown(type="input_json_delta", partial_json=call.arguments)
-        reason = part.finish_reason or reason
-        if out:
-            yield out
+    async with aclosing(job.deltas(service)) as deltas:
+        async for _, part in deltas:
+            out = b""
+            if not started:
+                out, started = _event("message_start", message=_head(job.model, job.usage)), True
+            if part.reasoning:
+                out += b"" if kind == "thinking" else opened("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+                out += grown(type="thinking_delta", thinking=part.reasoning)
+            if part.content:
+                out += b"" if kind == "text" else opened("text", {"type": "text", "text": ""})
+                out += grown(type="text_delta", text=part.content)
+            for call in part.tool_calls:
+                named = f"call {call.index}"
+                calls.delta(call)
+                if kind != named:
+                    made = calls.calls[call.index]
+                    out += opened(named, {"type": "tool_use", "id": made["id"], "name": made["function"]["name"], "input": {}})
+                out += grown(type="input_json_delta", partial_json=call.arguments)
+            reason = part.finish_reason or reason
+            if out:
+                yield out
     out = b"" if index >= 0 else opened("text", {"type": "text", "text": ""})
     out += shut() + _event(
         "message_delta", delta={"stop_reason": STOP_REASONS[reason], "stop_sequence": None}, usage=usage_body(job.usage)

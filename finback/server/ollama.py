@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -17,7 +18,6 @@ from finback.server.openai import (
     Job,
     add,
     chat_job,
-    closing,
     completion_job,
     parsed_arguments,
 )
@@ -140,13 +140,14 @@ async def lines(service: Service, job: Job | CompletionJob, chat: bool) -> Async
     """The answer as lines of JSON; calls of tools come whole, as Ollama sends them."""
     start, first = time.perf_counter_ns(), None
     calls, reason = Calls(), None
-    async for _, part in closing(job.deltas(service)):
-        first = first or time.perf_counter_ns()
-        for call in part.tool_calls:
-            calls.delta(call)
-        reason = part.finish_reason or reason
-        if part.content or part.reasoning:
-            yield _line(_head(job.model) | _said(chat, part, Calls()) | {"done": False})
+    async with aclosing(job.deltas(service)) as deltas:
+        async for _, part in deltas:
+            first = first or time.perf_counter_ns()
+            for call in part.tool_calls:
+                calls.delta(call)
+            reason = part.finish_reason or reason
+            if part.content or part.reasoning:
+                yield _line(_head(job.model) | _said(chat, part, Calls()) | {"done": False})
     end = time.perf_counter_ns()
     if calls.calls:
         yield _line(_head(job.model) | _said(chat, Delta(), calls) | {"done": False})
@@ -157,11 +158,12 @@ async def answer(service: Service, job: Job | CompletionJob, chat: bool) -> dict
     """The answer in one piece."""
     start, first = time.perf_counter_ns(), None
     whole, calls = Delta(), Calls()
-    async for _, part in closing(job.deltas(service)):
-        first = first or time.perf_counter_ns()
-        add(whole, part)
-        for call in part.tool_calls:
-            calls.delta(call)
+    async with aclosing(job.deltas(service)) as deltas:
+        async for _, part in deltas:
+            first = first or time.perf_counter_ns()
+            add(whole, part)
+            for call in part.tool_calls:
+                calls.delta(call)
     end = time.perf_counter_ns()
     return _head(job.model) | _said(chat, whole, calls) | _end(job, whole.finish_reason, start, first or end, end)
 

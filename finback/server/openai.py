@@ -3,7 +3,8 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ class Job:
     budget: int | None
     usage: Usage = field(default_factory=Usage)
 
-    def deltas(self, service: Service) -> AsyncIterator[tuple[int, Delta]]:
+    def deltas(self, service: Service) -> AsyncGenerator[tuple[int, Delta], None]:
         return service.answer(
             self.model, self.key, self.prompt.token_ids, self.params, self.usage,
             thinking=self.prompt.thinking, tools=self.tools, budget=self.budget,
@@ -114,19 +115,20 @@ async def chat_events(service: Service, body: ChatRequest, job: Job) -> AsyncIte
         return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     opened: set[int] = set()
-    async for index, part in closing(job.deltas(service)):
-        if index not in opened:
-            opened.add(index)
-            yield chunk(index, {"role": "assistant", "content": ""})
-        delta: dict[str, Any] = {}
-        if part.reasoning:
-            delta[body.reasoning_field] = part.reasoning
-        if part.content:
-            delta["content"] = part.content
-        if part.tool_calls:
-            delta["tool_calls"] = [calls[index].delta(call) for call in part.tool_calls]
-        if delta or part.finish_reason or part.content_logprobs or part.reasoning_logprobs:
-            yield chunk(index, delta, part.finish_reason, _chat_logprobs(service.tokenizer, body, part))
+    async with aclosing(job.deltas(service)) as deltas:
+        async for index, part in deltas:
+            if index not in opened:
+                opened.add(index)
+                yield chunk(index, {"role": "assistant", "content": ""})
+            delta: dict[str, Any] = {}
+            if part.reasoning:
+                delta[body.reasoning_field] = part.reasoning
+            if part.content:
+                delta["content"] = part.content
+            if part.tool_calls:
+                delta["tool_calls"] = [calls[index].delta(call) for call in part.tool_calls]
+            if delta or part.finish_reason or part.content_logprobs or part.reasoning_logprobs:
+                yield chunk(index, delta, part.finish_reason, _chat_logprobs(service.tokenizer, body, part))
     if with_usage:
         yield event({**head, "choices": [], "usage": usage_body(job.usage)})
     yield DONE
@@ -136,10 +138,11 @@ async def chat_answer(service: Service, body: ChatRequest, job: Job) -> dict[str
     """The answer in one piece."""
     wholes = [Delta() for _ in job.params]
     calls = [Calls() for _ in job.params]
-    async for index, part in closing(job.deltas(service)):
-        add(wholes[index], part)
-        for call in part.tool_calls:
-            calls[index].delta(call)
+    async with aclosing(job.deltas(service)) as deltas:
+        async for index, part in deltas:
+            add(wholes[index], part)
+            for call in part.tool_calls:
+                calls[index].delta(call)
     choices = []
     for index, (part, made) in enumerate(zip(wholes, calls, strict=True)):
         message: dict[str, Any] = {"role": "assistant", "content": part.content}
@@ -162,7 +165,7 @@ class CompletionJob:
     echo: str
     usage: Usage = field(default_factory=Usage)
 
-    def deltas(self, service: Service) -> AsyncIterator[tuple[int, Delta]]:
+    def deltas(self, service: Service) -> AsyncGenerator[tuple[int, Delta], None]:
         return service.answer(self.model, self.key, self.token_ids, self.params, self.usage, turn=run_completion)
 
 
@@ -187,13 +190,14 @@ async def completion_events(service: Service, body: CompletionRequest, job: Comp
     head = _head("text_completion", "cmpl", body.model)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     opened: set[int] = set()
-    async for index, part in closing(job.deltas(service)):
-        text = part.content if index in opened else job.echo + part.content
-        opened.add(index)
-        choice = {
-            "index": index, "text": text, "logprobs": _text_logprobs(service.tokenizer, body, part), "finish_reason": part.finish_reason
-        }  # fmt: skip
-        yield event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+    async with aclosing(job.deltas(service)) as deltas:
+        async for index, part in deltas:
+            text = part.content if index in opened else job.echo + part.content
+            opened.add(index)
+            choice = {
+                "index": index, "text": text, "logprobs": _text_logprobs(service.tokenizer, body, part), "finish_reason": part.finish_reason
+            }  # fmt: skip
+            yield event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
     if with_usage:
         yield event({**head, "choices": [], "usage": usage_body(job.usage)})
     yield DONE
@@ -201,8 +205,9 @@ async def completion_events(service: Service, body: CompletionRequest, job: Comp
 
 async def completion_answer(service: Service, body: CompletionRequest, job: CompletionJob) -> dict[str, Any]:
     wholes = [Delta() for _ in job.params]
-    async for index, part in closing(job.deltas(service)):
-        add(wholes[index], part)
+    async with aclosing(job.deltas(service)) as deltas:
+        async for index, part in deltas:
+            add(wholes[index], part)
     choices = [
         {"index": index, "text": job.echo + part.content, "logprobs": _text_logprobs(service.tokenizer, body, part),
          "finish_reason": part.finish_reason}
@@ -269,15 +274,6 @@ def _head(kind: str, prefix: str, model: str) -> dict[str, Any]:
         "model": model,
         "system_fingerprint": "finback",
     }
-
-
-async def closing(deltas: AsyncIterator[tuple[int, Delta]]) -> AsyncIterator[tuple[int, Delta]]:
-    """The same, closed at once when it is left early, and not when the garbage collector finds it."""
-    try:
-        async for item in deltas:
-            yield item
-    finally:
-        await deltas.aclose()  # type: ignore[attr-defined]
 
 
 def _chat_logprobs(tokenizer: Tokenizer, body: ChatRequest, part: Delta) -> dict[str, Any] | None:

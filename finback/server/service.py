@@ -6,7 +6,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,7 +138,7 @@ class Service:
         usage: Usage,
         turn: Callable[..., AsyncIterator[Delta]] = run_turn,
         **options: Any,
-    ) -> AsyncIterator[tuple[int, Delta]]:
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
         """One answer for each of `params`, interleaved as (index, delta). However it ends, it is counted and charged once.
 
         `turn` is `run_turn` or `run_completion`, `options` are what it takes.
