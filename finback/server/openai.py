@@ -195,7 +195,8 @@ async def completion_events(service: Service, body: CompletionRequest, job: Comp
             text = part.content if index in opened else job.echo + part.content
             opened.add(index)
             choice = {
-                "index": index, "text": text, "logprobs": _text_logprobs(service.tokenizer, body, part), "finish_reason": part.finish_reason
+                "index": index, "text": text, "finish_reason": part.finish_reason,
+                "logprobs": _text_logprobs(service.tokenizer, body, part),
             }  # fmt: skip
             yield event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
     if with_usage:
