@@ -30,12 +30,12 @@ from finback.model.checkpoint import save
 from finback.rewards.pool import RewardPool
 from finback.rewards.reward import load_reward
 from finback.rewards.sandbox import require
+from finback.rl.advantages import Advantages, outcome_supervision
 from finback.rl.config import GRPOConfig
-from finback.rl.grpo import group_advantages, has_spread
 from finback.rl.prompts import Prompt
 from finback.rl.rollout import Completion, Rollout, roll_out
 from finback.rl.session import PromptStream, new_policy
-from finback.rl.train import update
+from finback.rl.update import update
 from finback.train.session import keep_freed_memory
 
 TARGET_V3, TARGET_SMOLLM2 = 4.0, 3.0  # times as fast as TRL, end to end
@@ -170,12 +170,12 @@ def build_ours(
             llm.reset_prefix_cache()
             rollout = roll_out(llm, pool, prompts, work.num_generations, params, seed=0, step=number)
             values = torch.tensor([[c.reward for c in group] for group in rollout.groups], dtype=torch.float64)
-            advantages, spread = group_advantages(values), has_spread(values)
+            advantages = outcome_supervision(values)
             sampled = perf_counter()
-            totals = update(config, state, None, rollout, advantages, spread, number)
+            totals = update(config, state, None, rollout, advantages, number)
             end = perf_counter()
         assert totals.finite, "the gradient is not finite"
-        assert bool(spread.all()), "a group's rewards are all the same: nothing was computed for it"
+        assert bool(advantages.spread.all()), "a group's rewards are all the same: nothing was computed for it"
         if ignore_eos:
             assert all(len(c.token_ids) == work.new_tokens for c in rollout.completions), "a sample has another length"
         return Step(end - start, sampled - start, end - sampled, rollout.waited)
@@ -231,9 +231,8 @@ def check_same_update(peer: str, directory: Path, work: Work, precision: str, ev
     distance, part = TOLERANCE[precision]
     config = replace(config_of(directory, work, precision), max_logprob_gap=distance)
     state = new_policy(config, PromptStream(0), torch.device("cpu"))
-    advantages = torch.tensor([evidence["advantages"]], dtype=torch.float64)
-    rollout = Rollout([completions], 0.0, 0.0)
-    totals = update(config, state, None, rollout, advantages, torch.tensor([True]), 1)  # raises where log-probabilities differ
+    advantages = Advantages(evidence["advantages"], torch.tensor([True]))
+    totals = update(config, state, None, Rollout([completions], 0.0, 0.0), advantages, 1)  # raises where log-probabilities differ
     ours, theirs = totals.grad_norm, evidence["grad_norm"]
     assert abs(ours - theirs) <= part * theirs, (
         f"on the same samples the gradient's norm is {ours} in finback, {theirs} in {peer}"

@@ -195,7 +195,10 @@ def run(plan: Plan, model: Path, out: Path) -> dict[str, Any]:
     )
     return {
         "settings": {"plan": asdict(plan), "targets": [TARGET, TARGET_GRPO]},
-        "models": measured,
+        "models": {
+            name: {how: {key: value for key, value in part.items() if key != "scores"} for how, part in of_it.items()}
+            for name, of_it in measured.items()
+        },
         "gains": gains,
         "verdict": "met" if met else "missed",
         "curve": list(curve(out / "grpo" / "metrics.jsonl")),
