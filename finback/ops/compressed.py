@@ -59,8 +59,8 @@ class CompressedRows:
         codes, scale, kept = stored.split([self.coded, 4 * (self.coded // self.tile), 2 * self.kept], dim=-1)
         code_dtype = torch.int8 if self.format == "int8" else FP8
         values = codes.view(code_dtype).float().unflatten(-1, (-1, self.tile))
-        values = values * scale.clone().view(torch.float32).unsqueeze(-1)  # a copy, for a view wants its numbers aligned
-        return torch.cat((values.flatten(-2).to(dtype), kept.clone().view(torch.bfloat16).to(dtype)), dim=-1)
+        values = values * _aligned(scale).view(torch.float32).unsqueeze(-1)
+        return torch.cat((values.flatten(-2).to(dtype), _aligned(kept).view(torch.bfloat16).to(dtype)), dim=-1)
 
 
 def compressed_rows(config: ModelConfig, format: CodeFormat) -> CompressedRows:
@@ -71,3 +71,8 @@ def compressed_rows(config: ModelConfig, format: CodeFormat) -> CompressedRows:
     heads, size = config.num_key_value_heads, config.head_dim
     together = next((n for n in range(1, heads) if heads % n == 0 and n * size >= _SMALLEST_TILE), heads)
     return CompressedRows(format, 2 * heads * size, together * size, 0)
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """A packed copy: a view as wider numbers wants them to start, and rows to follow, at multiples of their size."""
+    return part.clone(memory_format=torch.contiguous_format)
