@@ -60,7 +60,7 @@ class CompressedRows:
         code_dtype = torch.int8 if self.format == "int8" else FP8
         values = codes.view(code_dtype).float().unflatten(-1, (-1, self.tile))
         values = values * _aligned(scale).view(torch.float32).unsqueeze(-1)
-        coded = values.flatten(-2).to(dtype)
+        coded: Tensor = values.flatten(-2).to(dtype)
         if not self.kept:  # torch does not view no bytes as wider numbers
             return coded
         return torch.cat((coded, _aligned(kept).view(torch.bfloat16).to(dtype)), dim=-1)
