@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from finback.engine.scheduler import ScheduledSequence, Scheduler, SchedulerStat
 from finback.engine.stops import StopStrings
 from finback.model.checkpoint import load
 from finback.model.transformer import Transformer
+from finback.ops.compressed import CodeFormat, compressed_rows
 from finback.ops.memory import available_memory
 
 CACHE_SHARE = 0.25  # of the memory that is free, at most, unless num_blocks says otherwise
@@ -88,8 +89,10 @@ class LLM:
 
     `num_speculative_tokens` drafts that many tokens with the MTP module and verifies them in one pass; which tokens come out does not
     depend on it. `num_blocks` of `block_size` tokens bound the cache; by default they hold `max_num_seqs` requests of full length, or
-    as many as fit into a quarter of the free memory. With `return_experts` finished answers tell the experts that
-    their tokens went to, those of cached prompts, too. Raises InputError for a directory or a number that cannot be used.
+    as many as fit into a quarter of the free memory. `kv_cache_dtype` "int8" or "fp8" stores 8-bit codes with a scale for each tile of
+    a token's values, MLA's rotated keys in bfloat16; torch computes then, for the native kernels read plain rows. With
+    `return_experts` finished answers tell the experts that their tokens went to, those of cached prompts, too. Raises InputError for a
+    directory or a number that cannot be used.
     """
 
     def __init__(
@@ -134,8 +137,11 @@ class LLM:
         if self.max_model_len > config.max_position_embeddings:
             context = config.max_position_embeddings
             raise InputError(f"max_model_len is {self.max_model_len}, it must be from 1 to the model's context ({context})")
-        if kv_cache_dtype != "auto":
-            raise InputError(f"kv_cache_dtype is {kv_cache_dtype!r}, it must be 'auto' (the dtype of the weights)")
+        if kv_cache_dtype not in ("auto", *get_args(CodeFormat)):
+            raise InputError(
+                f"kv_cache_dtype is {kv_cache_dtype!r}, it must be 'auto' (the dtype of the weights), 'int8' or 'fp8'"
+            )
+        self._layout = None if kv_cache_dtype == "auto" else compressed_rows(config, cast(CodeFormat, kv_cache_dtype))
         if not is_integer(num_speculative_tokens) or num_speculative_tokens < 0:
             raise InputError(f"num_speculative_tokens is {num_speculative_tokens!r}, it must be a whole number of at least 0")
         if num_speculative_tokens and not model.mtp_modules:
@@ -164,6 +170,7 @@ class LLM:
             mtp=num_speculative_tokens > 0,
             backend=backend,
             record_experts=return_experts,
+            layout=self._layout,
         )
         self._answers: dict[int, _Answer] = {}
         self._mailboxes: dict[int, deque[Increment]] = {}  # of requests of streams and of `generate`
@@ -173,7 +180,10 @@ class LLM:
         self._draft_rows: SamplingRows | None = None
         self._next_id = 0
         self.stats = EngineStats()
-        logger.info("engine: %s back-end, %d cache blocks of %d tokens", self._runner.backend, num_blocks, block_size)
+        logger.info(
+            "engine: %s back-end, %d cache blocks of %d tokens, %d bytes per token and layer",
+            self._runner.backend, num_blocks, block_size, self.cache_bytes_per_token,
+        )  # fmt: skip
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -468,7 +478,7 @@ class LLM:
         blocks. With unfinished requests theirs are left out."""
         kept = self._blocks.kept()
         rows = self._runner.cache[:, [block for _, block in kept]]
-        write_blocks(Path(file), model_identity(self.model), [digest for digest, _ in kept], rows)
+        write_blocks(Path(file), self._identity(), [digest for digest, _ in kept], rows)
         return len(kept)
 
     def load_prefix_cache(self, file: str | Path) -> int:
@@ -477,13 +487,24 @@ class LLM:
         The experts that their tokens took are not in the file: with `return_experts` they are told as -1."""
         cache = self._runner.cache
         shape = (cache.shape[0], cache.shape[2], cache.shape[3])
-        found = read_blocks(Path(file), model_identity(self.model), shape, cache.dtype)
+        found = read_blocks(Path(file), self._identity(), shape, cache.dtype)
         if found is None:
             return 0
         digests, rows = found
         blocks = self._blocks.restore(digests)
         cache[:, blocks] = rows[:, rows.shape[1] - len(blocks) :].to(cache.device)
         return len(blocks)
+
+    def _identity(self) -> str:
+        """Of the model and of the way in which its rows are stored: both 8-bit formats have rows of one size."""
+        return model_identity(self.model) + ("" if self._layout is None else f" {self._layout.format}")
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes that the cache takes for one token in one layer."""
+        if self._layout is not None:
+            return self._layout.row_bytes
+        return self.model.config.cache_row_width * self.model.lm_head.weight.element_size()
 
     @property
     def expert_counts(self) -> Tensor:
@@ -510,7 +531,7 @@ class LLM:
         config, weight = self.model.config, self.model.lm_head.weight
         per_request = -(-self.max_model_len // block_size)
         layers = config.num_hidden_layers + int(self.num_speculative_tokens > 0)
-        block_bytes = layers * block_size * config.cache_row_width * weight.element_size()
+        block_bytes = layers * block_size * self.cache_bytes_per_token
         available = available_memory(weight.device)
         if available is None:
             return per_request * max_num_seqs

@@ -13,6 +13,7 @@ from finback.engine.native import DTYPES, NativeDecoder
 from finback.engine.paged import paged_forward, paged_mtp_forward
 from finback.model.mla import Rotary
 from finback.model.transformer import Transformer
+from finback.ops.compressed import CompressedRows
 from finback.ops.native.build import kernels
 from finback.ops.native.calls import Kernels
 from finback.ops.rotary import rotary_table
@@ -34,7 +35,8 @@ class Runner:
     """One model over one cache [layers, num_blocks, block_size, W]; with `mtp`, the last layer is that of the MTP module.
 
     With `record_experts`, the experts that each token takes lie beside its cached row, and are shared with it: `experts` reads them.
-    Steps have about `max_rows` tokens at most, and logits of about `max_head_rows`: what the native back-end makes room for.
+    With `layout`, rows are its bytes, and torch computes: the native kernels read plain rows. Steps have about `max_rows` tokens at
+    most, and logits of about `max_head_rows`: what the native back-end makes room for.
     """
 
     @torch.inference_mode(False)  # what is made in that mode could not be written outside of it
@@ -50,11 +52,14 @@ class Runner:
         mtp: bool = False,
         backend: Backend = "auto",
         record_experts: bool = False,
+        layout: CompressedRows | None = None,
     ) -> None:
         c, weight = model.config, model.lm_head.weight
         self.model, self.block_size = model, block_size
         layers = c.num_hidden_layers + int(mtp)
-        self.cache = torch.zeros(layers, num_blocks, block_size, c.cache_row_width, dtype=weight.dtype, device=weight.device)
+        width, dtype = (c.cache_row_width, weight.dtype) if layout is None else (layout.row_bytes, torch.uint8)
+        self.cache = torch.zeros(layers, num_blocks, block_size, width, dtype=dtype, device=weight.device)
+        self._layout = layout
         self._experts: Tensor | None = None
         if record_experts:
             shape = (num_blocks * block_size, c.num_moe_layers, c.num_experts_per_tok)
@@ -65,7 +70,7 @@ class Runner:
         """How many tokens each expert of the main model has had; no rows without `record_experts`."""
         self._rotary = Rotary(*rotary_table(c, torch.arange(max_model_len, device=weight.device)))
         self._native: NativeDecoder | None = None
-        library = _choose(backend, model)
+        library = _choose(backend, model, layout)
         if library is not None:
             table_width = -(-max_model_len // block_size)
             self._native = NativeDecoder(
@@ -78,7 +83,7 @@ class Runner:
 
         def by_torch(packed: Packed, numbers: list[int]) -> Tensor:
             chosen: list[Tensor] | None = None if self._experts is None else []
-            hidden = paged_forward(self.model, self.cache, self._rotary, packed, chosen)
+            hidden = paged_forward(self.model, self.cache, self._rotary, packed, chosen, self._layout)
             if self._experts is not None and chosen is not None:
                 self._record(packed.slots, torch.stack(chosen, dim=1))
             return hidden
@@ -129,7 +134,7 @@ class Runner:
 
         def by_torch(packed: Packed, numbers: list[int]) -> Tensor:
             module = self.model.mtp_modules[0]
-            return paged_mtp_forward(self.model, module, self.cache[-1], self._rotary, packed, rows_of(numbers))
+            return paged_mtp_forward(self.model, module, self.cache[-1], self._rotary, packed, rows_of(numbers), self._layout)
 
         def by_kernels(part: Sequence[Chunk], numbers: list[int]) -> Tensor:
             assert self._native is not None
@@ -214,7 +219,7 @@ def _in_order(chunks: Sequence[Chunk], wanted: Sequence[int], numbers: list[int]
     return Forward(hidden, first_rows, logits)
 
 
-def _choose(backend: Backend, model: Transformer) -> Kernels | None:
+def _choose(backend: Backend, model: Transformer, layout: CompressedRows | None) -> Kernels | None:
     """The native kernels if they are to be used; InputError if they were asked for and cannot be."""
     weight = model.lm_head.weight
     reason = None
@@ -222,6 +227,8 @@ def _choose(backend: Backend, model: Transformer) -> Kernels | None:
         reason = f"the model is on {weight.device}"
     elif weight.dtype not in DTYPES:
         reason = f"the weights are {weight.dtype}"
+    elif layout is not None:
+        reason = f"the cache is compressed to {layout.format}"
     elif backend == "torch":
         return None
     else:
