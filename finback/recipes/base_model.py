@@ -32,7 +32,7 @@ from finback.model.checkpoint import load, save
 from finback.model.generate import generate
 from finback.model.transformer import Transformer
 from finback.recipes.config import QuickstartConfig
-from finback.recipes.corpus import CHAIN_SETTINGS, CHAINS, Group, collect_groups
+from finback.recipes.corpus import CHAINS, QUICKSTART_SUMS, Group, SumsTask, collect_groups
 from finback.recipes.stages import Run
 from finback.rewards.answers import final_answer
 from finback.rewards.reward import load_reward
@@ -42,7 +42,7 @@ from finback.train.metrics import METRICS_FILE, read_metrics
 from finback.train.pretrain import pretrain
 
 VALIDATION_FRACTION, CHAINS_VALIDATION_FRACTION = 0.02, 0.004  # about as many tokens of each
-PROMPTS, HELD_OUT, GENERAL = 8000, 400, 300
+GENERAL = 300
 STORY_BYTES = 160
 SAMPLE_TOKENS = 120
 TEXT_SHARE = 0.2  # of the rows of pre-training are stories (or docstrings), the others sums
@@ -50,14 +50,14 @@ _TOKENIZER_TEXTS = 6000  # sums for the tokenizer: more of them say nothing new
 _WORDS_OF_SUMS = 320
 
 
-def corpus(run: Run, config: QuickstartConfig) -> dict[str, Any]:
+def corpus(run: Run, config: QuickstartConfig, task: SumsTask = QUICKSTART_SUMS) -> dict[str, Any]:
     """Fetch or generate the documents and write them as data/GROUP.jsonl; beside them the ladder's prompts and what is held out."""
-    groups = collect_groups(config)
+    groups = collect_groups(config, task)
     for group in groups:
         lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in group.texts)
         write_atomic(_corpus_file(run, group.name), "".join(lines))
         print(f"{group.name:<12} {len(group.texts):>6,} documents {_size(group) / 1e6:6.2f} MB   {group.origin}")
-    for name, rows in ladder_rows(config, groups).items():
+    for name, rows in ladder_rows(config, task, groups).items():
         write_atomic(_corpus_file(run, name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         print(f"{name:<12} {len(rows):>6,} rows for the stages behind the base")
     return {
@@ -165,10 +165,10 @@ def comparison(run: Run, preset: PretrainConfig) -> dict[str, Any]:
     return {"held_out": rows, "better_than_trigram": better}
 
 
-def samples(run: Run, config: QuickstartConfig) -> dict[str, Any]:
+def samples(run: Run, config: QuickstartConfig, task: SumsTask = QUICKSTART_SUMS) -> dict[str, Any]:
     """Three continuations: an English and a Chinese one at temperature 0.7, and a held-out sum, greedily."""
     model, trained = load(run.directory / "base"), load_tokenizer(run.directory / "tokenizer")
-    chain = next(generate_chains(1, CHAIN_SETTINGS, seed=config.seed, held_out=True))
+    chain = next(generate_chains(1, task.chains, seed=config.seed, held_out=True))
     prompts = [(f"a held-out sum, whose answer is {chain.answer}", prompt_text(chain.question), 0.0)]
     if "fables-en" in _groups(run):
         prompts = [
@@ -293,13 +293,14 @@ def pretrain_config(run: Run, config: QuickstartConfig, preset: PretrainConfig) 
     )
 
 
-def ladder_rows(config: QuickstartConfig, groups: Sequence[Group]) -> dict[str, list[dict[str, Any]]]:
+def ladder_rows(config: QuickstartConfig, task: SumsTask, groups: Sequence[Group]) -> dict[str, list[dict[str, Any]]]:
     """Name -> rows for the stages behind the base: prompts to learn from, held-out problems, and conversations about other things."""
-    settings = replace(CHAIN_SETTINGS, least_terms=CHAIN_SETTINGS.most_terms + 1, most_terms=CHAIN_SETTINGS.most_terms + 2)
+    chains, most = task.chains, task.chains.most_terms
+    longer = replace(chains, least_terms=most + 1, most_terms=most + 2)
     rows = {
-        "prompts": _problem_rows(generate_chains(PROMPTS, CHAIN_SETTINGS, seed=config.seed)),
-        "held-out": _problem_rows(generate_chains(HELD_OUT, CHAIN_SETTINGS, seed=config.seed, held_out=True)),
-        "held-out-longer": _problem_rows(generate_chains(HELD_OUT, settings, seed=config.seed, held_out=True)),
+        "prompts": _problem_rows(generate_chains(task.prompts, chains, seed=config.seed)),
+        "held-out": _problem_rows(generate_chains(task.held_out, chains, seed=config.seed, held_out=True)),
+        "held-out-longer": _problem_rows(generate_chains(task.held_out_longer, longer, seed=config.seed, held_out=True)),
     }
     stories = [text for group in groups if group.name != CHAINS for text in group.texts]
     general = [row for text in stories if (row := _story_row(text)) is not None]

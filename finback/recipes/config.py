@@ -40,6 +40,8 @@ class QuickstartConfig:
     """Size of the vocabulary that is trained on the corpus."""
     cache: str | None = None
     """Directory that keeps what is fetched; ~/.cache/finback if not given."""
+    gate: Literal["stop", "tell"] = "tell"
+    """What follows when a stage did not improve what it must: the run stops, or says so and goes on."""
     fresh: bool = False
     """Remove the run that is in `out` and start over."""
 
@@ -53,6 +55,10 @@ class QuickstartConfig:
             raise InputError(f"field seed is {self.seed}, it must be at least 0")
         if self.problems < 100:
             raise InputError(f"field problems is {self.problems}, it must be at least 100, so that some can be held out")
+
+
+R1_SMALL = QuickstartConfig(out="runs/r1-small", tokens=8_000_000, student_tokens=1_000_000, eval_problems=400, problems=110_000)
+"""Where `finback r1 small` begins: a longer quickstart on harder sums, with runs beside the ladder."""
 
 
 @dataclass(frozen=True)

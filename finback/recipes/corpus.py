@@ -16,8 +16,24 @@ from finback.recipes.config import QuickstartConfig
 
 FABLES = ("fables-en", "fables-zh")
 CHAINS = "chains"
-CHAIN_SETTINGS = ChainSettings(least_terms=3, most_terms=6, largest=9)  # what a small model can learn in minutes
 DOCSTRING_BYTES = 2_000_000
+
+
+class SumsTask(NamedTuple):
+    """The sums of a run: what is asked for, how the corpus writes about it, and how much is kept for the stages behind the base."""
+
+    chains: ChainSettings
+    habits: Habits
+    prompts: int
+    """Questions to learn from by samples."""
+    held_out: int
+    """Held-out questions as long as those of training."""
+    held_out_longer: int
+    """Held-out questions with one or two terms more than any of training."""
+
+
+QUICKSTART_SUMS = SumsTask(ChainSettings(least_terms=3, most_terms=6, largest=9), Habits(), 8000, 400, 400)
+"""What a small model can learn in minutes."""
 
 
 class Group(NamedTuple):
@@ -29,13 +45,13 @@ class Group(NamedTuple):
     licence: str
 
 
-def collect_groups(config: QuickstartConfig) -> list[Group]:
-    """The corpus as `config.text` wants it, each group shuffled; the generated sums always come last.
+def collect_groups(config: QuickstartConfig, task: SumsTask = QUICKSTART_SUMS) -> list[Group]:
+    """The corpus as `config.text` wants it, each group shuffled; the generated sums of `task` always come last.
 
     Raises InputError if the fables are asked for and cannot be had.
     """
     groups = _text_groups(config)
-    sums = list(chain_documents(config.problems, CHAIN_SETTINGS, Habits(), seed=config.seed))
+    sums = list(chain_documents(config.problems, task.chains, task.habits, seed=config.seed))
     groups.append(Group(CHAINS, sums, "generated", "Apache-2.0, as finback"))
     for group in groups:
         random.Random(f"{config.seed}/{group.name}").shuffle(group.texts)

@@ -38,6 +38,7 @@ from finback.rl.prompts import read_prompts
 from finback.rl.rejection import Check, kept_rows, rejection_sample
 from finback.rl.report import write_report as write_rl_report
 from finback.rl.train import grpo
+from finback.train.metrics import METRICS_FILE, read_metrics
 from finback.train.sft import sft
 from finback.train.sft_config import SFTConfig
 
@@ -52,9 +53,9 @@ def r1_zero(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     before = measure(run, ladder, "base", ladder.zero_form)
     rewards = judging.rewards(ladder, judging.EXACT_TAG, f"{judging.ZERO_FORMAT}:0.1")
     settings = replace(ladder.zero, data=(str(ladder.prompts),), reward=rewards, template=ladder.zero_template)
-    facts = _train_by_grpo(run, "r1-zero", "base", settings)
+    facts = train_by_grpo(run, "r1-zero", "base", settings)
     after = measure(run, ladder, "r1-zero", ladder.zero_form)
-    _tell_rise("base", before, "r1-zero", after)
+    tell_rise("base", before, "r1-zero", after)
     _must_rise(ladder, "r1-zero", before, after)
     return {"base": before, **after, **facts}
 
@@ -80,9 +81,9 @@ def reasoning_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     """GRPO on the reasoning prompts, with a reward for keeping to one language (R1 section 2.3.2)."""
     rewards = judging.rewards(ladder, judging.EXACT, *CHAT_RULES)
     settings = replace(ladder.reasoning, data=(str(ladder.prompts),), reward=rewards, template=None)
-    facts = _train_by_grpo(run, "reasoning-rl", "cold-start", settings)
+    facts = train_by_grpo(run, "reasoning-rl", "cold-start", settings)
     after = measure(run, ladder, "reasoning-rl", CHAT)
-    _tell_rise("cold-start", run.facts("cold-start"), "reasoning-rl", after)
+    tell_rise("cold-start", run.facts("cold-start"), "reasoning-rl", after)
     return {**after, **facts}
 
 
@@ -112,9 +113,9 @@ def all_scenario_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     else:
         files = [ladder.prompts, *([ladder.general_prompts] if ladder.general_prompts else [])]
         settings = replace(settings, data=tuple(map(str, files)), reward=("finback.recipes.scenario:rule", *CHAT_RULES))
-    facts = _train_by_grpo(run, "all-scenario-rl", "rejection-sft", settings)
+    facts = train_by_grpo(run, "all-scenario-rl", "rejection-sft", settings)
     after = measure(run, ladder, "all-scenario-rl", CHAT)
-    _tell_rise("rejection-sft", run.facts("rejection-sft"), "all-scenario-rl", after)
+    tell_rise("rejection-sft", run.facts("rejection-sft"), "all-scenario-rl", after)
     return {**after, **facts}
 
 
@@ -132,7 +133,7 @@ def student(run: Run, ladder: LadderConfig, teacher: str = "all-scenario-rl") ->
     facts = _train_by_sft(run, "student", "student-base", replace(ladder.student, data=(str(file),)))
     after = measure(run, ladder, "student", CHAT)
     before = measure(run, ladder, "student-base", ladder.zero_form)
-    _tell_rise("student-base", before, "student", after)
+    tell_rise("student-base", before, "student", after)
     return {"base": before, "funnel": funnel, "rows": len(traces), **after, **facts}
 
 
@@ -275,19 +276,25 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
 
 
-def _train_by_grpo(run: Run, name: str, start: str, settings: GRPOConfig) -> dict[str, Any]:
+def train_by_grpo(run: Run, name: str, start: str, settings: GRPOConfig) -> dict[str, Any]:
+    """The model `name`: `start`, trained in training/`name`; what it was trained from, on how many tokens of its own."""
     directory = run.directory / TRAINING / name
     config = replace(settings, model=str(run.directory / start), seed=run.manifest["settings"]["seed"])
     checkpoint = grpo(config, directory, resume=(directory / "config.json").exists())
     write_rl_report(directory)
-    return {"trained_from": start, "checkpoint": _publish(run, name, checkpoint)}
+    return {"trained_from": start, "checkpoint": _publish(run, name, checkpoint), "tokens": _tokens(directory)}
 
 
 def _train_by_sft(run: Run, name: str, start: str, settings: SFTConfig) -> dict[str, Any]:
     directory = run.directory / TRAINING / name
     config = replace(settings, seed=run.manifest["settings"]["seed"])
     checkpoint = sft(run.directory / start, config, directory, resume=(directory / "config.json").exists())
-    return {"trained_from": start, "checkpoint": _publish(run, name, checkpoint)}
+    return {"trained_from": start, "checkpoint": _publish(run, name, checkpoint), "tokens": _tokens(directory)}
+
+
+def _tokens(directory: Path) -> int:
+    """Tokens that a finished training has sampled (by reinforcement learning) or read (by fine-tuning)."""
+    return int(read_metrics(directory / METRICS_FILE)[-1]["tokens"])
 
 
 def _publish(run: Run, name: str, checkpoint: Path) -> str:
@@ -296,7 +303,7 @@ def _publish(run: Run, name: str, checkpoint: Path) -> str:
     return str(checkpoint.relative_to(run.directory))
 
 
-def _tell_rise(before_name: str, before: Mapping[str, Any], name: str, after: Mapping[str, Any]) -> None:
+def tell_rise(before_name: str, before: Mapping[str, Any], name: str, after: Mapping[str, Any]) -> None:
     for title, numbers in after["results"].items():
         old = before["results"][title]
         rise = numbers["pass_at_1"][0] - old["pass_at_1"][0]

@@ -47,7 +47,7 @@ def small_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
         cold_start_prompts=steps(400),
         rejection_prompts=steps(1000),
         student_prompts=steps(2500),
-        gate="tell",
+        gate=config.gate,
         least_rows=50,
         eval_problems=config.eval_problems,
         eval_tokens=160,

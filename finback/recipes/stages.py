@@ -128,9 +128,14 @@ def finish_run(run: Run, stages: Sequence[Stage]) -> None:
 
 
 def stage_times(run: Run) -> str:
-    """A Markdown table of the stages that are finished."""
-    rows = (f"| {facts['title']} | {facts['seconds']:.1f} |" for facts in run.manifest["stages"].values())
-    return "| stage | seconds |\n|---|---:|\n" + "\n".join(rows)
+    """A Markdown table of the stages that are finished, with the tokens that each read or, by reinforcement learning, sampled."""
+    stages = run.manifest["stages"].values()
+    rows = (f"| {facts['title']} | {facts['seconds']:.1f} | {_count(facts.get('tokens'))} |" for facts in stages)
+    return "| stage | seconds | tokens |\n|---|---:|---:|\n" + "\n".join(rows)
+
+
+def _count(tokens: int | None) -> str:
+    return "" if tokens is None else f"{tokens:,}"
 
 
 def write_heading(console: Console, words: str) -> None:

@@ -1,0 +1,38 @@
+"""`finback r1 small`: the settings under which every stage of the ladder has room for the next.
+
+The task is the quickstart's. On it R1-Zero learns nearly all in 60 steps; here it is stopped long before, and the stages behind it
+have more samples to learn from and more steps. On sums of up to eight terms a base of this size knows too little to begin with.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from finback.recipes.config import LadderConfig, QuickstartConfig
+from finback.recipes.corpus import QUICKSTART_SUMS
+from finback.recipes.small_ladder import small_ladder
+from finback.rl.config import GRPOConfig
+
+SUMS_WITH_ROOM = QUICKSTART_SUMS._replace(held_out_longer=100)
+
+
+def roomy_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
+    """The ladder over the files that the corpus stage writes into `data`."""
+    before = small_ladder(data, config)
+
+    def steps(count: int) -> int:
+        return max(1, round(count * config.ladder))
+
+    return replace(
+        before,
+        zero=replace(before.zero, steps=steps(14)),
+        reasoning=replace(before.reasoning, steps=steps(40), lr=2e-4, final_lr=2e-5),
+        all_scenario=replace(before.all_scenario, steps=steps(70), lr=3e-4, final_lr=2e-5, temperature=1.0),
+        cold_start_prompts=steps(600),
+        rejection_prompts=steps(2500),
+        student_prompts=steps(2500),
+    )
+
+
+def student_rl_settings(ladder: LadderConfig) -> GRPOConfig:
+    """Of reinforcement learning on the student alone: R1-Zero's, at the higher rate that a smaller model takes."""
+    return replace(ladder.zero, lr=1e-3, final_lr=1e-4)
