@@ -27,7 +27,7 @@ _SPARE = 1.5  # samples that become shorter, and groups that teach nothing, leav
 
 def r1_zero_language(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     """R1-Zero once more, the reward for the question's language added and nothing else changed."""
-    rewards = (*LANGUAGE_REWARD)
+    rewards = (*_zero_rewards(ladder), LANGUAGE_REWARD)
     settings = replace(ladder.zero, data=(str(ladder.prompts),), reward=rewards, template=ladder.zero_template)
     facts = train_by_grpo(run, "r1-zero-language", "base", settings)
     after = measure(run, ladder, "r1-zero-language", ladder.zero_form)
@@ -52,7 +52,12 @@ def student_rl(run: Run, ladder: LadderConfig, settings: GRPOConfig, teacher: st
     steps = max(1, math.ceil(_SPARE * budget / step))
     print(f"distillation took {budget:.3g} FLOPs, a step of reinforcement learning about {step:.3g}: {steps} steps")
     settings = replace(
-        settings, steps=steps, data=(str(ladder.prompts),), reward=template=ladder.zero_template, save_every=None
+        settings,
+        steps=steps,
+        data=(str(ladder.prompts),),
+        reward=_zero_rewards(ladder),
+        template=ladder.zero_template,
+        save_every=None,
     )
     facts = train_by_grpo(run, "student-rl", "student-base", settings)
     spent = rl_flops(read_metrics(run.directory / TRAINING / "student-rl" / METRICS_FILE), student, prompt + first["mean_tokens"])
