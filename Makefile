@@ -7,6 +7,7 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 	'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH_STAMP := .venv/.installed-bench
 
 # pip's pins hold for the packages that it builds in isolation, too. Not exported: what finback fetches is not ours to pin.
 PIP_INSTALL := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
@@ -34,7 +35,7 @@ check: $(STAMP) ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP) ## speed beside named peers in the same run, results as JSON in bench/results
+bench: $(BENCH_STAMP) ## speed beside named peers in the same run, results as JSON in bench/results
 	$(BIN)/python -m bench
 
 # torch first: it is the largest by far, and the rest then fits it. A .venv without a working pip was interrupted: it is made anew.
@@ -48,3 +49,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP_INSTALL) "$$(grep '^torch==' constraints.txt)"
 	$(PIP_INSTALL) --editable '.[report,data,hub,serve,rl,test]'
 	@touch $(STAMP)
+
+# The peers of the benchmarks that nothing else needs.
+$(BENCH_STAMP): $(STAMP)
+	$(PIP_INSTALL) --editable '.[report,data,hub,serve,rl,test,bench]'
+	@touch $(BENCH_STAMP)
