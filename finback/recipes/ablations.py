@@ -27,11 +27,7 @@ _SPARE = 1.5  # samples that become shorter, and groups that teach nothing, leav
 
 def r1_zero_language(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     """R1-Zero once more, the reward for the question's language added and nothing else changed."""
-<<<<<<< HEAD
-    rewards = judging.rewards(ladder, judging.EXACT_TAG, f"{judging.ZERO_FORMAT}:0.1", LANGUAGE_REWARD)
-=======
     rewards = (*_zero_rewards(ladder), LANGUAGE_REWARD)
->>>>>>> h-small
     settings = replace(ladder.zero, data=(str(ladder.prompts),), reward=rewards, template=ladder.zero_template)
     facts = train_by_grpo(run, "r1-zero-language", "base", settings)
     after = measure(run, ladder, "r1-zero-language", ladder.zero_form)
@@ -55,11 +51,6 @@ def student_rl(run: Run, ladder: LadderConfig, settings: GRPOConfig, teacher: st
     step = rl_step_flops(settings, student, prompt, first["mean_tokens"])
     steps = max(1, math.ceil(_SPARE * budget / step))
     print(f"distillation took {budget:.3g} FLOPs, a step of reinforcement learning about {step:.3g}: {steps} steps")
-<<<<<<< HEAD
-    rewards = judging.rewards(ladder, judging.EXACT_TAG, f"{judging.ZERO_FORMAT}:0.1")
-    settings = replace(
-        settings, steps=steps, data=(str(ladder.prompts),), reward=rewards, template=ladder.zero_template, save_every=None
-=======
     settings = replace(
         settings,
         steps=steps,
@@ -67,7 +58,6 @@ def student_rl(run: Run, ladder: LadderConfig, settings: GRPOConfig, teacher: st
         reward=_zero_rewards(ladder),
         template=ladder.zero_template,
         save_every=None,
->>>>>>> h-small
     )
     facts = train_by_grpo(run, "student-rl", "student-base", settings)
     spent = rl_flops(read_metrics(run.directory / TRAINING / "student-rl" / METRICS_FILE), student, prompt + first["mean_tokens"])
@@ -77,14 +67,11 @@ def student_rl(run: Run, ladder: LadderConfig, settings: GRPOConfig, teacher: st
     return {"distillation_flops": budget, "rl_flops": spent, "steps": steps, **after, **facts}
 
 
-<<<<<<< HEAD
-=======
 def _zero_rewards(ladder: LadderConfig) -> tuple[str, ...]:
     """Those of R1-Zero."""
     return judging.rewards(ladder, judging.EXACT_TAG, f"{judging.ZERO_FORMAT}:0.1")
 
 
->>>>>>> h-small
 def distillation_flops(run: Run, ladder: LadderConfig, student: ModelConfig, teacher_model: ModelConfig, teacher: str) -> float:
     """Of the student's fine-tuning, and of the teacher's samples, of which it learns; the teacher's own training is not counted."""
     length = next(iter(run.facts(teacher)["results"].values()))["mean_tokens"]

@@ -115,11 +115,7 @@ _longer: dict[str, Any] = {}  # the claims are about the first set
 def _stages(**changes: Any) -> dict[str, Any]:
     stages: dict[str, Any] = {
         "r1-zero": {"base": _numbers(0.2, greedy=0.3), **_numbers(0.6, greedy=0.6, mixed=0.3)},
-<<<<<<< HEAD
-        "r1-zero-language": _numbers(0.58, mixed=0.1),
-=======
         "r1-zero-language": _numbers(0.58, mixed=0.09),
->>>>>>> h-small
         "cold-start": _numbers(0.5),
         "reasoning-rl": _numbers(0.7),
         "rejection-sft": _numbers(0.72),
@@ -136,11 +132,7 @@ def test_a_ladder_as_in_the_paper_bears_out_every_claim() -> None:
     assert verdicts[0].measured.startswith("pass@1 +40.0 points")
     assert "best" in verdicts[3].claim
     assert "rejection-sft 72.0% (70.0% to 74.0%)" in verdicts[3].measured
-<<<<<<< HEAD
-    assert "30.0% without, 10.0% with it; its price in pass@1: -2.0 points" in verdicts[5].measured
-=======
     assert "30.0% without, 9.0% with it; its price in pass@1: -2.0 points" in verdicts[5].measured
->>>>>>> h-small
     assert claims_table(verdicts).count("| yes |") == 6
 
 
