@@ -121,9 +121,7 @@ def through(block: Block, config: ModelConfig, x: Float[Tensor, "N T D"]) -> Flo
     return torch.cat([block(part, rotary)[0] for part in x.split(BATCH)])
 
 
-def perplexity(
-    norm: RMSNorm, head: Float[Tensor, "vocab D"], x: Float[Tensor, "N T D"], tokens: Int[Tensor, "N T"]
-) -> float:
+def perplexity(norm: RMSNorm, head: Float[Tensor, "vocab D"], x: Float[Tensor, "N T D"], tokens: Int[Tensor, "N T"]) -> float:
     """exp of the mean loss of every token but each sequence's first, given the output of the last block."""
     total = sum(
         float(F.cross_entropy(linear(norm(part), head)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))

@@ -18,7 +18,6 @@ from torch import Tensor
 from finback.config import InputError, TensorSpec
 from finback.model.checkpoint import Checkpoint, converted, read_weight, write_tensors
 from finback.model.layers import RMSNorm
-from finback.model.moe import MoE
 from finback.model.safetensors_io import TensorReader, read_header, tensor_bytes, write_safetensors
 from finback.model.transformer import Block, MTPModule
 from finback.ops.gptq import pack_bits
@@ -183,9 +182,7 @@ def _quantise(
     try:
         if config.method == "gptq" and hessian is not None and enough:
             method = "gptq"
-            quantised = gptq(
-                weight, hessian, config.bits, config.group_size, config.sym, config.act_order, config.damping
-            )
+            quantised = gptq(weight, hessian, config.bits, config.group_size, config.sym, config.act_order, config.damping)
         else:
             method = "rtn"
             quantised = round_to_nearest(weight, config.bits, config.group_size, config.sym)
