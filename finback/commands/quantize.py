@@ -54,8 +54,8 @@ class QuantizeFields:
     """An expert that saw fewer calibration tokens is rounded to nearest."""
     samples: int = 128
     """Sequences of calibration text, at most."""
-    sequence_length: int = 512
-    """Tokens of a sequence."""
+    sequence_length: int | None = None
+    """Tokens of a sequence; 512 if not given, or what the model takes if that is less."""
     text_field: str = "text"
     """Field (column) of .jsonl and .parquet files that holds the text."""
 
@@ -72,9 +72,9 @@ def main(argv: Sequence[str]) -> int:
     config = QuantConfig(
         fields.method, fields.bits, fields.group_size, fields.sym, fields.act_order, fields.damping, fields.min_expert_tokens
     )
+    check_fits(_plain_config(fields.source), config)
     if config.method == "gptq" and not fields.calibration:
         raise InputError("--calibration is missing, gptq needs text such as the model is for; give files, or --method rtn")
-    check_fits(_plain_config(fields.source), config)
 
     from finback.model.checkpoint import open_checkpoint
     from finback.quant.quantize import quantised_layers, write_quantised
@@ -122,7 +122,7 @@ def _sequences(fields: QuantizeFields, model: ModelConfig) -> "tuple[Tensor, Ten
     """Token sequences to calibrate on [N, T] and held out [M, T]; none of either without text."""
     import torch
 
-    length = fields.sequence_length
+    length = min(512, model.max_position_embeddings) if fields.sequence_length is None else fields.sequence_length
     if not 16 <= length <= model.max_position_embeddings:
         raise InputError(f"--sequence-length is {length}, it must lie between 16 and {model.max_position_embeddings}")
     if fields.samples < 1:
@@ -142,7 +142,7 @@ def _sequences(fields: QuantizeFields, model: ModelConfig) -> "tuple[Tensor, Ten
     for path in fields.calibration:
         own: list[int] = []
         for document in documents_from(path, field=fields.text_field):
-            own += tokenizer.encode(document.text, add_bos=True)
+            own += tokenizer.encode(document.text, add_bos=True) if document.text.strip() else []
             if len(own) >= share:
                 break
         tokens += own[:share]

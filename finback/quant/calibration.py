@@ -42,7 +42,7 @@ def read_block(reader: TensorReader, source: Checkpoint, layer: int) -> Block:
     for name, tensor in block_tensors(block, config, layer):
         read_weight(reader, source.stored, name, tensor)
     reader.wait()
-    return block
+    return block.requires_grad_(False)
 
 
 def block_tensors(block: Block, config: ModelConfig, layer: int) -> Iterator[tuple[str, Tensor]]:
@@ -113,6 +113,7 @@ def expert_hessians(block: Block, seen: Seen, expert: int) -> tuple[int, dict[st
     return len(rows), {"gate_proj": inputs, "up_proj": inputs, "down_proj": hidden.T @ hidden}
 
 
+@torch.no_grad()
 def through(block: Block, config: ModelConfig, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N T D"]:
     """The block's output for every sequence."""
     if not len(x):
@@ -121,6 +122,7 @@ def through(block: Block, config: ModelConfig, x: Float[Tensor, "N T D"]) -> Flo
     return torch.cat([block(part, rotary)[0] for part in x.split(BATCH)])
 
 
+@torch.no_grad()
 def perplexity(norm: RMSNorm, head: Float[Tensor, "vocab D"], x: Float[Tensor, "N T D"], tokens: Int[Tensor, "N T"]) -> float:
     """exp of the mean loss of every token but each sequence's first, given the output of the last block."""
     total = sum(

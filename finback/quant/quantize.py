@@ -66,7 +66,6 @@ class _Streams:
     plain: Tensor
 
 
-@torch.no_grad()
 def quantised_layers(
     source: Checkpoint,
     config: QuantConfig,
@@ -97,8 +96,8 @@ def quantised_layers(
             streams.held_out = through(block, model, streams.held_out)
             told = None
             if layer == model.num_hidden_layers - 1:
-                norm = RMSNorm(model.hidden_size, model.rms_norm_eps, dtype=torch.float32)
-                read_weight(reader, source.stored, "model.norm.weight", norm.weight)
+                norm = RMSNorm(model.hidden_size, model.rms_norm_eps, dtype=torch.float32).requires_grad_(False)
+                read_weight(reader, source.stored, "model.norm.weight", norm.weight.detach())
                 head = embedding if model.tie_word_embeddings else _read(reader, source, "lm_head.weight")
                 reader.wait()
                 if len(held_out):
@@ -140,6 +139,7 @@ def write_quantised(
     return plain_bytes, packed_bytes, whole - packed_bytes + plain_bytes, whole
 
 
+@torch.no_grad()
 def _quantise_layer(block: Block, source: Checkpoint, layer: int, config: QuantConfig, x: Tensor, path: Path) -> None:
     """Write the packed matrices of one layer, and a report of them before it, so that the tensors' file marks the end."""
     prefix = f"model.layers.{layer}."
@@ -213,6 +213,7 @@ def _replace_weights(reader: TensorReader, block: Block, source: Checkpoint, lay
     reader.wait()
 
 
+@torch.no_grad()
 def _combined(module: MTPModule, streams: _Streams, embedded: _Streams, ahead: int) -> _Streams:
     """The streams at the input of the MTP module that predicts `ahead` tokens further."""
 

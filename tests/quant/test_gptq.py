@@ -70,7 +70,9 @@ def _oracle(weight: Tensor, hessian: Tensor, bits: int, size: int, sym: bool, da
     return result
 
 
-@pytest.mark.parametrize(("width", "size", "sym"), [(24, 8, True), (160, 32, False), (150, 50, True), (288, 144, True), (40, 40, False)])
+@pytest.mark.parametrize(
+    ("width", "size", "sym"), [(24, 8, True), (160, 32, False), (150, 50, True), (288, 144, True), (40, 40, False)]
+)
 @pytest.mark.parametrize("bits", [3, 4])
 def test_gptq_equals_the_oracle(width: int, size: int, sym: bool, bits: int) -> None:
     x, weight = _inputs(2 * width, width), _weight(6, width)
