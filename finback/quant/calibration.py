@@ -1,7 +1,7 @@
 """One layer at a time: its block read from a checkpoint, and what calibration text shows of the inputs of its matrices."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -89,7 +89,9 @@ def observed(block: Block, names: set[str]) -> Iterator[Seen]:
             block.mlp.experts.whole = None
 
 
-def _gathering(seen: Seen, name: str):  # type: ignore[no-untyped-def]
+def _gathering(seen: Seen, name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """A product of a `Linear` that adds its inputs to the Hessian of `name`."""
+
     def product(x: Tensor, weight: Tensor) -> Tensor:
         rows = x.flatten(0, -2).float()
         outer = rows.T @ rows

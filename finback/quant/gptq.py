@@ -23,10 +23,11 @@ def inverse_factor(hessian: Float[Tensor, "n n"], damping: float) -> Float[Tenso
     diagonal[unused] = 1.0
     diagonal += damping * diagonal.mean()
     try:
-        factor = torch.linalg.cholesky(damped)
-        return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
-    except torch.linalg.LinAlgError:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    except RuntimeError:  # torch's LinAlgError is one
         raise InputError("the Hessian of the calibration text is not positive definite; raise --damping") from None
+    return upper.float()
 
 
 def gptq(

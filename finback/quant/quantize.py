@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finback.config import InputError, TensorSpec
 from finback.model.checkpoint import Checkpoint, converted, read_weight, write_tensors
+from finback.model.gptq_layout import with_packed_weights
 from finback.model.layers import RMSNorm
 from finback.model.safetensors_io import TensorReader, read_header, tensor_bytes, write_safetensors
 from finback.model.transformer import Block, MTPModule
@@ -120,8 +121,6 @@ def write_quantised(
     packed = {name: entry for path in sorted(parts.glob("layer-*.safetensors")) for name, entry in read_header(path).items()}
 
     def stream() -> Iterator[tuple[str, Tensor]]:
-        from dataclasses import replace
-
         with TensorReader() as reader:
             for name, tensor in converted(source, replace(source.config, fp8=False)):
                 if name not in chosen:
@@ -186,8 +185,8 @@ def _quantise(
         else:
             method = "rtn"
             quantised = round_to_nearest(weight, config.bits, config.group_size, config.sym)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
+    except InputError as problem:
+        raise InputError(f"{name}: {problem}") from None
     error = None if hessian is None else relative_error(weight, dequantised(quantised), hessian)
     return quantised, MatrixReport(name, method, rows, error)
 
@@ -204,8 +203,6 @@ def _packed(spec: TensorSpec, quantised: Quantised, config: QuantConfig) -> dict
 
 def _replace_weights(reader: TensorReader, block: Block, source: Checkpoint, layer: int, path: Path) -> None:
     """Give the block the weights that its part file stands for."""
-    from finback.model.gptq_layout import with_packed_weights
-
     stored = with_packed_weights(read_header(path), path.parent)
     for name, tensor in block_tensors(block, source.config, layer):
         if name in stored:

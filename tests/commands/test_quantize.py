@@ -241,8 +241,10 @@ def test_bad_input_is_one_sentence_before_work_starts(
     named = [str(tmp_path / f"{word}.txt") if word in ("EMPTY", "SHORT") else word for word in words]
     assert quantize(root / "moe", tmp_path / "out", *SETTINGS, *named) == 2
     error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1, error
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+    assert sentence in error
+    assert error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.part").exists()
 
 
 def test_an_input_that_is_quantised_already_is_told(root: Path, quantised: Path, tmp_path: Path, capsys) -> None:
