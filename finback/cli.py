@@ -38,6 +38,7 @@ VERBS = {
     "eval": ("measure a model on tasks: pass@1, cons@k, pass@k, with intervals", "finback.commands.eval:main"),
     "plan": ("what training, RL and serving of a model cost, before building it", "finback.commands.plan:main"),
     "convert": ("rewrite a checkpoint in another dtype, in FP8 or as a GGUF file", "finback.commands.convert:main"),
+    "quantize": ("store weights in 3, 4 or 8 bits by GPTQ, and report what it cost", "finback.commands.quantize:main"),
 }
 
 USER_ERROR = 2

@@ -381,7 +381,7 @@ class TensorSpec(NamedTuple):
 
 
 _STORED_DTYPE = {"bfloat16": "BF16", "float32": "F32", "float16": "F16"}
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1}
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I32": 4}
 
 
 def checkpoint_tensors(config: ModelConfig, fp8: bool | None = None) -> Iterator[TensorSpec]:

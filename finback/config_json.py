@@ -249,6 +249,12 @@ def _read_fp8(quantization: Any) -> bool:
         return False
     if not isinstance(quantization, Mapping):
         raise InputError(f"config field quantization_config is {quantization!r}, it must be null or an object")
+    if quantization.get("quant_method") == "gptq":
+        # Dequantised as it is read: bits and groups follow from the stored tensors, only the zero points' convention does not.
+        if quantization.get("checkpoint_format", "gptq") != "gptq":
+            value = quantization["checkpoint_format"]
+            raise InputError(f"config field quantization_config.checkpoint_format is {value!r}, supported is 'gptq'")
+        return False
     expected: dict[str, tuple[Any, ...]] = {
         "quant_method": ("fp8",),
         "fmt": ("e4m3", None),

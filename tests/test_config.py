@@ -205,12 +205,20 @@ def test_default_config_of_transformers_is_v3() -> None:
         ("model_type", "deepseek_v32"),
         ("model_type", None),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
-        ("quantization_config", {"quant_method": "gptq", "bits": 4}),
+        ("quantization_config", {"quant_method": "awq", "bits": 4}),
+        ("quantization_config.checkpoint_format", "gptq_v2"),
     ],
 )
 def test_unsupported_value_is_named_with_its_field(field: str, value: Any) -> None:
+    name, _, part = field.partition(".")
     with pytest.raises(InputError, match=rf"config field {field}\b"):
-        ModelConfig.from_dict(published("deepseek-v3") | {field: value})
+        ModelConfig.from_dict(published("deepseek-v3") | {name: {"quant_method": "gptq", part: value} if part else value})
+
+
+def test_gptq_is_a_plain_model_whose_tensors_say_how_they_are_packed() -> None:
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
+    config = ModelConfig.from_dict(published("deepseek-v3") | {"quantization_config": quantization})
+    assert config == replace(ModelConfig.from_dict(published("deepseek-v3")), fp8=False)
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from finback.config import InputError, ModelConfig, TensorSpec, checkpoint_tensors, nearest
 from finback.model.directory import replaced_directory, write_durably
+from finback.model.gptq_layout import GPTQ, is_part, read_packed, with_packed_weights
 from finback.model.safetensors_io import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -56,7 +57,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _ROTARY_TABLE = re.compile(
     r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 )  # old Llama files hold what follows from the config
-_EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(\w+)\.weight")
+EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(\w+)\.weight")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _MTP_COPIES = {"embed_tokens.weight": _EMBEDDING, "shared_head.head.weight": _HEAD}
 
@@ -90,7 +91,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, device: torc
         copies: dict[str, Tensor] = {}
         for name, tensor in hf_tensors(model):
             if _original(name, model.config) == name:
-                _read_weight(reader, checkpoint.stored, name, tensor)
+                read_weight(reader, checkpoint.stored, name, tensor)
             elif name in checkpoint.stored:
                 copies[name] = tensor
         reader.wait()
@@ -138,7 +139,7 @@ def hf_tensors(model: Transformer, grads: bool = False) -> Iterator[tuple[str, T
     tensors = model.state_dict(keep_vars=True)
     for spec in checkpoint_tensors(model.config, fp8=False):
         original = _original(spec.name, model.config)
-        expert = _EXPERT.fullmatch(original)
+        expert = EXPERT.fullmatch(original)
         tensor = tensors[f"{expert[1]}.{expert[3]}" if expert else original]
         value = tensor.grad if grads else tensor.detach()
         if value is not None and not (grads and original != spec.name):
@@ -153,7 +154,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """
     directory = Path(directory)
     config = ModelConfig.from_hf(directory)
-    stored = read_catalog(directory)
+    stored = with_packed_weights(read_catalog(directory), directory)
     layers = (_LAYER.fullmatch(name) for name in stored)
     if config.num_nextn_predict_layers and not any(m and int(m[1]) >= config.num_hidden_layers for m in layers):
         logger.warning(
@@ -183,8 +184,10 @@ def converted(source: Checkpoint, config: ModelConfig) -> Iterator[tuple[str, Te
                 yield spec.name + "_scale_inv", _read_scale(reader, source.stored, name)
             elif entry.dtype == "F8_E4M3":
                 tensor = torch.empty(spec.shape, dtype=TORCH_DTYPES[wanted])
-                _read_weight(reader, source.stored, name, tensor)
+                read_weight(reader, source.stored, name, tensor)
                 yield spec.name, tensor
+            elif entry.dtype == GPTQ:
+                yield from _encode(spec.name, read_packed(reader, source.stored, name), wanted)
             else:
                 yield from _encode(spec.name, reader.read(entry), wanted)
 
@@ -202,8 +205,19 @@ def write_checkpoint(
     """
     if max_shard_bytes < 1:
         raise InputError(f"max_shard_bytes is {max_shard_bytes}, it must be positive")
+    write_tensors(directory, list(checkpoint_tensors(config)), config.to_dict(), tensors, tokenizer_from, max_shard_bytes)
+
+
+def write_tensors(
+    directory: str | Path,
+    specs: list[TensorSpec],
+    published: dict[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    tokenizer_from: str | Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """`write_checkpoint` for any list of tensors and any config.json (`published`)."""
     directory = Path(directory)
-    specs = list(checkpoint_tensors(config))
     total = sum(map(tensor_bytes, specs))
     shards = plan_shards(specs, max_shard_bytes)
     carried = carried_files(None if tokenizer_from is None else Path(tokenizer_from))
@@ -231,9 +245,9 @@ def write_checkpoint(
         for file in carried:
             write_durably(temporary / file.name, file.read_bytes())
         if not (temporary / GENERATION_CONFIG).exists():
-            _write_json(temporary / GENERATION_CONFIG, _generation_config(config))
+            _write_json(temporary / GENERATION_CONFIG, _generation_config(published))
         # Last, so that what a killed process leaves behind is no checkpoint to anyone.
-        _write_json(temporary / "config.json", config.to_dict())
+        _write_json(temporary / "config.json", published)
 
 
 def carried_files(source: Path | None) -> list[Path]:
@@ -245,8 +259,7 @@ def carried_files(source: Path | None) -> list[Path]:
     return [source / name for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if (source / name).is_file()]
 
 
-def _generation_config(config: ModelConfig) -> dict[str, object]:
-    published = config.to_dict()
+def _generation_config(published: dict[str, Any]) -> dict[str, object]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     tokens = {name: published[name] for name in names if published.get(name) is not None}
     return {"_from_model_config": True, **tokens}
@@ -274,9 +287,12 @@ def _encode(name: str, tensor: Tensor, dtype: str) -> Iterator[tuple[str, Tensor
     yield name + "_scale_inv", scale_inv
 
 
-def _read_weight(reader: TensorReader, stored: dict[str, StoredTensor], name: str, destination: Tensor) -> None:
-    """Fill `destination` with a stored weight, dequantised if it is FP8."""
+def read_weight(reader: TensorReader, stored: dict[str, StoredTensor], name: str, destination: Tensor) -> None:
+    """Fill `destination` with a stored weight, dequantised if it is FP8 or GPTQ."""
     entry = stored[name]
+    if entry.dtype == GPTQ:
+        destination.copy_(read_packed(reader, stored, name))
+        return
     if entry.dtype != "F8_E4M3":
         reader.read_into(entry, destination)
         return
@@ -320,7 +336,11 @@ def _check_stored(stored: dict[str, StoredTensor], config: ModelConfig, director
     scales = {spec.name: spec for spec in checkpoint_tensors(config, fp8=True) if spec.name not in expected}
     if config.tie_word_embeddings and _HEAD in stored:
         expected[_HEAD] = expected[_EMBEDDING]._replace(name=_HEAD)
-    unknown = [name for name in stored if name not in expected and name not in scales and not _ROTARY_TABLE.fullmatch(name)]
+    unknown = [
+        name
+        for name in stored
+        if not (name in expected or name in scales or is_part(name, stored) or _ROTARY_TABLE.fullmatch(name))
+    ]
     for name, spec in expected.items():
         if name in stored:
             _check_entry(stored, spec, scales.get(name + "_scale_inv"), config)
@@ -344,6 +364,8 @@ def _check_entry(stored: dict[str, StoredTensor], spec: TensorSpec, scale_spec: 
     if entry.shape != spec.shape:
         shapes = f"of shape {list(entry.shape)}, config.json gives {list(spec.shape)}"
         raise InputError(f"{where} {shapes}; correct one of the two")
+    if entry.dtype == GPTQ and name.endswith("_proj.weight"):
+        return
     if entry.dtype in _PLAIN:
         if scale is not None:
             raise InputError(f"{where} as {entry.dtype}, but {scale.file.name} has FP8 scales for it; remove one of the two")

@@ -28,6 +28,7 @@ TORCH_DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    "I32": torch.int32,
 }
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000  # the library's own bound
