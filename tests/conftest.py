@@ -11,6 +11,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers that each start a thread per core mostly wait for each other. Set before torch loads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Triton decides when it is imported whether kernels are interpreted, and other packages import it; there is nothing else to run them.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Time says nothing about correctness on a shared machine.
 settings.register_profile("finback", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.register_profile("finback-ci", settings.get_profile("finback"), derandomize=True, database=None)

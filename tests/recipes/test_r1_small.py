@@ -62,6 +62,7 @@ def test_every_stage_leaves_a_model_and_its_numbers(run: Path) -> None:
     assert (run / "final" / "model.safetensors").read_bytes() == (run / "all-scenario-rl" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_two_runs_of_r1_zero_differ_in_one_reward(run: Path) -> None:
     without, rewarded = (
         json.loads((run / "training" / name / "config.json").read_text()) for name in ("r1-zero", "r1-zero-language")
@@ -70,6 +71,7 @@ def test_the_two_runs_of_r1_zero_differ_in_one_reward(run: Path) -> None:
     assert {**rewarded, "reward": None} == {**without, "reward": None}
 
 
+@pytest.mark.slow
 def test_the_report_has_every_model_claim_and_curve(run: Path) -> None:
     report = (run / "report.md").read_text()
     for name in MODELS:
@@ -86,6 +88,7 @@ def test_the_report_has_every_model_claim_and_curve(run: Path) -> None:
     assert (run / "plots" / "ladder.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_left_as_it_is_and_an_unfinished_one_goes_on(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ def train(config, steps):
     model = Transformer(config.model)
     init_weights(model, 0)
     parameters = dict(model.named_parameters())
-    moments = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.moments_dtype]
+    moments = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.moments]
     state = init_adam_state(parameters, moments_dtype=moments)
     for _ in range(steps):
         rows = torch.randint(0, config.model.vocab_size, (config.micro_batch_size, config.sequence_length + 1))

@@ -1,7 +1,7 @@
 """Triton kernels on a CPU: run by Triton's interpreter in this process, compiled ahead of time for sm_90 in another.
 
-The interpreter is chosen by an environment variable when a kernel is defined, so it is set before anything imports one; the compiler
-needs the other kind of kernel, hence a process of its own for all of them. The interpreter reads a kernel's source and its globals:
+The interpreter is chosen by an environment variable when Triton is imported, which tests/conftest.py sets; the compiler needs the other
+kind of kernel, hence a process of its own for all of them. The interpreter reads a kernel's source and its globals:
 kernels are imported without the hook that checks shapes elsewhere, which would stand in between.
 """
 
@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-os.environ["TRITON_INTERPRET"] = "1"
+assert os.environ["TRITON_INTERPRET"] == "1"
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'finback[gpu]'")
 
 
