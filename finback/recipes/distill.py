@@ -13,7 +13,7 @@ from finback.recipes import ladder
 from finback.recipes.config import DistillConfig, LadderConfig
 from finback.recipes.ladder_report import comparison_table
 from finback.recipes.r1 import check_problems
-from finback.recipes.stages import Run, Stage, copy_model, finish_run, open_run, run_stages, stage_times
+from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip, stage_times
 from finback.rewards.reward import load_rewards
 from finback.train.sft_config import SFTConfig
 
@@ -55,11 +55,7 @@ def distill(config: DistillConfig) -> Path:
         Stage("student", "Distillation", partial(ladder.student, ladder=steps, teacher="teacher")),
         Stage("report", "Report", report),
     ]
-    if run.manifest["finished"]:
-        print(f"{run.directory} is finished already; to run it again from the start, add --fresh.")
-    else:
-        run_stages(run, stages, f"finback distill {config.teacher} ... --out {run.directory}, with the same fields")
-        finish_run(run, stages)
+    run_or_skip(run, stages, f"finback distill {config.teacher} ... --out {run.directory}, with the same fields")
     print(f"\nTalk with it:            finback chat {run.directory / 'student'}")
     print(f"Read what happened:      {run.directory / 'report.md'}")
     return run.directory / "student"

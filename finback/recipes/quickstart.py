@@ -9,7 +9,7 @@ from finback.recipes import base_model, ladder
 from finback.recipes.config import LadderConfig, QuickstartConfig
 from finback.recipes.ladder_report import curves, ladder_table, rises
 from finback.recipes.small_ladder import small_ladder
-from finback.recipes.stages import Run, Stage, copy_model, finish_run, open_run, run_stages, stage_times
+from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip, stage_times
 from finback.train.config import PretrainConfig
 from finback.train.report import write_report
 
@@ -32,11 +32,7 @@ def quickstart(config: QuickstartConfig, preset: PretrainConfig, student_preset:
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     run = open_run(Path(config.out), "quickstart", settings, fresh=config.fresh)
     stages = quickstart_stages(run, config, preset, student_preset)
-    if run.manifest["finished"]:
-        print(f"{run.directory} is finished already; to run it again from the start, add --fresh.")
-    else:
-        run_stages(run, stages, f"finback quickstart --out {run.directory}")
-        finish_run(run, stages)
+    run_or_skip(run, stages, f"finback quickstart --out {run.directory}")
     _say_what_next(run)
     return run.directory / "final"
 

@@ -15,7 +15,7 @@ from finback.model.checkpoint import open_checkpoint
 from finback.recipes import judging, ladder
 from finback.recipes.config import LadderConfig, R1Config
 from finback.recipes.ladder_report import curves, ladder_table, rises
-from finback.recipes.stages import Run, Stage, copy_model, file_hash, finish_run, open_run, run_stages, stage_times
+from finback.recipes.stages import Run, Stage, copy_model, file_hash, open_run, run_or_skip, stage_times
 from finback.rewards.reward import load_rewards
 from finback.rl.config import GRPOConfig
 from finback.rl.model_rewards import check_reward_model
@@ -37,11 +37,7 @@ def r1(config: R1Config) -> Path:
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     run = open_run(Path(config.out), "r1", settings, fresh=config.fresh)
     stages = r1_stages(config)
-    if run.manifest["finished"]:
-        print(f"{run.directory} is finished already; to run it again from the start, add --fresh.")
-    else:
-        run_stages(run, stages, f"finback r1 {config.base} ... --out {run.directory}, with the same fields")
-        finish_run(run, stages)
+    run_or_skip(run, stages, f"finback r1 {config.base} ... --out {run.directory}, with the same fields")
     print(f"\nTalk with it:            finback chat {run.directory / 'final'}")
     print(f"Read what happened:      {run.directory / 'report.md'}")
     return run.directory / "final"

@@ -9,7 +9,7 @@ from finback.recipes import ablations, base_model, ladder
 from finback.recipes.config import LadderConfig, QuickstartConfig
 from finback.recipes.ladder_report import curves, draw_ladder, ladder_table, rises
 from finback.recipes.small_claims import claims, claims_table
-from finback.recipes.stages import Run, Stage, copy_model, finish_run, open_run, run_stages, stage_times
+from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip, stage_times
 from finback.recipes.sums_with_room import SUMS_WITH_ROOM, roomy_ladder, student_rl_settings
 from finback.train.config import PretrainConfig
 from finback.train.report import write_report
@@ -32,11 +32,7 @@ def r1_small(config: QuickstartConfig, preset: PretrainConfig, student_preset: P
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     run = open_run(Path(config.out), "r1-small", settings, fresh=config.fresh)
     stages = r1_small_stages(run, config, preset, student_preset)
-    if run.manifest["finished"]:
-        print(f"{run.directory} is finished already; to run it again from the start, add --fresh.")
-    else:
-        run_stages(run, stages, f"finback r1 small --out {run.directory}, with the same fields")
-        finish_run(run, stages)
+    run_or_skip(run, stages, f"finback r1 small --out {run.directory}, with the same fields")
     print(f"\nTalk with it:            finback chat {run.directory / 'final'}")
     print(f"Read what happened:      {run.directory / 'report.md'}")
     return run.directory / "final"

@@ -107,6 +107,15 @@ def run_stages(run: Run, stages: Sequence[Stage], again: str) -> None:
         raise
 
 
+def run_or_skip(run: Run, stages: Sequence[Stage], again: str) -> None:
+    """Work through the stages and finish the run; one that is finished is left as it is."""
+    if run.manifest["finished"]:
+        print(f"{run.directory} is finished already; to run it again from the start, add --fresh.")
+        return
+    run_stages(run, stages, again)
+    finish_run(run, stages)
+
+
 def write_manifest(run: Run) -> None:
     write_atomic(run.directory / MANIFEST, json.dumps(run.manifest, indent=2, ensure_ascii=False) + "\n")
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from starlette.exceptions import HTTPException
 from finback.server import anthropic, ollama, openai
 from finback.server.config import is_loopback
 from finback.server.errors import TYPES, APIError
-from finback.server.keys import nano, yuan
+from finback.server.keys import Key, per_token, yuan
 from finback.server.prefixes import keep_prefixes
 from finback.server.schemas import ChatRequest, CompletionRequest, ErrorBody, told
 from finback.server.service import Service
@@ -67,7 +68,7 @@ def _known(service: Service) -> list[Any]:
     """Whoever has no key here learns nothing about the body that came along: it is asked for before the body is checked."""
 
     async def known(request: Request) -> None:
-        service.key_of(request.headers)
+        request.state.key = service.key_of(request.headers)
 
     return [Depends(known)]
 
@@ -78,14 +79,16 @@ def _add_chat(app: FastAPI, service: Service) -> None:
     known = _known(service)
 
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
-        key = service.authenticate(request.headers)
+        key = request.state.key
+        service.allow(key)
         job = openai.chat_job(service, body, key)
         if body.stream:
             return await stream(request, openai.chat_events(service, body, job), service.endings, seconds)
         return await whole(request, openai.chat_answer(service, body, job), service.endings, seconds)
 
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        key = service.authenticate(request.headers)
+        key = request.state.key
+        service.allow(key)
         job = openai.completion_job(service, body, key)
         if body.stream:
             return await stream(request, openai.completion_events(service, body, job), service.endings, seconds)
@@ -113,7 +116,8 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/messages", responses=ANSWER | ANTHROPIC_ERRORS, response_model=None, dependencies=_known(service))
     async def messages(request: Request, body: anthropic.MessagesRequest) -> Response:
-        key = service.authenticate(request.headers)
+        key = request.state.key
+        service.allow(key)
         job = anthropic.job_of(service, body, key)
         if body.stream:
             events = anthropic.events(service, job)
@@ -122,7 +126,7 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, dependencies=_known(service))
     async def count_tokens(request: Request, body: anthropic.CountRequest) -> dict[str, int]:
-        return {"input_tokens": len(anthropic.job_of(service, body, service.key_of(request.headers)).prompt.token_ids)}
+        return {"input_tokens": len(anthropic.job_of(service, body, request.state.key).prompt.token_ids)}
 
 
 def _add_ollama(app: FastAPI, service: Service) -> None:
@@ -139,7 +143,8 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/chat", responses=LINES | OLLAMA_ERRORS, response_model=None, dependencies=known)
     async def chat(request: Request, body: ollama.OllamaChatRequest) -> Response:
-        key = service.authenticate(request.headers)
+        key = request.state.key
+        service.allow(key)
         if not body.messages:
             service.thinking_of(ollama.own_name(body.model))
             return JSONResponse(ollama.loaded(body.model, chat=True))
@@ -147,20 +152,19 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/generate", responses=LINES | OLLAMA_ERRORS, response_model=None, dependencies=known)
     async def generate(request: Request, body: ollama.GenerateRequest) -> Response:
-        key = service.authenticate(request.headers)
+        key = request.state.key
+        service.allow(key)
         if not body.prompt:
             service.thinking_of(ollama.own_name(body.model))
             return JSONResponse(ollama.loaded(body.model, chat=False))
         return await answered(request, ollama.generate_of(service, body, key), body.stream is not False, chat=False)
 
     @app.get("/api/tags", responses=OLLAMA_ERRORS, dependencies=known)
-    async def tags(request: Request) -> dict[str, Any]:
-        service.key_of(request.headers)
+    async def tags() -> dict[str, Any]:
         return ollama.tags(service)
 
     @app.post("/api/show", responses=OLLAMA_ERRORS, dependencies=known)
-    async def show(request: Request, body: ollama.ShowRequest) -> dict[str, Any]:
-        service.key_of(request.headers)
+    async def show(body: ollama.ShowRequest) -> dict[str, Any]:
         return ollama.show(service, ollama.own_name(body.model or body.name or ""))
 
     @app.get("/api/version")
@@ -169,17 +173,18 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
-    async def models(request: Request) -> dict[str, Any]:
-        service.key_of(request.headers)
+    known = _known(service)
+
+    async def models() -> dict[str, Any]:
         entries = [{"id": name, "object": "model", "created": service.created, "owned_by": "finback"} for name in service.models]
         return {"object": "list", "data": entries}
 
     for prefix in ("", "/v1"):
-        app.get(f"{prefix}/models", responses=ERRORS, include_in_schema=bool(prefix))(models)
+        app.get(f"{prefix}/models", responses=ERRORS, include_in_schema=bool(prefix), dependencies=known)(models)
 
-    @app.get("/user/balance", responses=ERRORS)
+    @app.get("/user/balance", responses=ERRORS, dependencies=known)
     async def balance(request: Request) -> dict[str, Any]:
-        key = service.key_of(request.headers)
+        key: Key | None = request.state.key
         if key is None:
             return {"is_available": True, "balance_infos": []}
         info = {
@@ -200,7 +205,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             "keys_required": service.store is not None,
             "prices": None
             if prices is None
-            else {n: float(getattr(prices, n)) / nano_per_yuan_million() for n in ("hit", "miss", "output")},
+            else {name: float(getattr(prices, name) / per_token(Decimal(1))) for name in ("hit", "miss", "output")},
             "version": service.version,
         }
 
@@ -211,13 +216,6 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def nano_per_yuan_million() -> int:
-    """Nano-yuan per token of one yuan per million tokens."""
-    from decimal import Decimal
-
-    return nano(Decimal(1)) // 10**6
 
 
 def _add_page(app: FastAPI) -> None:
@@ -235,6 +233,7 @@ def _file(path: str) -> Response:
     if not file.is_relative_to(STATIC.resolve()) or not file.is_file():
         raise APIError(404, f"there is no file {path}")
     headers = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    headers["Content-Security-Policy"] = "frame-ancestors 'none'"  # what the page's own policy cannot say
     return FileResponse(file, headers=headers)
 
 

@@ -62,11 +62,10 @@ class Service:
             )
         return {CHAT_MODEL: False, REASONER_MODEL: True}.get(model)
 
-    def authenticate(self, headers: Mapping[str, str]) -> Key | None:
-        """The key of a request: 401 without one or with a wrong one, 402 where its balance is spent, 429 where it asks too often."""
-        key = self.key_of(headers)
+    def allow(self, key: Key | None) -> None:
+        """402 where the balance of a request's key is spent, 429 where it asks too often."""
         if key is None:
-            return None
+            return
         if key.balance <= 0:
             raise APIError(402, f"the balance of the key {key.name!r} is spent; top it up", code="insufficient_balance")
         if key.requests_per_minute is not None:
@@ -82,10 +81,9 @@ class Service:
                     headers={"Retry-After": str(wait)},
                 )
             recent.append(moment)
-        return key
 
     def key_of(self, headers: Mapping[str, str]) -> Key | None:
-        """The key alone, whatever its balance; None where the server has no keys."""
+        """The key of a request, whatever its balance; None where the server has no keys. 401 without one or with a wrong one."""
         if self.store is None:
             return None
         scheme, _, secret = headers.get("authorization", "").partition(" ")

@@ -34,14 +34,6 @@ class Usage:
     def miss_tokens(self) -> int:
         return self.prompt_tokens - self.hit_tokens
 
-    def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.prompt_tokens + other.prompt_tokens,
-            self.hit_tokens + other.hit_tokens,
-            self.completion_tokens + other.completion_tokens,
-            self.reasoning_tokens + other.reasoning_tokens,
-        )
-
 
 @dataclass
 class Delta:

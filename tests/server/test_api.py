@@ -310,6 +310,7 @@ def test_facts(served: Served, client: openai.OpenAI) -> None:
     assert sum(tokens) > 0
     assert 'finback:expert_load{model_name="tiny",router="0"}' in metrics
     assert httpx.get(f"{served.url}/docs").status_code == 200
+    assert httpx.get(served.url).headers["content-security-policy"] == "frame-ancestors 'none'"
     assert httpx.get(f"{served.url}/static/../app.py").status_code == 404
     assert httpx.get(f"{served.url}/static/%2e%2e/app.py").status_code == 404
 
