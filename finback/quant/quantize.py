@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finback.config import InputError, TensorSpec
 from finback.model.checkpoint import Checkpoint, converted, read_weight, write_tensors
+from finback.model.directory import write_durably
 from finback.model.gptq_layout import with_packed_weights
 from finback.model.layers import RMSNorm
 from finback.model.safetensors_io import TensorReader, read_header, tensor_bytes, write_safetensors
@@ -166,7 +167,7 @@ def _quantise_layer(block: Block, source: Checkpoint, layer: int, config: QuantC
         reports.append(report)
         tensors |= _packed(specs[name], quantised, config)
     text = json.dumps([asdict(report) for report in reports])
-    path.with_suffix(".json").write_text(text, encoding="utf-8")
+    _write(path.with_suffix(".json"), text)
     layout = [spec for name in specs for spec in packed_specs(specs[name], config)]
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
@@ -243,6 +244,14 @@ def _claim(parts: Path, source: Checkpoint, config: QuantConfig, calibration: Te
     parts.mkdir(parents=True, exist_ok=True)
     told = parts / _RUN
     if not told.exists():
-        told.write_text(json.dumps(run), encoding="utf-8")
+        _write(told, json.dumps(run))
     elif json.loads(told.read_text(encoding="utf-8")) != run:
         raise InputError(f"{parts} holds layers of a run with other weights, settings or text; remove it, or give another OUT")
+
+
+def _write(path: Path, text: str) -> None:
+    """Beside its target and renamed: a part that is cut off must not be read."""
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)  # of a run that was killed here
+    write_durably(temporary, text.encode())
+    os.replace(temporary, path)
