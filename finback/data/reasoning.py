@@ -39,6 +39,9 @@ CALL_SEPARATOR = "<｜tool▁sep｜>"
 _FENCE = "\n```json\n"
 _END_FENCE = "\n```"
 
+CLOSE_THOUGHT = f"\n{END_THINK_TOKEN}\n\n"
+"""What ends an open thought in the layout, for those who close one in the model's place."""
+
 PieceKind = Literal["markup", "reasoning", "content", "name", "arguments"]
 Thought = Literal["absent", "open", "closed"]
 

@@ -23,7 +23,7 @@ from finback.data.judge import (
     read_scores,
 )
 from finback.data.preferences import Candidates, Judge, JudgeError, preference_pairs, rule_judge, write_preferences
-from finback.data.reasoning import parse_answer
+from finback.data.reasoning import opens_thought, parse_answer
 from finback.data.tokenizer import load_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
@@ -225,7 +225,7 @@ def _local(config: JudgeConfig) -> Judged[Any]:
         for attempt in range(1 + config.retries):
             with lock:
                 text = "".join(part.text for part in llm.stream(ids, params))
-            opened = prompt.rstrip().endswith("<think>")
+            opened = opens_thought(prompt)
             try:
                 return read(parse_answer(text, starts_in_thought=opened, tools=False).content)
             except JudgeError:
@@ -243,12 +243,9 @@ def _read(config: JudgeConfig) -> list[Any]:
         if isinstance(row.record, InputError):
             raise InputError(f"{row.where}: {row.record}; mend or remove it")
         if not _well_formed(row.record, config.make):
-            needed = (
-                "prompt (a text) and responses (two texts or more)"
-                if config.make == "pairs"
-                else "messages that end with an \
-assistant's, or prompt and completion"
-            )
+            needed = "messages that end with an assistant's, or prompt and completion"
+            if config.make == "pairs":
+                needed = "prompt (a text) and responses (two texts or more)"
             raise InputError(f"{row.where}: to make {config.make} a row needs {needed}; mend or remove it")
         rows.append(row.record)
     if not rows:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from finback.data.files import write_atomic
-from finback.data.reasoning import parse_answer
+from finback.data.reasoning import opens_thought, parse_answer
 from finback.data.tokenizer import load_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
@@ -234,7 +234,7 @@ def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None] | No
     """A sample as a conversation: the thought as it was, the answer in a sentence of the question's language. Without `answer_of` all
     that stands behind the thought is left as it is: a reward of one's own knows what in it counts."""
     example = row["example"]
-    parts = parse_answer(row["completion"].lstrip(), starts_in_thought=row["prompt"].endswith("<think>\n"), tools=False)
+    parts = parse_answer(row["completion"].lstrip(), starts_in_thought=opens_thought(row["prompt"]), tools=False)
     content = parts.content.strip()
     if answer_of is not None:
         answer = answer_of(parts.content)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from finback.config import InputError
 from finback.data.chat import Message
-from finback.data.reasoning import ReasoningParser, opens_thought
+from finback.data.reasoning import CLOSE_THOUGHT, ReasoningParser, opens_thought
 from finback.data.tokenizer import load_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
@@ -78,7 +78,7 @@ class LocalSpeaker:
             prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
             opened = opens_thought(prompt)
             if plan is not None and opened:
-                prompt, opened = f"{prompt}{plan.strip()}\n</think>\n\n", False
+                prompt, opened = f"{prompt}{plan.strip()}{CLOSE_THOUGHT}", False
             elif plan is not None:
                 prompt = self.tokenizer.apply_chat_template(with_plan(messages, plan), add_generation_prompt=True)
             ids = self.tokenizer.encode(prompt)

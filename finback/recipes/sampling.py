@@ -10,7 +10,7 @@ from typing import Any
 
 from finback.config import InputError
 from finback.data.files import write_atomic
-from finback.data.reasoning import parse_answer
+from finback.data.reasoning import opens_thought, parse_answer
 from finback.data.tokenizer import load_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
@@ -73,7 +73,7 @@ def conversation(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of `kept_rows` as a conversation: the prompt's messages, then the sample, its thought apart."""
     prompt = row["example"]["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    opened = row["prompt"].rstrip().endswith("<think>")
+    opened = opens_thought(row["prompt"])
     parts = parse_answer(row["completion"].lstrip(), starts_in_thought=opened, tools=False)
     reply = {"role": "assistant", "content": parts.content.strip()}
     if parts.reasoning.strip():

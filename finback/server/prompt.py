@@ -10,12 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from finback.config import InputError
-from finback.data.reasoning import opens_thought
+from finback.data.reasoning import CLOSE_THOUGHT, opens_thought
 from finback.data.tokenizer import END_THINK_TOKEN, FIM_BEGIN_TOKEN, FIM_END_TOKEN, FIM_HOLE_TOKEN, THINK_TOKEN, Tokenizer
 from finback.server.errors import APIError
 
-CLOSE_THOUGHT = f"\n{END_THINK_TOKEN}\n\n"
-"""What ends a thought that the server closes."""
 _THOUGHT = re.compile(rf"^\s*{re.escape(THINK_TOKEN)}.*?{re.escape(END_THINK_TOKEN)}\s*", re.S)
 
 

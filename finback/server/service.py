@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finback.config import InputError
+from finback.data.reasoning import CLOSE_THOUGHT
 from finback.data.tokenizer import Tokenizer
 from finback.engine.config import DEFAULT_MAX_TOKENS, SamplingParams
 from finback.server.config import ServeConfig
 from finback.server.errors import APIError
 from finback.server.keys import Key, KeyStore, Prices, now
 from finback.server.metrics import Metrics
-from finback.server.prompt import CLOSE_THOUGHT
 from finback.server.turn import Delta, Usage, run_turn
 from finback.server.wire import Endings
 from finback.server.worker import EngineFailure, EngineWorker

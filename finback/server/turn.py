@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
-from finback.data.reasoning import ReasoningParser, ToolCallIncrement
+from finback.data.reasoning import CLOSE_THOUGHT, ReasoningParser, ToolCallIncrement
 from finback.engine.config import SamplingParams
 from finback.engine.output import Increment
 from finback.engine.sampler import TokenLogprobs
@@ -120,7 +120,7 @@ async def run_turn(
         written += end
         usage.completion_tokens += len(end)
         usage.reasoning_tokens += len(end)
-        parts = parser.feed("\n</think>\n\n")
+        parts = parser.feed(CLOSE_THOUGHT)
         yield Delta(parts.reasoning, parts.content)
         left = None if params.max_tokens is None else params.max_tokens - usage.completion_tokens
         if left is not None and left < 1:
