@@ -14,8 +14,7 @@ RESERVED = 0.10  # of memory: activations, communication buffers, graphs
 @dataclass(frozen=True)
 class Unit:
     """Devices that serve together: experts over `ep` of them, attention replicated (data-parallel) or cut over `tp`.
-    `redundant_experts`
-    are copies that even out the load (V3 section 3.4)."""
+    `redundant_experts` are copies that even out the load (V3 section 3.4)."""
 
     ep: int = 1
     tp: int = 1

@@ -112,9 +112,8 @@ def _nearest_divisor(size: int, value: int) -> int:
 def activation_bytes_per_layer(c: ModelConfig, precision: Precision, recompute: Recompute) -> float:
     """Bytes that one token leaves in one MoE (or dense) layer for the backward (V3 section 3.2.3, 3.3.3).
 
-    With `full` only the layer's input stays. With `selective` norms, expanded latents and SwiGLU's output are computed again:
-    what stays
-    are inputs of products, in FP8 where products are, and of the attention output in V3's 12 bits; `none` keeps all.
+    With `full` only the layer's input stays. With `selective` norms, expanded latents and SwiGLU's output are computed again: what
+    stays are inputs of products, in FP8 where products are, and of the attention output in V3's 12 bits; `none` keeps all.
     """
     wide, low = 2.0, 1.0 if precision == "fp8" else 2.0
     if precision == "fp32":
