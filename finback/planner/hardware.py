@@ -22,8 +22,8 @@ class Efficiencies:
 
     `matmul` and `fp8_matmul` of the matrix peaks, `attention_forward` and `attention_backward` of the bf16 peak, `memory` of the
     bandwidth, `network` of the links (`low_latency_network` with decode's small messages); `busy` is the share of time in which
-    kernels run at all (launches, stragglers, uneven experts); `communication_cores` is the share of the processor that all-
-    to-all kernels occupy while they run.
+    kernels run at all (launches, stragglers, uneven experts); `communication_cores` is the share of the processor that
+    all-to-all kernels occupy while they run.
     """
 
     matmul: float = 0.70
