@@ -100,6 +100,7 @@ def _serve(config: ServeConfig, model: ModelConfig, listening: socket.socket) ->
             timeout_graceful_shutdown=5,
         )
     )
+    listening.listen(128)  # whoever reads the address below and asks at once waits a moment, and is not refused
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"{name} is served at {address} (API: {address}/v1, chat page: {address}/, Ctrl-C stops it)", flush=True)
