@@ -1,5 +1,6 @@
 """Fields of the recipes: runs of several stages. No torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,9 @@ class QuickstartConfig:
     out: str = "runs/quickstart"
     """Directory of the run; an interrupted run that is there is continued."""
     tokens: int = 5_500_000
-    """Tokens of pre-training, of which two cores read about a million a minute; the ladder behind it takes about as long again."""
+    """Tokens of pre-training, of which two cores read about a million a minute; the ladder behind it takes twice as long."""
+    minutes: float | None = 20.0
+    """Time for the whole run. The machine is timed first; on a slower one tokens and ladder are cut to what fits. None: never cut."""
     student_tokens: int = 2_000_000
     """Tokens of pre-training of the dense student."""
     ladder: float = 1.0
@@ -49,6 +52,8 @@ class QuickstartConfig:
         for name in ("tokens", "student_tokens", "eval_problems"):
             if getattr(self, name) < 1:
                 raise InputError(f"field {name} is {getattr(self, name)}, it must be at least 1")
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
+            raise InputError(f"field minutes is {self.minutes}, it must be above 0")
         if not 0 < self.ladder <= 100:
             raise InputError(f"field ladder is {self.ladder}, it must be above 0 and at most 100")
         if self.seed < 0:
@@ -57,8 +62,10 @@ class QuickstartConfig:
             raise InputError(f"field problems is {self.problems}, it must be at least 100, so that some can be held out")
 
 
-R1_SMALL = QuickstartConfig(out="runs/r1-small", tokens=8_000_000, student_tokens=1_000_000, eval_problems=400, problems=110_000)
-"""Where `finback r1 small` begins: a longer quickstart on harder sums, with runs beside the ladder."""
+R1_SMALL = QuickstartConfig(
+    out="runs/r1-small", tokens=5_500_000, student_tokens=1_000_000, eval_problems=800, problems=110_000, minutes=120.0
+)
+"""Where `finback r1 small` begins: the quickstart with longer stages behind R1-Zero, and with runs beside the ladder."""
 
 
 @dataclass(frozen=True)

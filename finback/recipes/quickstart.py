@@ -8,6 +8,7 @@ from typing import Any
 from finback.recipes import base_model, ladder
 from finback.recipes.config import LadderConfig, QuickstartConfig
 from finback.recipes.ladder_report import curves, ladder_table, rises
+from finback.recipes.pace import fit_to_machine
 from finback.recipes.small_ladder import small_ladder
 from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip, stage_times
 from finback.train.config import PretrainConfig
@@ -31,7 +32,7 @@ def quickstart(config: QuickstartConfig, preset: PretrainConfig, student_preset:
     """
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     run = open_run(Path(config.out), "quickstart", settings, fresh=config.fresh)
-    stages = quickstart_stages(run, config, preset, student_preset)
+    stages = quickstart_stages(run, fit_to_machine(run, config, preset), preset, student_preset)
     run_or_skip(run, stages, f"finback quickstart --out {run.directory}")
     _say_what_next(run)
     return run.directory / "final"

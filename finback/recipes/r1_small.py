@@ -8,6 +8,7 @@ from typing import Any
 from finback.recipes import ablations, base_model, ladder
 from finback.recipes.config import LadderConfig, QuickstartConfig
 from finback.recipes.ladder_report import curves, draw_ladder, ladder_table, rises
+from finback.recipes.pace import fit_to_machine
 from finback.recipes.small_claims import claims, claims_table
 from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip, stage_times
 from finback.recipes.sums_with_room import SUMS_WITH_ROOM, roomy_ladder, student_rl_settings
@@ -31,7 +32,7 @@ def r1_small(config: QuickstartConfig, preset: PretrainConfig, student_preset: P
     """
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     run = open_run(Path(config.out), "r1-small", settings, fresh=config.fresh)
-    stages = r1_small_stages(run, config, preset, student_preset)
+    stages = r1_small_stages(run, fit_to_machine(run, config, preset), preset, student_preset)
     run_or_skip(run, stages, f"finback r1 small --out {run.directory}, with the same fields")
     print(f"\nTalk with it:            finback chat {run.directory / 'final'}")
     print(f"Read what happened:      {run.directory / 'report.md'}")

@@ -2,17 +2,20 @@
 
 The task is the quickstart's. On it R1-Zero learns nearly all in 60 steps; here it is stopped long before, and the stages behind it
 have more samples to learn from and more steps. On sums of up to eight terms a base of this size knows too little to begin with.
+
+Most thoughts of the corpus switch between the languages: what a base writes at a temperature below one is purer than what it read.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
+from finback.data.chains import Habits
 from finback.recipes.config import LadderConfig, QuickstartConfig
 from finback.recipes.corpus import QUICKSTART_SUMS
 from finback.recipes.small_ladder import small_ladder
 from finback.rl.config import GRPOConfig
 
-SUMS_WITH_ROOM = QUICKSTART_SUMS._replace(held_out_longer=100)
+SUMS_WITH_ROOM = QUICKSTART_SUMS._replace(habits=Habits(own_language=0.25, other_language=0.1), held_out=800, held_out_longer=100)
 
 
 def roomy_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
@@ -27,8 +30,8 @@ def roomy_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
         zero=replace(before.zero, steps=steps(14)),
         reasoning=replace(before.reasoning, steps=steps(40), lr=2e-4, final_lr=2e-5),
         all_scenario=replace(before.all_scenario, steps=steps(70), lr=3e-4, final_lr=2e-5, temperature=1.0),
-        cold_start_prompts=steps(600),
-        rejection_prompts=steps(2500),
+        cold_start_prompts=steps(1000),
+        rejection_prompts=steps(1200),
         student_prompts=steps(2500),
     )
 

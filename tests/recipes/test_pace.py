@@ -1,0 +1,67 @@
+"""A run is cut to what a slower machine can do in its minutes, once, and stays as it was cut."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from finback.config import InputError
+from finback.presets import nano
+from finback.recipes import pace
+from finback.recipes.config import R1_SMALL, QuickstartConfig
+from finback.recipes.pace import fit_to_machine, fitting_share, training_speed
+from finback.recipes.stages import Run, open_run
+from tests.recipes.test_quickstart import small_preset
+
+
+@pytest.mark.parametrize(
+    ("room", "share"), [(5.0, 1.0), (1.2, 1.0), (1.1, 0.95), (0.9, 0.8), (0.82, 0.7), (0.5, 0.45), (0.1, 0.2), (0.0, 0.2)]
+)
+def test_a_run_is_cut_to_whole_twentieths(room: float, share: float) -> None:
+    """A tenth of the time is kept in hand, and a fifth of the run is always done."""
+    assert fitting_share(room) == share
+
+
+def _opened(directory: Path) -> Run:
+    return open_run(directory, "quickstart", {}, fresh=False)
+
+
+def test_a_slow_machine_does_a_part_and_the_same_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = QuickstartConfig(tokens=5_000_000, student_tokens=1_000_000, minutes=20.0)
+    whole = 3.1 * 5_000_000 / (20 * 60)  # tokens a second that the whole run needs
+    monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 0.7 * whole)
+    cut = fit_to_machine(_opened(tmp_path), config, nano())
+    assert (cut.tokens, cut.student_tokens, cut.ladder) == (3_000_000, 600_000, 0.6)
+    assert "to end within 20 minutes, the run is cut to 60%" in capsys.readouterr().out
+
+    monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 100 * whole)
+    assert fit_to_machine(_opened(tmp_path), config, nano()) == cut
+
+
+def test_a_fast_machine_and_no_limit_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 1e6)
+    config = QuickstartConfig()
+    assert fit_to_machine(_opened(tmp_path), config, nano()) == config
+    assert _opened(tmp_path).manifest["pace"] == {"tokens_per_second": 1_000_000, "share": 1.0}
+
+    monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 1.0)
+    free = replace(config, minutes=None)
+    assert fit_to_machine(_opened(tmp_path / "free"), free, nano()) == free
+    small = replace(config, tokens=30_000)
+    assert fit_to_machine(_opened(tmp_path / "small"), small, nano()) == small
+    assert "pace" not in _opened(tmp_path / "small").manifest
+
+
+def test_the_speed_is_that_of_real_steps() -> None:
+    """A step of more tokens shares out what every step costs."""
+    preset = small_preset()
+    few, many = (training_speed(replace(preset, micro_batch_size=size, global_batch_size=16), 300) for size in (1, 16))
+    assert 0.0 < few < many
+
+
+def test_a_wrong_number_of_minutes_is_told() -> None:
+    with pytest.raises(InputError, match=r"field minutes is 0\.0, it must be above 0"):
+        QuickstartConfig(minutes=0.0)
+    assert R1_SMALL.minutes == 120.0
