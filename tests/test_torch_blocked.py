@@ -76,7 +76,9 @@ def test_configuration_needs_no_torch():
         max_position_embeddings=128,
     )
     published = config.to_dict()
-    done = run_blocked(f"import finback; print(finback.count_params(finback.ModelConfig.from_dict({published!r})).total)")
+    program = f"import finback; print(finback.count_params(finback.ModelConfig.from_dict({published!r})).total)"
+    prices = "from finback.commands.doctor import preset_needs; assert preset_needs()['tiny']['memory_bytes'] > 0"
+    done = run_blocked(f"{program}; {prices}")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == count_params(config).total
 

@@ -139,7 +139,7 @@ class Transformer(nn.Module):
 
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         """Moving to a device or from the meta device may make new parameters: the two names are tied again."""
