@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,7 +76,9 @@ def test_configuration_needs_no_torch():
         max_position_embeddings=128,
     )
     published = config.to_dict()
-    done = run_blocked(f"import finback; print(finback.count_params(finback.ModelConfig.from_dict({published!r})).total)")
+    program = f"import finback; print(finback.count_params(finback.ModelConfig.from_dict({published!r})).total)"
+    prices = "from finback.commands.doctor import preset_needs; assert preset_needs()['tiny']['memory_bytes'] > 0"
+    done = run_blocked(f"{program}; {prices}")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == count_params(config).total
 
@@ -86,20 +89,46 @@ def test_help_needs_no_torch():
     assert all(verb in done.stdout for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_explains_itself_without_torch(verb: str):
-    done = run_verb(verb, "--help")
+EACH_VERB = """
+import contextlib, io, json
+from finback.cli import VERBS, main
+
+said = {}
+for verb in VERBS:
+    for option in ("--help", "--helq"):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main([verb, option])
+            except SystemExit as end:
+                code = end.code
+        said[f"{verb} {option}"] = code or 0, out.getvalue(), err.getvalue()
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, list[Any]]:
+    """Exit code, output and error of each verb asked for help, well spelt and not: in one interpreter, to which torch stays missing."""
+    done = run_blocked(EACH_VERB)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: finback {verb}")
-    assert "--help" in done.stdout
+    return json.loads(done.stdout)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_names_the_nearest_field_without_torch(verb: str):
-    done = run_verb(verb, "--helq")
-    assert done.returncode == 2
-    assert "unknown field --helq" in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_each_verb_explains_itself_without_torch(said: dict[str, list[Any]], verb: str):
+    code, out, err = said[f"{verb} --help"]
+    assert code == 0, err
+    assert out.startswith(f"usage: finback {verb}")
+    assert "--help" in out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_names_the_nearest_field_without_torch(said: dict[str, list[Any]], verb: str):
+    code, _, err = said[f"{verb} --helq"]
+    assert code == 2
+    assert "unknown field --helq" in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_doctor_reports_a_missing_torch():

@@ -103,8 +103,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, device="meta", dtype=dtype)
-        self.embed_tokens.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype))
+        # From its weights: left to itself it draws them, which on the meta device imports torch's compiler, for seconds.
+        weight = torch.empty(config.vocab_size, config.hidden_size, device=device, dtype=dtype)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         blocks: list[Block] = [Block(config, layer, device, dtype) for layer in range(config.num_hidden_layers)]
         blocks += [MTPModule(config, device, dtype) for _ in range(config.num_nextn_predict_layers)]
         self.layers = nn.ModuleList(blocks)
@@ -138,7 +139,7 @@ class Transformer(nn.Module):
 
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Transformer":
         """Moving to a device or from the meta device may make new parameters: the two names are tied again."""

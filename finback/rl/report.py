@@ -1,6 +1,5 @@
 """`report.md` and `plots/*.png` of a GRPO run, from its records alone."""
 
-import io
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from finback.data.files import read_json, write_atomic
 from finback.train.metrics import METRICS_FILE, SAMPLES_FILE, read_metrics
-from finback.train.report import BLUE, GREEN, GREY, ORANGE, PALE_BLUE, PLOTS_DIRECTORY, RED, REPORT_FILE, machine_line
+from finback.train.report import BLUE, GREEN, GREY, ORANGE, PALE_BLUE, PLOTS_DIRECTORY, RED, REPORT_FILE, machine_line, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,10 +110,8 @@ def tell_drafts(rows: Sequence[Mapping[str, Any]], *, frozen: bool) -> str:
 def _draw(run: Path, rows: Sequence[Mapping[str, Any]]) -> Path | None:
     if not rows or find_spec("matplotlib") is None:
         return None
-    picture = io.BytesIO()
-    draw_curves(rows).savefig(picture, format="png", dpi=130)
     file = run / PLOTS_DIRECTORY / "curves.png"
-    write_atomic(file, picture.getvalue())
+    write_atomic(file, png(draw_curves(rows)))
     return file
 
 

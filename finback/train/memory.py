@@ -7,8 +7,6 @@ within a factor of 1.5 of the measured peak (`tests/train/test_memory.py` holds 
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from finback.config import InputError, ModelConfig, count_params
 from finback.train.config import PretrainConfig
 
@@ -107,8 +105,11 @@ def _attention_elements(m: ModelConfig) -> tuple[int, int]:
     return compressed + heads * m.v_head_dim, normalised_latents + expanded
 
 
-def check_memory(config: PretrainConfig, device: torch.device, available: int | None) -> MemoryEstimate:
-    """The estimate; InputError with the field to lower if it is above `available` bytes."""
+def check_memory(config: PretrainConfig, device: str, available: int | None) -> MemoryEstimate:
+    """The estimate; InputError with the field to lower if it is above `available` bytes of `device` ("cpu", "cuda:0").
+
+    The device is a word, so that `finback doctor` prices the presets without torch.
+    """
     estimate = estimate_memory(config)
     needed = _needed(estimate, device)
     if available is None or needed <= available:
@@ -134,5 +135,5 @@ def check_memory(config: PretrainConfig, device: torch.device, available: int | 
     raise InputError(f"{problem}; weights, gradients and moments alone are too large: take a smaller model or moments_dtype bf16")
 
 
-def _needed(estimate: MemoryEstimate, device: torch.device) -> int:
-    return estimate.on_device + (estimate.moving_average if device.type == "cpu" else 0)
+def _needed(estimate: MemoryEstimate, device: str) -> int:
+    return estimate.on_device + (estimate.moving_average if device.startswith("cpu") else 0)

@@ -75,7 +75,7 @@ def pretrain(config: PretrainConfig, directory: str | Path, *, resume: bool = Fa
         validation = validation_rows(validation_splits, config.sequence_length, config.eval_sequences)
         if not resume:
             check_init_from(config)
-        estimate = check_memory(config, device, available_memory(device))
+        estimate = check_memory(config, str(device), available_memory(device))
         run.mkdir(parents=True, exist_ok=True)
         with locked(run), deferred_interrupts() as interrupted:
             remove_leftovers(run)

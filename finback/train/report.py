@@ -97,11 +97,19 @@ def draw_plots(run_directory: str | Path, *, reference_loss: Mapping[str, float]
     files = []
     for name, figure in figures.items():
         if figure is not None:
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png", dpi=130)
             files.append(run / PLOTS_DIRECTORY / f"{name}.png")
-            write_atomic(files[-1], picture.getvalue())
+            write_atomic(files[-1], png(figure))
     return sorted(files)
+
+
+def png(figure: "Figure") -> bytes:
+    """The figure at 130 dots per inch. `savefig` would draw it once more before, only to find the layout that drawing finds, too."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(130)
+    picture = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(picture)
+    return picture.getvalue()
 
 
 def draw_loss(rows: Sequence[Mapping[str, Any]], reference_loss: Mapping[str, float]) -> "Figure | None":

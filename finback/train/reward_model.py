@@ -101,7 +101,7 @@ def train_reward_model(base: str | Path, config: RewardModelConfig, directory: s
     setting = RewardRun(config, model_config, run, device, total_steps, training, held_out)
     with cpu_threads(config.threads):
         longest = max(len(text) for one in rated for text in one.texts)
-        estimate = check_memory(config.as_pretraining(model_config, longest), device, available_memory(device))
+        estimate = check_memory(config.as_pretraining(model_config, longest), str(device), available_memory(device))
         run.mkdir(parents=True, exist_ok=True)
         with locked(run), deferred_interrupts() as interrupted:
             remove_leftovers(run)

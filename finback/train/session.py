@@ -24,7 +24,7 @@ from finback.data.tokenizer import Tokenizer, load_tokenizer
 from finback.ops.native.build import training_kernels
 from finback.train.config import PretrainConfig
 from finback.train.memory import MemoryEstimate
-from finback.train.throughput import measure_matmul_flops, training_flops_per_token
+from finback.train.throughput import matmul_flops, training_flops_per_token
 
 CONFIG_FILE = "config.json"
 _MACHINE = "machine"  # the key of config.json that is no field of PretrainConfig
@@ -94,7 +94,7 @@ def describe_machine(config: PretrainConfig, device: torch.device, estimate: Mem
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "kernels": kernels_name(device),
-        "matmul_flops_per_second": measure_matmul_flops(config.precision, device),
+        "matmul_flops_per_second": matmul_flops(config.precision, device),
         "training_flops_per_token": training_flops_per_token(config.model, config.sequence_length),
         "estimated_device_bytes": estimate.on_device,
         "estimated_host_bytes": estimate.moving_average,

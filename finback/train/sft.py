@@ -290,7 +290,7 @@ def _check_memory(run: SFTRun, samples: Sequence[Sample]) -> MemoryEstimate:
     available = available_memory(run.device)
     if available is not None and config.batching == "pack":
         available = max(0, available - _MASK_BYTES * config.micro_batch_size * width**2)
-    return check_memory(config.as_pretraining(run.model, width), run.device, available)
+    return check_memory(config.as_pretraining(run.model, width), str(run.device), available)
 
 
 def _introduction(run: SFTRun, samples: Sequence[Sample], machine: dict[str, Any]) -> Iterator[str]:

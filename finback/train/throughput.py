@@ -1,5 +1,6 @@
 """How fast training could be: FLOPs per token by formula, and what this machine's matrix product really reaches."""
 
+import functools
 import time
 
 import torch
@@ -42,8 +43,17 @@ def _attention_products(c: ModelConfig, sequence_length: int) -> float:
     return query + latent + expand + output + scores
 
 
-def measure_matmul_flops(precision: Precision, device: torch.device) -> float:
-    """FLOP per second of the best of a few large matrix products in the run's precision: the ceiling that `mfu` refers to."""
+def matmul_flops(precision: Precision, device: torch.device) -> float:
+    """FLOP per second of large matrix products in the run's precision: the ceiling that `mfu` refers to.
+
+    Measured once a process for each precision, device and number of threads: the stages of a recipe refer to one ceiling.
+    """
+    return _measure_matmul_flops(precision, device, torch.get_num_threads())
+
+
+@functools.cache
+def _measure_matmul_flops(precision: Precision, device: torch.device, threads: int) -> float:
+    """The best of a few products on that many threads, which are set."""
     rows, size = (8192, 8192) if device.type == "cuda" else (2048, 1024)
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     left = torch.randn(rows, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)

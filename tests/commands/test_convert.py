@@ -183,6 +183,7 @@ for name in ("small", "large"):  # first use of everything, then measured
     cli.main(["convert", f"{root}/{name}", f"{root}/{name}-fp8", "--fp8"])
     cli.main(["convert", f"{root}/{name}-fp8", f"{root}/{name}-float32", "--dtype", "float32"])
 print("peak", memory("VmHWM") - before, size)
+assert "torch._dynamo" not in sys.modules, "torch's compiler takes seconds to import, and nothing here compiles"
 """
 
 

@@ -1,6 +1,6 @@
 """Which products a model trained in FP8 makes in FP8, how near its gradients stay, and that it learns and resumes bit for bit."""
 
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,9 +59,8 @@ def test_a_run_in_fp8_learns_and_resumes_bit_for_bit(tmp_path: Path, micro_data:
     pretrain(config, tmp_path / "whole")
     rows = read_rows(tmp_path / "whole")
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
-    pretrain(replace(config), tmp_path / "cut")
-    for directory in ("step-12", "step-8"):
-        (tmp_path / "cut" / "checkpoints" / directory).rename(tmp_path / f"gone-{directory}")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-12")
     pretrain(config, tmp_path / "cut", resume=True)
     keys = [key for key in rows[0] if key not in TIMES]
     assert [[row.get(key) for key in keys] for row in read_rows(tmp_path / "cut")] == [

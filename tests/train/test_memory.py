@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from finback.config import InputError
 from finback.presets import tiny, tiny_dense, v3_671b
@@ -18,7 +17,7 @@ from finback.train.memory import MemoryEstimate, check_memory, estimate_memory
 from finback.train.pretrain import pretrain
 from tests.train.runs import ROOT, micro_config
 
-CPU = torch.device("cpu")
+CPU = "cpu"
 BASE = PretrainConfig(model=tiny().model, steps=10)
 FACTOR = 1.5  # what the module promises
 

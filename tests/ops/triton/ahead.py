@@ -1,10 +1,12 @@
-"""PTX of kernels for sm_90, from a process without the interpreter."""
+"""PTX of kernels for sm_90, from one process without the interpreter: importing torch and Triton takes longer than most kernels."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +38,31 @@ def request(
     }
 
 
-def compile_for_hopper(requests: list[dict[str, Any]], cache: Path) -> list[str]:
-    """The PTX of each."""
+@contextmanager
+def compiler(cache: Path) -> Iterator[Callable[[list[dict[str, Any]]], list[str]]]:
+    """A function that gives the PTX of each request; its process ends with the block."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_ahead.py"))],
-        input=json.dumps(requests),
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers: list[str] = json.loads(done.stdout)
-    return answers
+    environment |= {"TRITON_CACHE_DIR": str(cache / "kernels"), "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, str(Path(__file__).with_name("compile_ahead.py"))]
+    complaints = cache / "stderr"
+    with (
+        complaints.open("w") as stderr,
+        subprocess.Popen(
+            program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+        ) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def compile_for_hopper(requests: list[dict[str, Any]]) -> list[str]:
+            assert process.poll() is None, complaints.read_text()[-3000:]
+            print(json.dumps(requests), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+            assert line, complaints.read_text()[-3000:]
+            answers: list[str] = json.loads(line)
+            return answers
+
+        yield compile_for_hopper
 
 
 def has_wide_accesses(ptx: str) -> bool:

@@ -1,4 +1,5 @@
-"""Compile kernels for Hopper without a GPU and print their PTX: `python compile_ahead.py < requests.json > answers.json`.
+"""Compile kernels for Hopper without a GPU and print their PTX: a line of standard input is a JSON list of requests, and a line of
+standard output the list of answers, until the input ends.
 
 A request is {"module", "kernel", "types", "constants", "divisible", "warps", "stages"}: the types of the arguments by name as Triton
 writes them ("*bf16", "i32", "fp32"), the values of the constexpr ones, and the names of those that are known to be divisible by 16 at
@@ -26,4 +27,5 @@ def compile_one(request: dict) -> str:
 
 
 if __name__ == "__main__":
-    json.dump([compile_one(request) for request in json.load(sys.stdin)], sys.stdout)
+    for line in sys.stdin:
+        print(json.dumps([compile_one(request) for request in json.loads(line)]), flush=True)

@@ -9,8 +9,12 @@ import importlib
 import os
 import pkgutil
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+
+from tests.ops.triton.ahead import compiler
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'finback[gpu]'")
@@ -34,3 +38,10 @@ def _import_kernels() -> None:
 
 
 _import_kernels()
+
+
+@pytest.fixture(scope="session")
+def compile_for_hopper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[dict[str, Any]]], list[str]]]:
+    """From requests (`ahead.request`) to their PTX."""
+    with compiler(tmp_path_factory.mktemp("hopper")) as compile_them:
+        yield compile_them

@@ -1,7 +1,7 @@
 """MLA's decode and prefill kernels beside their references by the rule for low precision, and as code for Hopper."""
 
 import re
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from finback.ops.attention import attention_reference, latent_attention
 from finback.ops.fp8 import dequantize_1x128, quantize_1x128
 from finback.ops.triton import attention as kernels
-from tests.ops.triton.ahead import compile_for_hopper, has_wide_accesses, request
+from tests.ops.triton.ahead import has_wide_accesses, request
 
 
 def obeys(got: Tensor, plain: Tensor, exact: Tensor) -> bool:
@@ -90,7 +90,7 @@ def test_prefill_is_causal_attention_with_heads_of_unequal_size(heads: int, grou
     assert obeys(got, plain, attention_reference(query.double(), key.double(), value.double(), 0.3))
 
 
-def test_for_hopper_they_multiply_on_the_tensor_cores(tmp_path: Path) -> None:
+def test_for_hopper_they_multiply_on_the_tensor_cores(compile_for_hopper: Callable[..., list[str]]) -> None:
     types = {
         "query": "*bf16",
         "latents": "*bf16",
@@ -113,7 +113,7 @@ def test_for_hopper_they_multiply_on_the_tensor_cores(tmp_path: Path) -> None:
         request("attention", "prefill_kernel", prefill_types,
                 {"nope": 128, "rope": 64, "width": 128, "block_m": 64, "block_n": 64}, stages=2),
     ]  # fmt: skip
-    decode, compressed, join, prefill = compile_for_hopper(asked, tmp_path)
+    decode, compressed, join, prefill = compile_for_hopper(asked)
     for ptx in (decode, prefill):
         assert re.search(r"wgmma\.mma_async\S*bf16\.bf16", ptx)
     assert re.search(r"mma\S*\.f32\.bf16\.bf16\.f32", compressed), "16 heads are too few rows for wgmma"

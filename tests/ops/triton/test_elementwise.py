@@ -1,6 +1,6 @@
 """RMSNorm, rotation, SwiGLU and the head's softmax in Triton, beside their references by the rule for low precision."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from finback.ops.triton import cross_entropy as triton_cross_entropy
 from finback.ops.triton import norm as triton_norm
 from finback.ops.triton import rotary as triton_rotary
 from finback.ops.triton import swiglu as triton_swiglu
-from tests.ops.triton.ahead import compile_for_hopper, has_wide_accesses, request
+from tests.ops.triton.ahead import has_wide_accesses, request
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 5), (7, 48), (33, 200), (40, 1030)]
@@ -113,7 +113,7 @@ def test_softmax_and_its_gradient(vocab: int, dtype: torch.dtype, gradient: bool
         triton_cross_entropy.softmax_gradient(torch.randn(6, 4).T, targets[:4], -100, False)
 
 
-def test_they_compile_for_hopper_and_read_sixteen_bytes_at_once(tmp_path: Path) -> None:
+def test_they_compile_for_hopper_and_read_sixteen_bytes_at_once(compile_for_hopper: Callable[..., list[str]]) -> None:
     swiglu_types = dict.fromkeys(("gate", "up", "out", "grad", "grad_gate", "grad_up"), "*bf16")
     swiglu_types |= {"row_weight": "*fp32", "grad_weight": "*fp32", "width": "i32", "payload": "*fp8e4nv", "scale": "*fp32"}
     swiglu_types |= {"rows": "i32", "tiles": "i32", "smallest_amax": "fp32"}
@@ -137,5 +137,5 @@ def test_they_compile_for_hopper_and_read_sixteen_bytes_at_once(tmp_path: Path) 
                        {"ue8m0": False, "block_rows": 32, "tile": 128}),
         request("cross_entropy", "softmax_gradient_kernel", loss_types, {"gradient": True, "block": 4096}, warps=8),
     ]  # fmt: skip
-    for asked_for, ptx in zip(asked, compile_for_hopper(asked, tmp_path), strict=True):
+    for asked_for, ptx in zip(asked, compile_for_hopper(asked), strict=True):
         assert has_wide_accesses(ptx), asked_for["kernel"]

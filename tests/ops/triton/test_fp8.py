@@ -1,13 +1,13 @@
 """The FP8 casts in Triton, bit for bit beside the reference, and as code for Hopper."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from finback.ops import fp8 as reference
 from finback.ops.triton import fp8 as kernels
-from tests.ops.triton.ahead import compile_for_hopper, has_wide_accesses, request
+from tests.ops.triton.ahead import has_wide_accesses, request
 
 SHAPES = [(1, 128), (37, 300), (130, 129), (64, 256), (3, 1)]
 
@@ -62,7 +62,7 @@ def test_every_code_and_every_border_between_codes_rounds_alike() -> None:
     same(kernels.quantize_1x128(x), reference.quantize_1x128(x))
 
 
-def test_they_compile_for_hopper_and_read_sixteen_bytes_at_once(tmp_path: Path) -> None:
+def test_they_compile_for_hopper_and_read_sixteen_bytes_at_once(compile_for_hopper: Callable[..., list[str]]) -> None:
     types = {"x": "*bf16", "payload": "*fp8e4nv", "scale": "*fp32", "rows": "i32", "columns": "i32", "tiles": "i32"}
     rows = types | {"smallest_amax": "fp32"}
     asked = [
@@ -70,7 +70,7 @@ def test_they_compile_for_hopper_and_read_sixteen_bytes_at_once(tmp_path: Path) 
         request("fp8", "quantize_over_rows_kernel", rows, {"ue8m0": True, "block_columns": 64, "tile": 128}),
         request("fp8", "quantize_blocks_kernel", types, {"ue8m0": False, "tile": 128}),
     ]
-    for asked_for, ptx in zip(asked, compile_for_hopper(asked, tmp_path), strict=True):
+    for asked_for, ptx in zip(asked, compile_for_hopper(asked), strict=True):
         assert ".target sm_90" in ptx
         assert has_wide_accesses(ptx), asked_for["kernel"]
         assert "div.rn.f32" in ptx

@@ -1,7 +1,7 @@
 """The FP8 products in Triton beside the reference, and as code for Hopper's tensor cores."""
 
 import re
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import torch
 from finback.ops.fp8 import quantize_1x128, quantize_128x128
 from finback.ops.fp8_product import fp8_gemm as reference
 from finback.ops.triton.fp8_product import fp8_gemm, grouped_fp8_gemm, masked_fp8_gemm
-from tests.ops.triton.ahead import compile_for_hopper, request
+from tests.ops.triton.ahead import request
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -69,7 +69,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         fp8_gemm(a, a_scale, b[0], b_scale[0, :1])
 
 
-def test_for_hopper_they_multiply_e4m3_on_the_tensor_cores_and_promote(tmp_path: Path) -> None:
+def test_for_hopper_they_multiply_e4m3_on_the_tensor_cores_and_promote(compile_for_hopper: Callable[..., list[str]]) -> None:
     pointers = {"a": "*fp8e4nv", "a_scale": "*fp32", "b": "*fp8e4nv", "b_scale": "*fp32", "out": "*bf16"}
     sizes = {"columns": "i32", "depth": "i32", "tiles_k": "i32"}
     blocks = {"block_m": 128, "block_n": 128, "tile": 128}
@@ -79,7 +79,7 @@ def test_for_hopper_they_multiply_e4m3_on_the_tensor_cores_and_promote(tmp_path:
                 {**blocks, "group_m": 8, "b_by_rows": by_rows}, warps=8)
         for by_rows in (False, True)
     ] + [request("fp8_product", "grouped_fp8_gemm_kernel", {**pointers, **sizes, **groups}, blocks, warps=8)]  # fmt: skip
-    for ptx in compile_for_hopper(asked, tmp_path):
+    for ptx in compile_for_hopper(asked):
         products = re.findall(r"wgmma\.mma_async\S*e4m3\.e4m3", ptx)
         assert len(products) >= 4, "four instructions of depth 32 to a tile of 128"
         assert re.search(r"cp\.async\S* \[[^\]]*\], \[[^\]]*\], (0x10|16)", ptx), "operands are copied 16 bytes at a time"

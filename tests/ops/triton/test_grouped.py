@@ -1,13 +1,13 @@
 """Dispatch order, permutation and its inverse in Triton beside the reference."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from finback.ops import grouped as reference
 from finback.ops.triton import grouped as kernels
-from tests.ops.triton.ahead import compile_for_hopper, has_wide_accesses, request
+from tests.ops.triton.ahead import has_wide_accesses, request
 
 
 @pytest.mark.parametrize(("tokens", "choices", "experts"), [(1, 1, 1), (150, 2, 5), (33, 8, 256), (300, 1, 3), (0, 2, 4)])
@@ -48,7 +48,7 @@ def test_sums_are_within_the_rule_for_low_precision(dtype: torch.dtype) -> None:
     assert float((got - exact).norm()) <= 2 * float((plain - exact).norm()) + 1e-9
 
 
-def test_they_compile_for_hopper_past_the_first_cache(tmp_path: Path) -> None:
+def test_they_compile_for_hopper_past_the_first_cache(compile_for_hopper: Callable[..., list[str]]) -> None:
     asked = [
         request("grouped", "copy_rows_kernel", {"source": "*i32", "index": "*i64", "target": "*i32", "words": "i32"}, {"block": 512}),
         request("grouped", "sum_rows_kernel", {"rows": "*bf16", "inverse": "*i64", "out": "*bf16", "size": "i32"},
@@ -58,7 +58,7 @@ def test_they_compile_for_hopper_past_the_first_cache(tmp_path: Path) -> None:
         request("grouped", "place_kernel", {"experts": "*i64", "starts": "*i32", "order": "*i64", "inverse": "*i64", "pairs": "i32",
                                             "n_experts": "i32"}, {"block": 128}),
     ]  # fmt: skip
-    copies, sums, *_ = compile_for_hopper(asked, tmp_path)
+    copies, sums, *_ = compile_for_hopper(asked)
     assert "ld.global.nc.L1::no_allocate.L2::128B.v4.b32" in copies
     assert "st.global.L1::no_allocate.v4.b32" in copies
     assert has_wide_accesses(sums)

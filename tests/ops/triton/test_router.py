@@ -1,13 +1,13 @@
 """The gate in Triton beside the reference."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from finback.ops import router as reference
 from finback.ops.triton import router as kernels
-from tests.ops.triton.ahead import compile_for_hopper, has_wide_accesses, request
+from tests.ops.triton.ahead import has_wide_accesses, request
 
 CASES = [
     (256, 8, 8, 4, "noaux_tc", "sigmoid"),
@@ -48,7 +48,7 @@ def test_sizes_that_are_no_powers_of_two_are_refused_where_groups_matter() -> No
         kernels.route(torch.randn(2, 24), None, 2, 3, 1)
 
 
-def test_it_compiles_for_hopper(tmp_path: Path) -> None:
+def test_it_compiles_for_hopper(compile_for_hopper: Callable[..., list[str]]) -> None:
     types = {"logits": "*fp32", "bias": "*fp32", "values_out": "*fp32", "indices_out": "*i64", "tokens": "i32", "scaling": "fp32"}
     constants = {
         "experts": 256,
@@ -63,6 +63,6 @@ def test_it_compiles_for_hopper(tmp_path: Path) -> None:
         "normalise": True,
         "block": 8,
     }
-    (ptx,) = compile_for_hopper([request("router", "route_kernel", types, constants)], tmp_path)
+    (ptx,) = compile_for_hopper([request("router", "route_kernel", types, constants)])
     assert has_wide_accesses(ptx)
     assert "st.local" not in ptx
