@@ -122,7 +122,7 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
         if body.stream:
             events = anthropic.events(service, job)
             return await stream(request, events, service.endings, seconds, error_event, keep_alive=anthropic.PING)
-        return await whole(request, anthropic.answer(service, job), service.endings, seconds)
+        return await whole(request, anthropic.answer(service, job), service.endings, seconds, anthropic.error_body)
 
     @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, dependencies=_known(service))
     async def count_tokens(request: Request, body: anthropic.CountRequest) -> dict[str, int]:
@@ -134,10 +134,10 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 
     async def answered(request: Request, job: openai.Job | openai.CompletionJob, streams: bool, chat: bool) -> Response:
         if not streams:
-            return await whole(request, ollama.answer(service, job, chat), service.endings, seconds)
+            return await whole(request, ollama.answer(service, job, chat), service.endings, seconds, ollama.error_body)
         lines = ollama.lines(service, job, chat)
         return await stream(
-            request, lines, service.endings, seconds, lambda error: orjson.dumps({"error": error.message}) + b"\n",
+            request, lines, service.endings, seconds, lambda error: orjson.dumps(ollama.error_body(error)) + b"\n",
             media_type="application/x-ndjson", keep_alive=b"\n",
         )  # fmt: skip
 
@@ -278,7 +278,7 @@ def _error_response(path: str, error: APIError) -> Response:
     status, body = error.status, error.body()
     if path.startswith(("/v1/messages", "/api/")):
         status = 404 if error.code == "model_not_found" else status
-        body = {"error": error.message} if path.startswith("/api/") else anthropic.error_body(error)
+        body = (ollama if path.startswith("/api/") else anthropic).error_body(error)
     return JSONResponse(body, status, headers=error.headers)
 
 

@@ -3,23 +3,24 @@
 import hashlib
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from typing import Any, Literal
 
 import orjson
 from pydantic import BaseModel, JsonValue, StrictBool, StrictStr
 
+from finback.server.errors import APIError
 from finback.server.keys import Key
 from finback.server.openai import (
     Calls,
     CompletionJob,
     Job,
-    add,
     chat_job,
     completion_job,
+    gathered,
     parsed_arguments,
+    written,
 )
 from finback.server.schemas import ChatRequest, CompletionRequest, chat_request
 from finback.server.service import Service
@@ -79,6 +80,11 @@ class ErrorBody(BaseModel):
     error: str
 
 
+def error_body(error: APIError) -> dict[str, Any]:
+    """Ollama's shape."""
+    return {"error": error.message}
+
+
 def _common(body: Asking) -> dict[str, Any]:
     """Model, options, format and thinking in OpenAI's words."""
     options = body.options or {}
@@ -136,36 +142,30 @@ def generate_of(service: Service, body: GenerateRequest, key: Key | None) -> Job
     return chat_job(service, chat_request(ChatRequest, fields), key)
 
 
-async def lines(service: Service, job: Job | CompletionJob, chat: bool) -> AsyncIterator[bytes]:
+def lines(service: Service, job: Job | CompletionJob, chat: bool) -> AsyncGenerator[bytes, None]:
     """The answer as lines of JSON; calls of tools come whole, as Ollama sends them."""
-    start, first = time.perf_counter_ns(), None
-    calls, reason = Calls(), None
-    async with aclosing(job.deltas(service)) as deltas:
-        async for _, part in deltas:
-            first = first or time.perf_counter_ns()
-            for call in part.tool_calls:
-                calls.delta(call)
-            reason = part.finish_reason or reason
-            if part.content or part.reasoning:
-                yield _line(_head(job.model) | _said(chat, part, Calls()) | {"done": False})
-    end = time.perf_counter_ns()
-    if calls.calls:
-        yield _line(_head(job.model) | _said(chat, Delta(), calls) | {"done": False})
-    yield _line(_head(job.model) | _said(chat, Delta(), Calls()) | _end(job, reason, start, first or end, end))
+    start, calls, reason = time.perf_counter_ns(), Calls(), None
+
+    def step(_: int, part: Delta) -> bytes:
+        nonlocal reason
+        for call in part.tool_calls:
+            calls.delta(call)
+        reason = part.finish_reason
+        said = part.content or part.reasoning
+        return _line(_head(job.model) | _said(chat, part, Calls()) | {"done": False}) if said else b""
+
+    def end() -> bytes:
+        called = _line(_head(job.model) | _said(chat, Delta(), calls) | {"done": False}) if calls.calls else b""
+        return called + _line(_head(job.model) | _said(chat, Delta(), Calls()) | _end(job, reason, start))
+
+    return written(job.deltas(service), 1, step, end)
 
 
 async def answer(service: Service, job: Job | CompletionJob, chat: bool) -> dict[str, Any]:
     """The answer in one piece."""
-    start, first = time.perf_counter_ns(), None
-    whole, calls = Delta(), Calls()
-    async with aclosing(job.deltas(service)) as deltas:
-        async for _, part in deltas:
-            first = first or time.perf_counter_ns()
-            add(whole, part)
-            for call in part.tool_calls:
-                calls.delta(call)
-    end = time.perf_counter_ns()
-    return _head(job.model) | _said(chat, whole, calls) | _end(job, whole.finish_reason, start, first or end, end)
+    start = time.perf_counter_ns()
+    (whole,) = await gathered(job.deltas(service), 1)
+    return _head(job.model) | _said(chat, whole, Calls.of(whole)) | _end(job, whole.finish_reason, start)
 
 
 def loaded(model: str, chat: bool) -> dict[str, Any]:
@@ -233,16 +233,18 @@ def _said(chat: bool, part: Delta, calls: Calls) -> dict[str, Any]:
     return {"message": message}
 
 
-def _end(job: Job | CompletionJob, reason: str | None, start: int, first: int, end: int) -> dict[str, Any]:
+def _end(job: Job | CompletionJob, reason: str | None, start: int) -> dict[str, Any]:
+    total = time.perf_counter_ns() - start
+    first = min(total, int((job.usage.seconds_to_first or 0) * 1e9))
     return {
         "done": True,
         "done_reason": "length" if reason == "length" else "stop",
-        "total_duration": end - start,
+        "total_duration": total,
         "load_duration": 0,
         "prompt_eval_count": job.usage.prompt_tokens,
-        "prompt_eval_duration": first - start,
+        "prompt_eval_duration": first,
         "eval_count": job.usage.completion_tokens,
-        "eval_duration": end - first,
+        "eval_duration": total - first,
     }
 
 

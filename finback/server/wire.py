@@ -2,8 +2,9 @@
 gone ends its request."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from fastapi import Request
@@ -11,7 +12,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from finback.server.errors import APIError
 
-Value = TypeVar("Value")
+logger = logging.getLogger("finback.server")
+
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -84,7 +86,13 @@ async def stream(
     return StreamingResponse(body(), media_type=media_type, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
 
-async def whole(request: Request, answer: Awaitable[dict[str, Any]], endings: Endings, seconds: float) -> Response:
+async def whole(
+    request: Request,
+    answer: Awaitable[dict[str, Any]],
+    endings: Endings,
+    seconds: float,
+    error_body: Callable[[APIError], dict[str, Any]] = APIError.body,
+) -> Response:
     """One JSON body. Where it takes longer than `seconds`, empty lines keep the connection open until it is there."""
     pending = asyncio.ensure_future(answer)
     try:
@@ -102,7 +110,7 @@ async def whole(request: Request, answer: Awaitable[dict[str, Any]], endings: En
             try:
                 yield orjson.dumps(pending.result())
             except APIError as error:
-                yield orjson.dumps(error.body())
+                yield orjson.dumps(error_body(error))
         finally:
             endings.end(pending)
 
@@ -133,6 +141,8 @@ async def _gone(request: Request) -> None:
 async def _end(pending: "asyncio.Future[Any]", events: AsyncIterator[bytes] | None) -> None:
     if not pending.done():
         pending.cancel()
-    await asyncio.gather(pending, return_exceptions=True)
+    result: Any = (await asyncio.gather(pending, return_exceptions=True))[0]
+    if isinstance(result, Exception) and not isinstance(result, APIError):  # which nobody is left to hear
+        logger.error("a request failed after its client had gone", exc_info=result)
     if events is not None:
         await events.aclose()  # type: ignore[attr-defined]

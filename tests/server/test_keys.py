@@ -201,7 +201,7 @@ def test_a_killed_server_loses_no_balance(tmp_path: Path, keys: Path, secrets: d
         assert url is not None
         headers = {"authorization": f"Bearer {secrets['ann']}"}
         body = QUESTION | {"model": "model"}
-        endless = body | {"stream": True, "max_tokens": 900, "ignore_eos": True}
+        endless = body | {"stream": True, "max_tokens": 900, "ignore_eos": True, "n": 16}
         httpx.post(f"{url[0]}/v1/chat/completions", json=body, headers=headers, timeout=60).raise_for_status()
         with httpx.stream("POST", f"{url[0]}/v1/chat/completions", json=endless, headers=headers) as answer:
             next(answer.iter_lines())
