@@ -45,7 +45,7 @@ def create_app(service: Service) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
         yield
-        await service.endings.finish()
+        await service.finish()
         service.worker.stop()
         if service.config.cache_dir is not None:
             keep_prefixes(service.worker.llm, service.config.cache_dir)

@@ -23,6 +23,7 @@ from finback.server.worker import EngineFailure, EngineWorker
 
 logger = logging.getLogger("finback.server")
 
+FINISH_SECONDS = 5.0
 CHAT_MODEL, REASONER_MODEL = "deepseek-chat", "deepseek-reasoner"
 
 
@@ -40,8 +41,7 @@ class Service:
     version: str
     endings: Endings = field(default_factory=Endings)
     created: int = field(default_factory=lambda: int(time.time()))
-    answering: int = 0
-    """Requests that are being answered and are not charged yet."""
+    _answering: set["asyncio.Queue[Any]"] = field(default_factory=set)  # of the requests that are not charged yet
     _recent: dict[int, deque[float]] = field(default_factory=dict)  # key id -> when its last requests came
 
     @property
@@ -121,6 +121,22 @@ class Service:
             )
         return min(DEFAULT_MAX_TOKENS if asked is None else asked, room)
 
+    def end_answers_in(self, seconds: float) -> None:
+        """The server stops: what is not answered by then is cut off, told so, and charged for what was written."""
+
+        def end() -> None:
+            for queue in self._answering:
+                queue.put_nowait((0, APIError(503, "the server is stopping; ask again later", code="overloaded")))
+
+        asyncio.get_running_loop().call_later(seconds, end)
+
+    async def finish(self) -> None:
+        """Wait until nothing is left to be freed or charged."""
+        deadline = time.monotonic() + FINISH_SECONDS
+        while self._answering and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        await self.endings.finish()
+
     def params(self, **fields: Any) -> SamplingParams:
         """SamplingParams, None meaning the default; 422 for what cannot be meant."""
         try:
@@ -163,7 +179,7 @@ class Service:
             finally:
                 await deltas.aclose()  # type: ignore[attr-defined]
 
-        self.answering += 1
+        self._answering.add(queue)
         tasks = [asyncio.create_task(read(index)) for index in range(len(params))]
         left, error = len(tasks), None
         try:
@@ -202,7 +218,7 @@ class Service:
                     if not refused and not isinstance(error, EngineFailure):
                         self._charge(request_id, model, key, usage)
                 finally:
-                    self.answering -= 1
+                    self._answering.discard(queue)
 
     def _charge(self, request_id: str, model: str, key: Key | None, usage: Usage) -> None:
         if self.store is None or key is None or self.prices is None or not usage.prompt_tokens:
