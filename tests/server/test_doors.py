@@ -117,6 +117,26 @@ def test_messages_may_end_with_a_prefix_and_begin_with_a_system_text(served: Ser
     assert message.content[0].text == expected["message"]["content"]  # type: ignore[union-attr]
 
 
+def test_a_stop_sequence_is_named(served: Served, claude: anthropic.Anthropic) -> None:
+    asked: dict[str, Any] = {"model": "deepseek-chat", "messages": QUESTION, "max_tokens": 30, "extra_body": GREEDY}
+    plain = claude.messages.create(**asked)
+    assert (plain.stop_reason, plain.stop_sequence) == ("max_tokens", None)
+    text = plain.content[0].text  # type: ignore[union-attr]
+    stop = text[4:7]
+    stops = ["never written", stop]
+    whole = claude.messages.create(**asked, stop_sequences=stops)
+    assert (whole.stop_reason, whole.stop_sequence) == ("stop_sequence", stop)
+    assert whole.content[0].text == text[: text.index(stop)]  # type: ignore[union-attr]
+    with claude.messages.stream(**asked, stop_sequences=stops) as stream:
+        final = stream.get_final_message()
+    assert (final.stop_reason, final.stop_sequence) == ("stop_sequence", stop)
+    assert final.content[0].text == whole.content[0].text  # type: ignore[union-attr]
+    in_thought = claude.messages.create(**asked | {"model": "deepseek-reasoner"})
+    thought = in_thought.content[0].thinking  # type: ignore[union-attr]
+    cut = claude.messages.create(**asked | {"model": "deepseek-reasoner"}, stop_sequences=[thought[2:5]])
+    assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", thought[2:5])
+
+
 def test_errors_of_the_messages_are_in_their_shape(served: Served, claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="there is no model 'claude'"):
         claude.messages.create(model="claude", messages=QUESTION, max_tokens=1)

@@ -151,6 +151,41 @@ def test_keys_are_asked_for_charged_and_refused(served: Served, keys: Path, secr
     assert httpx.get(f"{served.url}/finback/info").json()["prices"] == {"hit": 1.0, "miss": 4.0, "output": 16.0}
 
 
+def test_the_hours_of_a_request_decide_its_price(keys: Path, secrets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same question at three times of day, asked of a server with cheap hours: what the balance has lost, and the table says."""
+    costs = []
+    with serving(keys, off_peak="16:30-00:30", off_peak_discount="0.75", llm={"enable_prefix_caching": False}) as served:
+        store = KeyStore(keys)
+        for hour, minute in ((16, 29), (16, 30), (0, 29), (0, 30)):
+            monkeypatch.setattr("finback.server.service.now", lambda h=hour, m=minute: datetime(2025, 3, 1, h, m, tzinfo=UTC))
+            before = store.named("ann").balance
+            usage = ask(served, secrets["ann"]).raise_for_status().json()["usage"]
+            costs.append(before - store.named("ann").balance)
+            full = usage["prompt_tokens"] * 4000 + usage["completion_tokens"] * 16000
+            assert costs[-1] == (full // 4 if (hour, minute) in ((16, 30), (0, 29)) else full)
+        assert store.usage(store.named("ann").id)[2] == sum(costs)
+    assert served.is_idle()
+
+
+def test_what_the_engine_refuses_or_fails_at_costs_nothing(served: Served, keys: Path, secrets: dict[str, str]) -> None:
+    store = KeyStore(keys)
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "impossible"}}}
+    for change in ({"logit_bias": {"99999": 1}}, {"response_format": schema}):
+        assert ask(served, secrets["ann"], **change).status_code == 400
+    step = served.llm.step
+
+    def fails() -> Any:
+        raise RuntimeError("out of memory")
+
+    served.llm.step = fails  # type: ignore[method-assign]
+    assert ask(served, secrets["ann"]).status_code == 500
+    served.llm.step = step  # type: ignore[method-assign]
+    assert store.named("ann").balance == NANO
+    assert store.usage(store.named("ann").id) == (0, 0, 0)
+    ask(served, secrets["ann"]).raise_for_status()
+    assert store.usage(store.named("ann").id)[0] == 1
+
+
 def test_a_client_that_leaves_pays_for_what_was_written(served: Served, keys: Path, secrets: dict[str, str]) -> None:
     store = KeyStore(keys)
     headers = {"authorization": f"Bearer {secrets['ann']}"}

@@ -58,6 +58,7 @@ def test_finback_serve_shows_a_page_that_answers(browser: Any, tmp_path: Path) -
             page.context.close()
         finally:
             process.terminate()
+    assert process.returncode == 0
 
 
 @needs_browser

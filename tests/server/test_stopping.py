@@ -15,7 +15,7 @@ from tests.server.serving import write_model
 QUESTION = {"model": "model", "messages": [{"role": "user", "content": "Where does the whale swim?"}]}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_server_says_so_and_charges_what_it_cut_off(tmp_path: Path, number: signal.Signals) -> None:
     keys = tmp_path / "keys.sqlite"
     store = KeyStore(keys, create=True)
