@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, JsonValue, StrictBool, StrictInt, StrictS
 from finback.server.errors import APIError
 from finback.server.keys import Key
 from finback.server.openai import Calls, Job, chat_job, gathered, parsed_arguments, written
-from finback.server.schemas import ChatRequest, Stop, Temperature, chat_request
+from finback.server.schemas import Body, ChatRequest, Stop, Temperature, chat_request
 from finback.server.service import Service
 from finback.server.turn import Delta, Usage
 from finback.server.wire import event
@@ -55,7 +55,7 @@ class ToolChoice(BaseModel):
     disable_parallel_tool_use: StrictBool = False
 
 
-class CountRequest(BaseModel):
+class CountRequest(Body):
     """What decides the length of the prompt."""
 
     model: StrictStr

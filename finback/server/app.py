@@ -26,6 +26,7 @@ from finback.server.wire import ClientGone, event, stream, whole
 logger = logging.getLogger("finback.server")
 
 STATIC = Path(__file__).parent / "static"
+FILES = {file.relative_to(STATIC).as_posix(): file for file in STATIC.rglob("*") if file.is_file()}
 STATUSES = (400, 401, 402, 403, 404, 413, 422, 429, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in STATUSES}
 ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": anthropic.ErrorBody} for status in STATUSES}
@@ -175,12 +176,19 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 def _add_facts(app: FastAPI, service: Service) -> None:
     known = _known(service)
 
+    def entry(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": service.created, "owned_by": "finback"}
+
     async def models() -> dict[str, Any]:
-        entries = [{"id": name, "object": "model", "created": service.created, "owned_by": "finback"} for name in service.models]
-        return {"object": "list", "data": entries}
+        return {"object": "list", "data": [entry(name) for name in service.models]}
+
+    async def one_model(model: str) -> dict[str, Any]:
+        service.thinking_of(model)
+        return entry(model)
 
     for prefix in ("", "/v1"):
         app.get(f"{prefix}/models", responses=ERRORS, include_in_schema=bool(prefix), dependencies=known)(models)
+        app.get(f"{prefix}/models/{{model}}", responses=ERRORS, include_in_schema=bool(prefix), dependencies=known)(one_model)
 
     @app.get("/user/balance", responses=ERRORS, dependencies=known)
     async def balance(request: Request) -> dict[str, Any]:
@@ -219,7 +227,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
 
 def _add_page(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
         return _file("index.html")
 
@@ -229,9 +237,9 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _file(path: str) -> Response:
-    file = (STATIC / path).resolve()
-    if not file.is_relative_to(STATIC.resolve()) or not file.is_file():
-        raise APIError(404, f"there is no file {path}")
+    file = FILES.get(path)  # what is asked for is compared, and never a path to be followed
+    if file is None:
+        raise APIError(404, f"there is no file {path[:100]}")
     headers = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
     headers["Content-Security-Policy"] = "frame-ancestors 'none'"  # what the page's own policy cannot say
     return FileResponse(file, headers=headers)
@@ -334,7 +342,8 @@ def _too_large(limit: int) -> APIError:
 
 
 def _host_name(host: str) -> str:
-    """Without the port: [::1]:8000 -> ::1."""
+    """Without the port, in small letters: [::1]:8000 -> ::1."""
+    host = host.lower()
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0]

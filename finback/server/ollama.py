@@ -5,10 +5,10 @@ import json
 import time
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, JsonValue, StrictBool, StrictStr
+from pydantic import BaseModel, Field, JsonValue, StrictBool, StrictStr
 
 from finback.server.errors import APIError
 from finback.server.keys import Key
@@ -22,7 +22,7 @@ from finback.server.openai import (
     parsed_arguments,
     written,
 )
-from finback.server.schemas import ChatRequest, CompletionRequest, chat_request
+from finback.server.schemas import Body, ChatRequest, CompletionRequest, chat_request
 from finback.server.service import Service
 from finback.server.turn import Delta
 
@@ -42,12 +42,13 @@ class OllamaCall(BaseModel):
 class OllamaMessage(BaseModel):
     role: Literal["system", "user", "assistant", "tool"]
     content: StrictStr | None = None
-    thinking: JsonValue = None
+    thinking: Any = None
+    images: Any = None
     tool_calls: list[OllamaCall] | None = None
     tool_name: StrictStr | None = None
 
 
-class Asking(BaseModel):
+class Asking(Body):
     """What chat and generate share. `options` that change nothing here are ignored."""
 
     model: StrictStr
@@ -58,7 +59,7 @@ class Asking(BaseModel):
 
 
 class OllamaChatRequest(Asking):
-    messages: list[OllamaMessage] = []
+    messages: Annotated[list[OllamaMessage], Field(default_factory=list)]
     tools: list[JsonValue] | None = None
 
 
@@ -66,10 +67,11 @@ class GenerateRequest(Asking):
     prompt: StrictStr = ""
     suffix: StrictStr | None = None
     system: StrictStr | None = None
+    images: Any = None
     raw: StrictBool | None = None
 
 
-class ShowRequest(BaseModel):
+class ShowRequest(Body):
     model: StrictStr | None = None
     name: StrictStr | None = None
 
@@ -110,6 +112,11 @@ def _chat_fields(body: Asking) -> dict[str, Any]:
     return fields
 
 
+def _no_images(images: Any) -> None:
+    if images:
+        raise APIError(422, "field images: this model reads text only", param="images")
+
+
 def own_name(model: str) -> str:
     """Ollama's names may end with a tag."""
     return model.removesuffix(":latest")
@@ -119,6 +126,7 @@ def chat_of(service: Service, body: OllamaChatRequest, key: Key | None) -> Job:
     """Raises APIError for what cannot be answered."""
     messages = []
     for message in body.messages:
+        _no_images(message.images)
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.tool_calls:
             turn["tool_calls"] = [
@@ -134,6 +142,7 @@ def chat_of(service: Service, body: OllamaChatRequest, key: Key | None) -> Job:
 
 def generate_of(service: Service, body: GenerateRequest, key: Key | None) -> Job | CompletionJob:
     """A chat of one question; with `raw` or a suffix, the text as it stands."""
+    _no_images(body.images)
     if body.raw or body.suffix is not None:
         fields = {**_common(body), "prompt": body.prompt, "suffix": body.suffix}
         return completion_job(service, chat_request(CompletionRequest, fields), key)

@@ -206,5 +206,7 @@ def test_ollama_lists_shows_and_refuses(served: Served, llama: ollama.Client) ->
     with pytest.raises(ollama.ResponseError, match="there is no model 'llama3'") as told:
         llama.chat(model="llama3", messages=QUESTION)
     assert told.value.status_code == 404
+    with pytest.raises(ollama.ResponseError, match="reads text only"):
+        llama.generate(model="tiny", prompt="What is it?", images=[b"a picture"])
     with pytest.raises(ollama.ResponseError, match="temperature"):
         llama.chat(model="tiny", messages=QUESTION, options={"temperature": 9})
