@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import sys
 
 import finback
 from finback.commands.parse import parse_arguments
@@ -97,5 +98,6 @@ def _serve(config: ServeConfig, model: ModelConfig, listening: socket.socket) ->
     with stopped_by_signals(server):
         print(f"{name} is served at {address} (API: {address}/v1, chat page: {address}/, Ctrl-C stops it)", flush=True)
         server.run(sockets=[listening])
-    print(f"{name} is served no more", flush=True)
+    behind = "\n" if sys.stderr.isatty() else ""  # the terminal's ^C
+    print(f"{behind}{name} is served no more", file=sys.stderr)  # whoever read the address may have closed stdout since
     return 0

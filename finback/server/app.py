@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from finback.server import anthropic, ollama, openai
 from finback.server.config import is_loopback
 from finback.server.errors import TYPES, APIError
-from finback.server.keys import Key, per_token, yuan
+from finback.server.keys import Key, Prices, per_token, yuan
 from finback.server.prefixes import keep_prefixes
 from finback.server.schemas import ChatRequest, CompletionRequest, ErrorBody, told
 from finback.server.service import Service
@@ -214,6 +214,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             "prices": None
             if prices is None
             else {name: float(getattr(prices, name) / per_token(Decimal(1))) for name in ("hit", "miss", "output")},
+            "off_peak": _off_peak(prices),
             "version": service.version,
         }
 
@@ -224,6 +225,14 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _off_peak(prices: Prices | None) -> dict[str, Any] | None:
+    """When the prices are lower: from a minute of the day in UTC up to another, by a share."""
+    if prices is None or prices.off_peak_minutes is None:
+        return None
+    start, end = prices.off_peak_minutes
+    return {"start": start, "end": end, "discount": float(prices.off_peak_discount)}
 
 
 def _add_page(app: FastAPI) -> None:

@@ -161,6 +161,8 @@ def test_the_hours_of_a_request_decide_its_price(keys: Path, secrets: dict[str, 
             before = store.named("ann").balance
             usage = ask(served, secrets["ann"]).raise_for_status().json()["usage"]
             costs.append(before - store.named("ann").balance)
+            info = httpx.get(f"{served.url}/finback/info").json()
+            assert info["off_peak"] == {"start": 16 * 60 + 30, "end": 30, "discount": 0.75}
             full = usage["prompt_tokens"] * 4000 + usage["completion_tokens"] * 16000
             assert costs[-1] == (full // 4 if (hour, minute) in ((16, 30), (0, 29)) else full)
         assert store.usage(store.named("ann").id)[2] == sum(costs)

@@ -121,7 +121,7 @@ async function stream(run, request) {
     if (first) message.elapsed = (now - first) / 1000;
     if (value.usage) {
       message.usage = readUsage(value.usage);
-      message.price = priceOf(message.usage, info?.prices);
+      message.price = priceOf(message.usage, info);
     }
     run.view?.update(run.thinkingSince);
     if (now - saved > SAVE_EVERY_MS) {
@@ -399,6 +399,9 @@ function wire() {
   $("messages").addEventListener("click", (event) => {
     const button = event.target.closest(".copy-code");
     if (button) copy(button.closest(".code").querySelector("code").textContent, button);
+    // Who opens a thought reads it from its beginning: the view does not run to the end of the text then.
+    const thought = event.target.closest(".thought summary")?.parentElement;
+    if (thought && !thought.open) follow = false;
   });
   window.addEventListener("storage", (event) => takeFromOtherTab(store.conversationOf(event.key)));
   window.addEventListener("pagehide", () => running && save(running.conversation));
