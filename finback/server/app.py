@@ -51,7 +51,7 @@ def create_app(service: Service) -> FastAPI:
         if service.config.cache_dir is not None:
             keep_prefixes(service.worker.llm, service.config.cache_dir)
 
-    app = FastAPI(title="finback", version=service.version, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="finback", version=service.version, lifespan=lifespan, docs_url=None, redoc_url=None)
     _add_chat(app, service)
     _add_anthropic(app, service)
     _add_ollama(app, service)
@@ -80,6 +80,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
     known = _known(service)
 
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        """Answer a conversation; with stream as events. At /beta the same."""
         key = request.state.key
         service.allow(key)
         job = openai.chat_job(service, body, key)
@@ -88,6 +89,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         return await whole(request, openai.chat_answer(service, body, job), service.endings, seconds)
 
     async def completions(request: Request, body: CompletionRequest) -> Response:
+        """Continue a text, or with suffix fill in its middle."""
         key = request.state.key
         service.allow(key)
         job = openai.completion_job(service, body, key)
@@ -117,6 +119,7 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/messages", responses=ANSWER | ANTHROPIC_ERRORS, response_model=None, dependencies=_known(service))
     async def messages(request: Request, body: anthropic.MessagesRequest) -> Response:
+        """Answer a conversation in Anthropic's words."""
         key = request.state.key
         service.allow(key)
         job = anthropic.job_of(service, body, key)
@@ -127,6 +130,7 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, dependencies=_known(service))
     async def count_tokens(request: Request, body: anthropic.CountRequest) -> dict[str, int]:
+        """How many tokens a conversation has."""
         return {"input_tokens": len(anthropic.job_of(service, body, request.state.key).prompt.token_ids)}
 
 
@@ -144,6 +148,7 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/chat", responses=LINES | OLLAMA_ERRORS, response_model=None, dependencies=known)
     async def chat(request: Request, body: ollama.OllamaChatRequest) -> Response:
+        """Answer a conversation in Ollama's words."""
         key = request.state.key
         service.allow(key)
         if not body.messages:
@@ -153,6 +158,7 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/generate", responses=LINES | OLLAMA_ERRORS, response_model=None, dependencies=known)
     async def generate(request: Request, body: ollama.GenerateRequest) -> Response:
+        """Answer a question, or with raw continue a text, in Ollama's words."""
         key = request.state.key
         service.allow(key)
         if not body.prompt:
@@ -162,14 +168,17 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 
     @app.get("/api/tags", responses=OLLAMA_ERRORS, dependencies=known)
     async def tags() -> dict[str, Any]:
+        """The models, for Ollama's clients."""
         return ollama.tags(service)
 
     @app.post("/api/show", responses=OLLAMA_ERRORS, dependencies=known)
     async def show(body: ollama.ShowRequest) -> dict[str, Any]:
+        """What a model is, for Ollama's clients."""
         return ollama.show(service, ollama.own_name(body.model or body.name or ""))
 
     @app.get("/api/version")
     async def version() -> dict[str, str]:
+        """The version of Ollama's API that is spoken here."""
         return {"version": ollama.VERSION}
 
 
@@ -180,9 +189,11 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         return {"id": name, "object": "model", "created": service.created, "owned_by": "finback"}
 
     async def models() -> dict[str, Any]:
+        """The names that the model is served under."""
         return {"object": "list", "data": [entry(name) for name in service.models]}
 
     async def one_model(model: str) -> dict[str, Any]:
+        """One of them."""
         service.thinking_of(model)
         return entry(model)
 
@@ -192,6 +203,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
     @app.get("/user/balance", responses=ERRORS, dependencies=known)
     async def balance(request: Request) -> dict[str, Any]:
+        """What is left on the key."""
         key: Key | None = request.state.key
         if key is None:
             return {"is_available": True, "balance_infos": []}
@@ -205,6 +217,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
     @app.get("/finback/info")
     async def info() -> dict[str, Any]:
+        """What the chat page asks first: model, context, prices."""
         prices = service.prices
         return {
             "model": service.name,
@@ -220,10 +233,12 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        """Whether the server lives."""
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
+        """Counters and histograms as Prometheus reads them."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -239,6 +254,10 @@ def _add_page(app: FastAPI) -> None:
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
         return _file("index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return _file("docs.html")
 
     @app.get("/static/{path:path}", include_in_schema=False)
     async def static(path: str) -> Response:

@@ -1,8 +1,9 @@
 // The chat page: which conversation is shown, what is being asked, and what every button and key does.
 
+import { element } from "./element.js";
 import { copyText, download, toJson, toMarkdown } from "./export.js";
 import { t, translate } from "./i18n.js";
-import { AnswerView, editElement, element, questionElement } from "./messages.js";
+import { AnswerView, editElement, questionElement } from "./messages.js";
 import { openSettings, showBalance, showLimits, showModels, wireSettings } from "./settings.js";
 import { showList } from "./sidebar.js";
 import * as store from "./store.js";
