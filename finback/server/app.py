@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 from finback.server import anthropic, ollama, openai
-from finback.server.config import is_loopback
 from finback.server.errors import TYPES, APIError
+from finback.server.guard import Guard, error_response
 from finback.server.keys import Key, Prices, per_token, yuan
 from finback.server.prefixes import keep_prefixes
 from finback.server.schemas import ChatRequest, CompletionRequest, ErrorBody, told
@@ -275,7 +275,7 @@ def _file(path: str) -> Response:
 
 def _add_errors(app: FastAPI, service: Service) -> None:
     def answer(request: Request, error: APIError) -> Response:
-        response = _error_response(request.url.path, error)
+        response = error_response(request.url.path, error)
         service.metrics.error(response.status_code)
         return response
 
@@ -307,78 +307,3 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         return answer(request, APIError(500, "the server failed at this request; its log says why"))  # uvicorn logs the traceback
-
-
-def _error_response(path: str, error: APIError) -> Response:
-    """In the words of the door that was knocked at."""
-    status, body = error.status, error.body()
-    if path.startswith(("/v1/messages", "/api/")):
-        status = 404 if error.code == "model_not_found" else status
-        body = (ollama if path.startswith("/api/") else anthropic).error_body(error)
-    return JSONResponse(body, status, headers=error.headers)
-
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-
-class Guard:
-    """Refuses bodies that are too large while they arrive, and, without keys, requests that do not name this machine: a web page that
-    has its own name point here (DNS rebinding) names itself."""
-
-    def __init__(self, app: Any, config: Any) -> None:
-        self.app, self.config = app, config
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if self.config.keys is None and not is_loopback(_host_name(headers.get("host", ""))):
-            await _refuse(
-                scope["path"],
-                send,
-                APIError(403, "without keys this server answers only requests to localhost; start it with --keys FILE"),
-            )
-            return
-        limit, read = self.config.max_request_bytes, 0
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > limit:
-            await _refuse(scope["path"], send, _too_large(limit))
-            return
-
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            before, read = read, read + len(message.get("body", b""))
-            if read <= limit:
-                return message
-            if before <= limit:
-                await _refuse(scope["path"], send, _too_large(limit))
-            return {"type": "http.disconnect"}  # for the application the client is gone
-
-        async def unless_refused(message: Message) -> None:
-            if read <= limit:
-                await send(message)
-
-        await self.app(scope, counted, unless_refused)
-
-
-def _too_large(limit: int) -> APIError:
-    return APIError(413, f"the body is larger than {limit} bytes; shorten it", code="request_too_large")
-
-
-def _host_name(host: str) -> str:
-    """Without the port, in small letters: [::1]:8000 -> ::1."""
-    host = host.lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
-
-
-async def _refuse(path: str, send: Send, error: APIError) -> None:
-    response = _error_response(path, error)
-    start = {"type": "http.response.start", "status": error.status, "headers": response.raw_headers}
-    await send(start)
-    await send({"type": "http.response.body", "body": response.body})

@@ -196,6 +196,12 @@ def test_a_client_that_leaves_pays_for_what_was_written(served: Served, keys: Pa
         lines = answer.iter_lines()
         for _ in range(6):
             next(lines)
+    tokens = charged_once(served, store)
+    assert 20 < tokens < 900
+
+
+def charged_once(served: Served, store: KeyStore) -> int:
+    """The tokens of ann's only request, which the server may yet have to end."""
     assert served.is_idle()
     deadline = time.monotonic() + 20
     while not store.usage(store.named("ann").id)[0]:
@@ -203,8 +209,16 @@ def test_a_client_that_leaves_pays_for_what_was_written(served: Served, keys: Pa
         time.sleep(0.01)
     requests, tokens, cost = store.usage(store.named("ann").id)
     assert requests == 1
-    assert 20 < tokens < 900
     assert store.named("ann").balance == NANO - cost < NANO
+    return tokens
+
+
+def test_so_does_one_that_does_not_wait_for_a_whole_answer(served: Served, keys: Path, secrets: dict[str, str]) -> None:
+    headers = {"authorization": f"Bearer {secrets['ann']}"}
+    body = QUESTION | {"max_tokens": 900, "n": 16, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=0.5)
+    assert charged_once(served, KeyStore(keys)) < 16 * 900
 
 
 def test_prefixes_are_not_shared_between_keys(served: Served, keys: Path, secrets: dict[str, str]) -> None:
