@@ -143,7 +143,7 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
         lines = ollama.lines(service, job, chat)
         return await stream(
             request, lines, service.endings, seconds, lambda error: orjson.dumps(ollama.error_body(error)) + b"\n",
-            media_type="application/x-ndjson", keep_alive=b"\n",
+            media_type="application/x-ndjson", keep_alive=b" ",  # its clients take an empty line for an answer
         )  # fmt: skip
 
     @app.post("/api/chat", responses=LINES | OLLAMA_ERRORS, response_model=None, dependencies=known)

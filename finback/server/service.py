@@ -168,13 +168,13 @@ class Service:
         queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
 
         async def read(index: int) -> None:
-            # Everything goes through the queue: a task's own exception would be nobody's.
+            # Everything goes through the queue: a task's own exception would be nobody's, and the answer would never end.
             deltas = turn(self.worker, self.tokenizer, prompt, params[index], usages[index], **options)
             try:
                 async for delta in deltas:
                     queue.put_nowait((index, delta))
                 queue.put_nowait((index, None))
-            except (InputError, EngineFailure, APIError) as error:
+            except Exception as error:
                 queue.put_nowait((index, error))
             finally:
                 await deltas.aclose()  # type: ignore[attr-defined]
@@ -215,7 +215,8 @@ class Service:
                     usage.completion_tokens, end - start,
                 )  # fmt: skip
                 try:
-                    if not refused and not isinstance(error, EngineFailure):
+                    failed = error is not None and not isinstance(error, APIError | InputError)
+                    if not refused and not failed:
                         self._charge(request_id, model, key, usage)
                 finally:
                     self._answering.discard(queue)

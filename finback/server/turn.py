@@ -125,10 +125,8 @@ async def run_turn(
             return
         # The thought is as long as it may be: close it, and let the model answer with what is left of max_tokens.
         written, said = _whole_characters(tokenizer, written)
-        unsaid, end = (
-            said[len(text) :],
-            tokenizer.encode(CLOSE_THOUGHT),
-        )  # the engine held back what might have become a stop text
+        unsaid = said[len(text) :]  # the engine held back what might have become a stop text
+        end = tokenizer.encode(CLOSE_THOUGHT)
         left = None if params.max_tokens is None else params.max_tokens - usage.completion_tokens - len(end)
         if left is not None and left < 1:
             yield Delta(parser.feed(unsaid).reasoning + parser.finish().reasoning, finish_reason="length")

@@ -51,7 +51,8 @@ async def stream(
     media_type: str = "text/event-stream",
     keep_alive: bytes = KEEP_ALIVE,
 ) -> Response:
-    """Send events as they come. An error before the first one, within `seconds`, is an answer of its own; a later one is an event."""
+    """Send events as they come. An error before the first one, within `seconds`, is an answer of its own; of later ones an APIError
+    is an event."""
     iterator = aiter(events)
     pending = asyncio.ensure_future(anext(iterator, None))
     try:
@@ -59,7 +60,7 @@ async def stream(
     except BaseException:
         endings.end(pending, events)
         raise
-    if ready and isinstance(error := pending.exception(), APIError):
+    if ready and (error := pending.exception()) is not None:
         endings.end(pending, events)
         raise error
 

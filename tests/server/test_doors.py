@@ -7,6 +7,7 @@ from typing import Any
 import anthropic
 import httpx
 import ollama
+import openai
 import pytest
 
 from tests.server.serving import Served, serving
@@ -164,6 +165,29 @@ def test_ollama_chats_whole_and_in_pieces(served: Served, llama: ollama.Client) 
     assert (
         plain.message.content == openai_message(served, model="deepseek-chat", max_tokens=30, temperature=0)["message"]["content"]
     )
+
+
+def test_a_connection_that_is_kept_open_disturbs_no_client() -> None:
+    """With something sent for each moment without a token, each client sees the answer and nothing else."""
+    with serving(keep_alive_seconds=0.0005) as slow:
+        options = {"num_predict": 20, "temperature": 0}
+        llama = ollama.Client(host=slow.url)
+        whole = llama.chat(model="tiny", messages=QUESTION, think=False, options=options)
+        parts = list(llama.chat(model="tiny", messages=QUESTION, think=False, options=options, stream=True))
+        text = "".join(part.message.content or "" for part in parts)
+        assert text == whole.message.content
+        llama._client.close()
+        asked: dict[str, Any] = {"model": "deepseek-chat", "messages": QUESTION, "max_tokens": 20}
+        with anthropic.Anthropic(base_url=slow.url, api_key="none", max_retries=0) as claude:
+            assert claude.messages.create(**asked, extra_body=GREEDY).content[0].text == text  # type: ignore[union-attr]
+            with claude.messages.stream(**asked, extra_body=GREEDY) as stream:
+                assert stream.get_final_text() == text
+        with openai.OpenAI(base_url=f"{slow.url}/v1", api_key="none", max_retries=0) as client:
+            assert client.chat.completions.create(**asked, temperature=0).choices[0].message.content == text
+            pieces = client.chat.completions.create(**asked, temperature=0, stream=True)
+            assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == text
+            assert ": keep-alive" in httpx.post(f"{slow.url}/v1/chat/completions", json=asked | {"stream": True}).text
+        assert slow.is_idle()
 
 
 def test_ollama_calls_tools_and_writes_json(llama: ollama.Client) -> None:
