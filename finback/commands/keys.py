@@ -100,7 +100,7 @@ def show(argv: list[str]) -> int:
     for key in store.all():
         requests, tokens, cost = store.usage(key.id)
         limit = "no limit" if key.requests_per_minute is None else str(key.requests_per_minute)
-        made = datetime.fromtimestamp(key.created, UTC).strftime("%Y-%m-%d %H:%M")
+        made = datetime.fromtimestamp(key.created, UTC).strftime("%Y-%m-%d")
         table.add_row(_name(key), made, yuan(key.balance), f"{requests:,}", f"{tokens:,}", yuan(cost), limit)
     Console().print(table)
     return 0

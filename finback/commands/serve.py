@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import sys
 
 import finback
 from finback.commands.parse import parse_arguments
@@ -44,14 +45,13 @@ def _listen(config: ServeConfig) -> socket.socket:
 
 def _serve(config: ServeConfig, model: ModelConfig, listening: socket.socket) -> int:
     import torch
-    import uvicorn
 
     from finback.data.tokenizer import load_tokenizer
     from finback.engine.llm import LLM
-    from finback.server.app import create_app
     from finback.server.keys import KeyStore, prices
     from finback.server.metrics import Metrics
     from finback.server.prefixes import restore_prefixes
+    from finback.server.run import Server, stopped_by_signals
     from finback.server.service import Service
     from finback.server.worker import EngineWorker
 
@@ -91,18 +91,13 @@ def _serve(config: ServeConfig, model: ModelConfig, listening: socket.socket) ->
         version=finback.__version__,
         prices=None if store is None else prices(hit, miss, output, config.off_peak_minutes, discount),
     )
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(service),
-            log_level="warning" if config.log_level == "info" else config.log_level,
-            access_log=False,  # its lines would hold what stands in a query
-            lifespan="on",
-            timeout_graceful_shutdown=5,
-        )
-    )
     listening.listen(128)  # whoever reads the address below and asks at once waits a moment, and is not refused
     host, port = listening.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print(f"{name} is served at {address} (API: {address}/v1, chat page: {address}/, Ctrl-C stops it)", flush=True)
-    server.run(sockets=[listening])
+    server = Server(service)
+    with stopped_by_signals(server):
+        print(f"{name} is served at {address} (API: {address}/v1, chat page: {address}/, Ctrl-C stops it)", flush=True)
+        server.run(sockets=[listening])
+    behind = "\n" if sys.stderr.isatty() else ""  # the terminal's ^C
+    print(f"{behind}{name} is served no more", file=sys.stderr)  # whoever read the address may have closed stdout since
     return 0

@@ -381,7 +381,8 @@ class LLM:
             if failed:
                 self._clear(blocks)
         asked = None if logprobs is None or request.params.logprobs is None else [one for one in logprobs[:taken] if one]
-        return Increment(request.request_id, text, new, asked, reason, request.num_cached_tokens, answer.error, experts)
+        stop = answer.stops.found if reason == "stop" else None
+        return Increment(request.request_id, text, new, asked, reason, request.num_cached_tokens, answer.error, experts, stop)
 
     def _clear(self, blocks: list[int]) -> None:
         """Remove NaN from the cache: rows that are masked count 0 times, and 0 times NaN is NaN, for whoever gets the block next."""

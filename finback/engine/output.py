@@ -20,6 +20,7 @@ class Increment(NamedTuple):
     num_cached_tokens: int  # of the prompt, found in the prefix cache
     error: str | None = None  # a sentence, where finish_reason is "error"
     experts: Tensor | None = None  # with the last, where the engine records them: see RequestOutput
+    stop_reason: str | None = None  # with the last, the text of `stop` that ended the answer; None where something else did
 
 
 @dataclass
@@ -35,6 +36,8 @@ class RequestOutput:
     error: str | None = None
     experts: Tensor | None = None
     """int16 [tokens, layers, K]: what each MoE layer took for each token of prompt and answer but the last, which is never computed."""
+    stop_reason: str | None = None
+    """The text of `SamplingParams.stop` that ended the answer; None where a token, the length or an error did."""
 
     def add(self, increment: Increment) -> None:
         self.text += increment.text
@@ -46,6 +49,7 @@ class RequestOutput:
         self.num_cached_tokens = increment.num_cached_tokens
         self.error = increment.error
         self.experts = increment.experts
+        self.stop_reason = increment.stop_reason
 
 
 @dataclass

@@ -2,16 +2,15 @@
 
 import json
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, StrictBool, StrictInt, StrictStr
 
 from finback.server.errors import APIError
 from finback.server.keys import Key
-from finback.server.openai import Calls, Job, add, chat_job, parsed_arguments
-from finback.server.schemas import ChatRequest, Stop, Temperature, chat_request
+from finback.server.openai import Calls, Job, chat_job, gathered, parsed_arguments, written
+from finback.server.schemas import Body, ChatRequest, Stop, Temperature, chat_request
 from finback.server.service import Service
 from finback.server.turn import Delta, Usage
 from finback.server.wire import event
@@ -56,7 +55,7 @@ class ToolChoice(BaseModel):
     disable_parallel_tool_use: StrictBool = False
 
 
-class CountRequest(BaseModel):
+class CountRequest(Body):
     """What decides the length of the prompt."""
 
     model: StrictStr
@@ -178,12 +177,8 @@ def _head(model: str, usage: Usage) -> dict[str, Any]:
 
 async def answer(service: Service, job: Job) -> dict[str, Any]:
     """The answer in one piece."""
-    whole, calls = Delta(), Calls()
-    async with aclosing(job.deltas(service)) as deltas:
-        async for _, part in deltas:
-            add(whole, part)
-            for call in part.tool_calls:
-                calls.delta(call)
+    (whole,) = await gathered(job.deltas(service), 1)
+    calls = Calls.of(whole)
     content: list[dict[str, Any]] = []
     if whole.reasoning:
         content.append({"type": "thinking", "thinking": whole.reasoning, "signature": ""})
@@ -191,13 +186,19 @@ async def answer(service: Service, job: Job) -> dict[str, Any]:
         content.append({"type": "text", "text": whole.content})
     for made in calls.calls:
         content.append({"type": "tool_use", "id": made["id"], "name": made["function"]["name"], "input": parsed_arguments(made)})
-    return {**_head(job.model, job.usage), "content": content, "stop_reason": STOP_REASONS[whole.finish_reason or "stop"]}
+    return {**_head(job.model, job.usage), "content": content, **_stop(whole)}
 
 
-async def events(service: Service, job: Job) -> AsyncIterator[bytes]:
+def _stop(last: Delta) -> dict[str, str | None]:
+    """Why the answer ended: a stop sequence counts for more than the call of a tool that it cut off."""
+    reason = STOP_REASONS[last.finish_reason or "stop"] if last.stop_text is None else "stop_sequence"
+    return {"stop_reason": reason, "stop_sequence": last.stop_text}
+
+
+def events(service: Service, job: Job) -> AsyncGenerator[bytes, None]:
     """The answer as Anthropic's events: blocks that open, grow and close one after the other."""
     kind, index = "", -1  # the block that is open
-    calls, reason, started = Calls(), "stop", False
+    calls, last, started = Calls(), Delta(), False
 
     def opened(new: str, block: dict[str, Any]) -> bytes:
         nonlocal kind, index
@@ -215,32 +216,31 @@ async def events(service: Service, job: Job) -> AsyncIterator[bytes]:
     def grown(**delta: Any) -> bytes:
         return _event("content_block_delta", index=index, delta=delta)
 
-    async with aclosing(job.deltas(service)) as deltas:
-        async for _, part in deltas:
-            out = b""
-            if not started:
-                out, started = _event("message_start", message=_head(job.model, job.usage)), True
-            if part.reasoning:
-                out += b"" if kind == "thinking" else opened("thinking", {"type": "thinking", "thinking": "", "signature": ""})
-                out += grown(type="thinking_delta", thinking=part.reasoning)
-            if part.content:
-                out += b"" if kind == "text" else opened("text", {"type": "text", "text": ""})
-                out += grown(type="text_delta", text=part.content)
-            for call in part.tool_calls:
-                named = f"call {call.index}"
-                calls.delta(call)
-                if kind != named:
-                    made = calls.calls[call.index]
-                    out += opened(named, {"type": "tool_use", "id": made["id"], "name": made["function"]["name"], "input": {}})
-                out += grown(type="input_json_delta", partial_json=call.arguments)
-            reason = part.finish_reason or reason
-            if out:
-                yield out
-    out = b"" if index >= 0 else opened("text", {"type": "text", "text": ""})
-    out += shut() + _event(
-        "message_delta", delta={"stop_reason": STOP_REASONS[reason], "stop_sequence": None}, usage=usage_body(job.usage)
-    )
-    yield out + _event("message_stop")
+    def step(_: int, part: Delta) -> bytes:
+        nonlocal last, started
+        out = b"" if started else _event("message_start", message=_head(job.model, job.usage))
+        last, started = part, True
+        if part.reasoning:
+            out += b"" if kind == "thinking" else opened("thinking", {"type": "thinking", "thinking": "", "signature": ""})
+            out += grown(type="thinking_delta", thinking=part.reasoning)
+        if part.content:
+            out += b"" if kind == "text" else opened("text", {"type": "text", "text": ""})
+            out += grown(type="text_delta", text=part.content)
+        for call in part.tool_calls:
+            named = f"call {call.index}"
+            calls.delta(call)
+            if kind != named:
+                made = calls.calls[call.index]
+                out += opened(named, {"type": "tool_use", "id": made["id"], "name": made["function"]["name"], "input": {}})
+            out += grown(type="input_json_delta", partial_json=call.arguments)
+        return out
+
+    def end() -> bytes:
+        out = b"" if index >= 0 else opened("text", {"type": "text", "text": ""})
+        out += shut() + _event("message_delta", delta=_stop(last), usage=usage_body(job.usage))
+        return out + _event("message_stop")
+
+    return written(job.deltas(service), 1, step, end)
 
 
 def _event(name: str, **fields: Any) -> bytes:

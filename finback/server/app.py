@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 from finback.server import anthropic, ollama, openai
-from finback.server.config import is_loopback
 from finback.server.errors import TYPES, APIError
-from finback.server.keys import Key, per_token, yuan
+from finback.server.guard import Guard, error_response
+from finback.server.keys import Key, Prices, per_token, yuan
 from finback.server.prefixes import keep_prefixes
 from finback.server.schemas import ChatRequest, CompletionRequest, ErrorBody, told
 from finback.server.service import Service
@@ -26,6 +26,7 @@ from finback.server.wire import ClientGone, event, stream, whole
 logger = logging.getLogger("finback.server")
 
 STATIC = Path(__file__).parent / "static"
+FILES = {file.relative_to(STATIC).as_posix(): file for file in STATIC.rglob("*") if file.is_file()}
 STATUSES = (400, 401, 402, 403, 404, 413, 422, 429, 500, 503)
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorBody} for status in STATUSES}
 ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": anthropic.ErrorBody} for status in STATUSES}
@@ -45,12 +46,12 @@ def create_app(service: Service) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
         yield
-        await service.endings.finish()
+        await service.finish()
         service.worker.stop()
         if service.config.cache_dir is not None:
             keep_prefixes(service.worker.llm, service.config.cache_dir)
 
-    app = FastAPI(title="finback", version=service.version, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="finback", version=service.version, lifespan=lifespan, docs_url=None, redoc_url=None)
     _add_chat(app, service)
     _add_anthropic(app, service)
     _add_ollama(app, service)
@@ -79,6 +80,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
     known = _known(service)
 
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
+        """Answer a conversation; with stream as events. At /beta the same."""
         key = request.state.key
         service.allow(key)
         job = openai.chat_job(service, body, key)
@@ -87,6 +89,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         return await whole(request, openai.chat_answer(service, body, job), service.endings, seconds)
 
     async def completions(request: Request, body: CompletionRequest) -> Response:
+        """Continue a text, or with suffix fill in its middle."""
         key = request.state.key
         service.allow(key)
         job = openai.completion_job(service, body, key)
@@ -116,16 +119,18 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/messages", responses=ANSWER | ANTHROPIC_ERRORS, response_model=None, dependencies=_known(service))
     async def messages(request: Request, body: anthropic.MessagesRequest) -> Response:
+        """Answer a conversation in Anthropic's words."""
         key = request.state.key
         service.allow(key)
         job = anthropic.job_of(service, body, key)
         if body.stream:
             events = anthropic.events(service, job)
             return await stream(request, events, service.endings, seconds, error_event, keep_alive=anthropic.PING)
-        return await whole(request, anthropic.answer(service, job), service.endings, seconds)
+        return await whole(request, anthropic.answer(service, job), service.endings, seconds, anthropic.error_body)
 
     @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, dependencies=_known(service))
     async def count_tokens(request: Request, body: anthropic.CountRequest) -> dict[str, int]:
+        """How many tokens a conversation has."""
         return {"input_tokens": len(anthropic.job_of(service, body, request.state.key).prompt.token_ids)}
 
 
@@ -134,15 +139,16 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 
     async def answered(request: Request, job: openai.Job | openai.CompletionJob, streams: bool, chat: bool) -> Response:
         if not streams:
-            return await whole(request, ollama.answer(service, job, chat), service.endings, seconds)
+            return await whole(request, ollama.answer(service, job, chat), service.endings, seconds, ollama.error_body)
         lines = ollama.lines(service, job, chat)
         return await stream(
-            request, lines, service.endings, seconds, lambda error: orjson.dumps({"error": error.message}) + b"\n",
-            media_type="application/x-ndjson", keep_alive=b"\n",
+            request, lines, service.endings, seconds, lambda error: orjson.dumps(ollama.error_body(error)) + b"\n",
+            media_type="application/x-ndjson", keep_alive=b" ",  # its clients take an empty line for an answer
         )  # fmt: skip
 
     @app.post("/api/chat", responses=LINES | OLLAMA_ERRORS, response_model=None, dependencies=known)
     async def chat(request: Request, body: ollama.OllamaChatRequest) -> Response:
+        """Answer a conversation in Ollama's words."""
         key = request.state.key
         service.allow(key)
         if not body.messages:
@@ -152,6 +158,7 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/generate", responses=LINES | OLLAMA_ERRORS, response_model=None, dependencies=known)
     async def generate(request: Request, body: ollama.GenerateRequest) -> Response:
+        """Answer a question, or with raw continue a text, in Ollama's words."""
         key = request.state.key
         service.allow(key)
         if not body.prompt:
@@ -161,29 +168,42 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
 
     @app.get("/api/tags", responses=OLLAMA_ERRORS, dependencies=known)
     async def tags() -> dict[str, Any]:
+        """The models, for Ollama's clients."""
         return ollama.tags(service)
 
     @app.post("/api/show", responses=OLLAMA_ERRORS, dependencies=known)
     async def show(body: ollama.ShowRequest) -> dict[str, Any]:
+        """What a model is, for Ollama's clients."""
         return ollama.show(service, ollama.own_name(body.model or body.name or ""))
 
     @app.get("/api/version")
     async def version() -> dict[str, str]:
+        """The version of Ollama's API that is spoken here."""
         return {"version": ollama.VERSION}
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
     known = _known(service)
 
+    def entry(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": service.created, "owned_by": "finback"}
+
     async def models() -> dict[str, Any]:
-        entries = [{"id": name, "object": "model", "created": service.created, "owned_by": "finback"} for name in service.models]
-        return {"object": "list", "data": entries}
+        """The names that the model is served under."""
+        return {"object": "list", "data": [entry(name) for name in service.models]}
+
+    async def one_model(model: str) -> dict[str, Any]:
+        """One of them."""
+        service.thinking_of(model)
+        return entry(model)
 
     for prefix in ("", "/v1"):
         app.get(f"{prefix}/models", responses=ERRORS, include_in_schema=bool(prefix), dependencies=known)(models)
+        app.get(f"{prefix}/models/{{model}}", responses=ERRORS, include_in_schema=bool(prefix), dependencies=known)(one_model)
 
     @app.get("/user/balance", responses=ERRORS, dependencies=known)
     async def balance(request: Request) -> dict[str, Any]:
+        """What is left on the key."""
         key: Key | None = request.state.key
         if key is None:
             return {"is_available": True, "balance_infos": []}
@@ -197,6 +217,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
     @app.get("/finback/info")
     async def info() -> dict[str, Any]:
+        """What the chat page asks first: model, context, prices."""
         prices = service.prices
         return {
             "model": service.name,
@@ -206,22 +227,37 @@ def _add_facts(app: FastAPI, service: Service) -> None:
             "prices": None
             if prices is None
             else {name: float(getattr(prices, name) / per_token(Decimal(1))) for name in ("hit", "miss", "output")},
+            "off_peak": _off_peak(prices),
             "version": service.version,
         }
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        """Whether the server lives."""
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
+        """Counters and histograms as Prometheus reads them."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+def _off_peak(prices: Prices | None) -> dict[str, Any] | None:
+    """When the prices are lower: from a minute of the day in UTC up to another, by a share."""
+    if prices is None or prices.off_peak_minutes is None:
+        return None
+    start, end = prices.off_peak_minutes
+    return {"start": start, "end": end, "discount": float(prices.off_peak_discount)}
+
+
 def _add_page(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> Response:
         return _file("index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return _file("docs.html")
 
     @app.get("/static/{path:path}", include_in_schema=False)
     async def static(path: str) -> Response:
@@ -229,9 +265,9 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _file(path: str) -> Response:
-    file = (STATIC / path).resolve()
-    if not file.is_relative_to(STATIC.resolve()) or not file.is_file():
-        raise APIError(404, f"there is no file {path}")
+    file = FILES.get(path)  # what is asked for is compared, and never a path to be followed
+    if file is None:
+        raise APIError(404, f"there is no file {path[:100]}")
     headers = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
     headers["Content-Security-Policy"] = "frame-ancestors 'none'"  # what the page's own policy cannot say
     return FileResponse(file, headers=headers)
@@ -239,7 +275,7 @@ def _file(path: str) -> Response:
 
 def _add_errors(app: FastAPI, service: Service) -> None:
     def answer(request: Request, error: APIError) -> Response:
-        response = _error_response(request.url.path, error)
+        response = error_response(request.url.path, error)
         service.metrics.error(response.status_code)
         return response
 
@@ -271,77 +307,3 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         return answer(request, APIError(500, "the server failed at this request; its log says why"))  # uvicorn logs the traceback
-
-
-def _error_response(path: str, error: APIError) -> Response:
-    """In the words of the door that was knocked at."""
-    status, body = error.status, error.body()
-    if path.startswith(("/v1/messages", "/api/")):
-        status = 404 if error.code == "model_not_found" else status
-        body = {"error": error.message} if path.startswith("/api/") else anthropic.error_body(error)
-    return JSONResponse(body, status, headers=error.headers)
-
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
-
-class Guard:
-    """Refuses bodies that are too large while they arrive, and, without keys, requests that do not name this machine: a web page that
-    has its own name point here (DNS rebinding) names itself."""
-
-    def __init__(self, app: Any, config: Any) -> None:
-        self.app, self.config = app, config
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if self.config.keys is None and not is_loopback(_host_name(headers.get("host", ""))):
-            await _refuse(
-                scope["path"],
-                send,
-                APIError(403, "without keys this server answers only requests to localhost; start it with --keys FILE"),
-            )
-            return
-        limit, read = self.config.max_request_bytes, 0
-        length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > limit:
-            await _refuse(scope["path"], send, _too_large(limit))
-            return
-
-        async def counted() -> Message:
-            nonlocal read
-            message = await receive()
-            before, read = read, read + len(message.get("body", b""))
-            if read <= limit:
-                return message
-            if before <= limit:
-                await _refuse(scope["path"], send, _too_large(limit))
-            return {"type": "http.disconnect"}  # for the application the client is gone
-
-        async def unless_refused(message: Message) -> None:
-            if read <= limit:
-                await send(message)
-
-        await self.app(scope, counted, unless_refused)
-
-
-def _too_large(limit: int) -> APIError:
-    return APIError(413, f"the body is larger than {limit} bytes; shorten it", code="request_too_large")
-
-
-def _host_name(host: str) -> str:
-    """Without the port: [::1]:8000 -> ::1."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
-
-
-async def _refuse(path: str, send: Send, error: APIError) -> None:
-    response = _error_response(path, error)
-    start = {"type": "http.response.start", "status": error.status, "headers": response.raw_headers}
-    await send(start)
-    await send({"type": "http.response.body", "body": response.body})

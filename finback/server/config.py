@@ -60,6 +60,9 @@ class ServeConfig:
     """Origins of web pages elsewhere that may call the API (CORS), such as https://chat.example; none: no page but our own."""
     keep_alive_seconds: float = 10.0
     """After so long without a token a comment (streams) or an empty line (others) keeps the connection open."""
+    grace_seconds: float = 5.0
+    """When the server is stopped, answers that are being written may take so long to end; the rest is cut off, with an error that
+    says so."""
     log_level: Literal["debug", "info", "warning"] = "info"
     """debug also logs each request's length and times; prompts, answers and keys are never logged."""
 
@@ -73,6 +76,8 @@ class ServeConfig:
             raise InputError(f"field max_waiting is {self.max_waiting}, it must be at least 0")
         if not self.keep_alive_seconds > 0:
             raise InputError(f"field keep_alive_seconds is {self.keep_alive_seconds}, it must be above 0")
+        if not 0 <= self.grace_seconds <= 3600:
+            raise InputError(f"field grace_seconds is {self.grace_seconds}, it must be from 0 to 3600")
         if self.keys is None and not is_loopback(self.host):
             raise InputError(
                 f"field host is {self.host!r}, where anyone could use the model for nothing; give --keys FILE (finback keys add makes "

@@ -3,25 +3,26 @@
 import hashlib
 import json
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, JsonValue, StrictBool, StrictStr
+from pydantic import BaseModel, Field, JsonValue, StrictBool, StrictStr
 
+from finback.server.errors import APIError
 from finback.server.keys import Key
 from finback.server.openai import (
     Calls,
     CompletionJob,
     Job,
-    add,
     chat_job,
     completion_job,
+    gathered,
     parsed_arguments,
+    written,
 )
-from finback.server.schemas import ChatRequest, CompletionRequest, chat_request
+from finback.server.schemas import Body, ChatRequest, CompletionRequest, chat_request
 from finback.server.service import Service
 from finback.server.turn import Delta
 
@@ -41,12 +42,13 @@ class OllamaCall(BaseModel):
 class OllamaMessage(BaseModel):
     role: Literal["system", "user", "assistant", "tool"]
     content: StrictStr | None = None
-    thinking: JsonValue = None
+    thinking: Any = None
+    images: Any = None
     tool_calls: list[OllamaCall] | None = None
     tool_name: StrictStr | None = None
 
 
-class Asking(BaseModel):
+class Asking(Body):
     """What chat and generate share. `options` that change nothing here are ignored."""
 
     model: StrictStr
@@ -57,7 +59,7 @@ class Asking(BaseModel):
 
 
 class OllamaChatRequest(Asking):
-    messages: list[OllamaMessage] = []
+    messages: Annotated[list[OllamaMessage], Field(default_factory=list)]
     tools: list[JsonValue] | None = None
 
 
@@ -65,10 +67,11 @@ class GenerateRequest(Asking):
     prompt: StrictStr = ""
     suffix: StrictStr | None = None
     system: StrictStr | None = None
+    images: Any = None
     raw: StrictBool | None = None
 
 
-class ShowRequest(BaseModel):
+class ShowRequest(Body):
     model: StrictStr | None = None
     name: StrictStr | None = None
 
@@ -77,6 +80,11 @@ class ErrorBody(BaseModel):
     """Ollama's shape of an error."""
 
     error: str
+
+
+def error_body(error: APIError) -> dict[str, Any]:
+    """Ollama's shape."""
+    return {"error": error.message}
 
 
 def _common(body: Asking) -> dict[str, Any]:
@@ -104,6 +112,11 @@ def _chat_fields(body: Asking) -> dict[str, Any]:
     return fields
 
 
+def _no_images(images: Any) -> None:
+    if images:
+        raise APIError(422, "field images: this model reads text only", param="images")
+
+
 def own_name(model: str) -> str:
     """Ollama's names may end with a tag."""
     return model.removesuffix(":latest")
@@ -113,6 +126,7 @@ def chat_of(service: Service, body: OllamaChatRequest, key: Key | None) -> Job:
     """Raises APIError for what cannot be answered."""
     messages = []
     for message in body.messages:
+        _no_images(message.images)
         turn: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.tool_calls:
             turn["tool_calls"] = [
@@ -128,6 +142,7 @@ def chat_of(service: Service, body: OllamaChatRequest, key: Key | None) -> Job:
 
 def generate_of(service: Service, body: GenerateRequest, key: Key | None) -> Job | CompletionJob:
     """A chat of one question; with `raw` or a suffix, the text as it stands."""
+    _no_images(body.images)
     if body.raw or body.suffix is not None:
         fields = {**_common(body), "prompt": body.prompt, "suffix": body.suffix}
         return completion_job(service, chat_request(CompletionRequest, fields), key)
@@ -136,36 +151,30 @@ def generate_of(service: Service, body: GenerateRequest, key: Key | None) -> Job
     return chat_job(service, chat_request(ChatRequest, fields), key)
 
 
-async def lines(service: Service, job: Job | CompletionJob, chat: bool) -> AsyncIterator[bytes]:
+def lines(service: Service, job: Job | CompletionJob, chat: bool) -> AsyncGenerator[bytes, None]:
     """The answer as lines of JSON; calls of tools come whole, as Ollama sends them."""
-    start, first = time.perf_counter_ns(), None
-    calls, reason = Calls(), None
-    async with aclosing(job.deltas(service)) as deltas:
-        async for _, part in deltas:
-            first = first or time.perf_counter_ns()
-            for call in part.tool_calls:
-                calls.delta(call)
-            reason = part.finish_reason or reason
-            if part.content or part.reasoning:
-                yield _line(_head(job.model) | _said(chat, part, Calls()) | {"done": False})
-    end = time.perf_counter_ns()
-    if calls.calls:
-        yield _line(_head(job.model) | _said(chat, Delta(), calls) | {"done": False})
-    yield _line(_head(job.model) | _said(chat, Delta(), Calls()) | _end(job, reason, start, first or end, end))
+    start, calls, reason = time.perf_counter_ns(), Calls(), None
+
+    def step(_: int, part: Delta) -> bytes:
+        nonlocal reason
+        for call in part.tool_calls:
+            calls.delta(call)
+        reason = part.finish_reason
+        said = part.content or part.reasoning
+        return _line(_head(job.model) | _said(chat, part, Calls()) | {"done": False}) if said else b""
+
+    def end() -> bytes:
+        called = _line(_head(job.model) | _said(chat, Delta(), calls) | {"done": False}) if calls.calls else b""
+        return called + _line(_head(job.model) | _said(chat, Delta(), Calls()) | _end(job, reason, start))
+
+    return written(job.deltas(service), 1, step, end)
 
 
 async def answer(service: Service, job: Job | CompletionJob, chat: bool) -> dict[str, Any]:
     """The answer in one piece."""
-    start, first = time.perf_counter_ns(), None
-    whole, calls = Delta(), Calls()
-    async with aclosing(job.deltas(service)) as deltas:
-        async for _, part in deltas:
-            first = first or time.perf_counter_ns()
-            add(whole, part)
-            for call in part.tool_calls:
-                calls.delta(call)
-    end = time.perf_counter_ns()
-    return _head(job.model) | _said(chat, whole, calls) | _end(job, whole.finish_reason, start, first or end, end)
+    start = time.perf_counter_ns()
+    (whole,) = await gathered(job.deltas(service), 1)
+    return _head(job.model) | _said(chat, whole, Calls.of(whole)) | _end(job, whole.finish_reason, start)
 
 
 def loaded(model: str, chat: bool) -> dict[str, Any]:
@@ -233,16 +242,18 @@ def _said(chat: bool, part: Delta, calls: Calls) -> dict[str, Any]:
     return {"message": message}
 
 
-def _end(job: Job | CompletionJob, reason: str | None, start: int, first: int, end: int) -> dict[str, Any]:
+def _end(job: Job | CompletionJob, reason: str | None, start: int) -> dict[str, Any]:
+    total = time.perf_counter_ns() - start
+    first = min(total, int((job.usage.seconds_to_first or 0) * 1e9))
     return {
         "done": True,
         "done_reason": "length" if reason == "length" else "stop",
-        "total_duration": end - start,
+        "total_duration": total,
         "load_duration": 0,
         "prompt_eval_count": job.usage.prompt_tokens,
-        "prompt_eval_duration": first - start,
+        "prompt_eval_duration": first,
         "eval_count": job.usage.completion_tokens,
-        "eval_duration": end - first,
+        "eval_duration": total - first,
     }
 
 

@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +34,7 @@ class Job:
     budget: int | None
     usage: Usage = field(default_factory=Usage)
 
-    def deltas(self, service: Service) -> AsyncGenerator[tuple[int, Delta], None]:
+    def deltas(self, service: Service) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         return service.answer(
             self.model, self.key, self.prompt.token_ids, self.params, self.usage,
             thinking=self.prompt.thinking, tools=self.tools, budget=self.budget,
@@ -104,8 +104,8 @@ def _params(
     ]
 
 
-async def chat_events(service: Service, body: ChatRequest, job: Job) -> AsyncIterator[bytes]:
-    """The answer as server-sent events, one for each step of the engine."""
+def chat_events(service: Service, body: ChatRequest, job: Job) -> AsyncGenerator[bytes, None]:
+    """The answer as server-sent events: those of one step of the engine, of all n answers, in one piece, and the last with [DONE]."""
     head = _head("chat.completion.chunk", "chatcmpl", body.model)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     calls = [Calls() for _ in job.params]
@@ -115,34 +115,48 @@ async def chat_events(service: Service, body: ChatRequest, job: Job) -> AsyncIte
         return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
     opened: set[int] = set()
-    async with aclosing(job.deltas(service)) as deltas:
-        async for index, part in deltas:
-            if index not in opened:
-                opened.add(index)
-                yield chunk(index, {"role": "assistant", "content": ""})
-            delta: dict[str, Any] = {}
-            if part.reasoning:
-                delta[body.reasoning_field] = part.reasoning
-            if part.content:
-                delta["content"] = part.content
-            if part.tool_calls:
-                delta["tool_calls"] = [calls[index].delta(call) for call in part.tool_calls]
-            if delta or part.finish_reason or part.content_logprobs or part.reasoning_logprobs:
-                yield chunk(index, delta, part.finish_reason, _chat_logprobs(service.tokenizer, body, part))
-    if with_usage:
-        yield event({**head, "choices": [], "usage": usage_body(job.usage)})
-    yield DONE
+
+    def chunks(index: int, part: Delta) -> bytes:
+        out = b"" if index in opened else chunk(index, {"role": "assistant", "content": ""})
+        opened.add(index)
+        delta: dict[str, Any] = {}
+        if part.reasoning:
+            delta[body.reasoning_field] = part.reasoning
+        if part.content:
+            delta["content"] = part.content
+        if part.tool_calls:
+            delta["tool_calls"] = [calls[index].delta(call) for call in part.tool_calls]
+        if delta or part.finish_reason or part.content_logprobs or part.reasoning_logprobs:
+            out += chunk(index, delta, part.finish_reason, _chat_logprobs(service.tokenizer, body, part))
+        return out
+
+    def end() -> bytes:
+        return (event({**head, "choices": [], "usage": usage_body(job.usage)}) if with_usage else b"") + DONE
+
+    return written(job.deltas(service), len(job.params), chunks, end)
+
+
+async def written(
+    steps: AsyncGenerator[list[tuple[int, Delta]], None], n: int, part: Callable[[int, Delta], bytes], end: Callable[[], bytes]
+) -> AsyncGenerator[bytes, None]:
+    """One piece of bytes for each step: what `part` makes of its deltas. The last one waits until the request is accounted for, and
+    ends with what `end` makes then."""
+    finished, last = 0, b""
+    async with aclosing(steps) as opened:
+        async for deltas in opened:
+            out = b"".join(part(index, delta) for index, delta in deltas)
+            finished += sum(delta.finish_reason is not None for _, delta in deltas)
+            if finished == n:
+                last = out
+            elif out:
+                yield out
+    yield last + end()
 
 
 async def chat_answer(service: Service, body: ChatRequest, job: Job) -> dict[str, Any]:
     """The answer in one piece."""
-    wholes = [Delta() for _ in job.params]
-    calls = [Calls() for _ in job.params]
-    async with aclosing(job.deltas(service)) as deltas:
-        async for index, part in deltas:
-            add(wholes[index], part)
-            for call in part.tool_calls:
-                calls[index].delta(call)
+    wholes = await gathered(job.deltas(service), len(job.params))
+    calls = [Calls.of(part) for part in wholes]
     choices = []
     for index, (part, made) in enumerate(zip(wholes, calls, strict=True)):
         message: dict[str, Any] = {"role": "assistant", "content": part.content}
@@ -156,6 +170,16 @@ async def chat_answer(service: Service, body: ChatRequest, job: Job) -> dict[str
     return {**_head("chat.completion", "chatcmpl", body.model), "choices": choices, "usage": usage_body(job.usage)}
 
 
+async def gathered(steps: AsyncGenerator[list[tuple[int, Delta]], None], n: int) -> list[Delta]:
+    """All steps of n answers together."""
+    wholes = [Delta() for _ in range(n)]
+    async with aclosing(steps) as opened:
+        async for deltas in opened:
+            for index, part in deltas:
+                _add(wholes[index], part)
+    return wholes
+
+
 @dataclass
 class CompletionJob:
     model: str
@@ -165,7 +189,7 @@ class CompletionJob:
     echo: str
     usage: Usage = field(default_factory=Usage)
 
-    def deltas(self, service: Service) -> AsyncGenerator[tuple[int, Delta], None]:
+    def deltas(self, service: Service) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         return service.answer(self.model, self.key, self.token_ids, self.params, self.usage, turn=run_completion)
 
 
@@ -186,29 +210,28 @@ def completion_job(service: Service, body: CompletionRequest, key: Key | None) -
     return CompletionJob(body.model, key, token_ids, params, body.prompt if body.echo else "")
 
 
-async def completion_events(service: Service, body: CompletionRequest, job: CompletionJob) -> AsyncIterator[bytes]:
+def completion_events(service: Service, body: CompletionRequest, job: CompletionJob) -> AsyncGenerator[bytes, None]:
     head = _head("text_completion", "cmpl", body.model)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     opened: set[int] = set()
-    async with aclosing(job.deltas(service)) as deltas:
-        async for index, part in deltas:
-            text = part.content if index in opened else job.echo + part.content
-            opened.add(index)
-            choice = {
-                "index": index, "text": text, "finish_reason": part.finish_reason,
-                "logprobs": _text_logprobs(service.tokenizer, body, part),
-            }  # fmt: skip
-            yield event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
-    if with_usage:
-        yield event({**head, "choices": [], "usage": usage_body(job.usage)})
-    yield DONE
+
+    def chunk(index: int, part: Delta) -> bytes:
+        text = part.content if index in opened else job.echo + part.content
+        opened.add(index)
+        choice = {
+            "index": index, "text": text, "finish_reason": part.finish_reason,
+            "logprobs": _text_logprobs(service.tokenizer, body, part),
+        }  # fmt: skip
+        return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+
+    def end() -> bytes:
+        return (event({**head, "choices": [], "usage": usage_body(job.usage)}) if with_usage else b"") + DONE
+
+    return written(job.deltas(service), len(job.params), chunk, end)
 
 
 async def completion_answer(service: Service, body: CompletionRequest, job: CompletionJob) -> dict[str, Any]:
-    wholes = [Delta() for _ in job.params]
-    async with aclosing(job.deltas(service)) as deltas:
-        async for index, part in deltas:
-            add(wholes[index], part)
+    wholes = await gathered(job.deltas(service), len(job.params))
     choices = [
         {"index": index, "text": job.echo + part.content, "logprobs": _text_logprobs(service.tokenizer, body, part),
          "finish_reason": part.finish_reason}
@@ -230,7 +253,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
-def add(whole: Delta, part: Delta) -> None:
+def _add(whole: Delta, part: Delta) -> None:
     """Append a step to what came before."""
     whole.reasoning += part.reasoning
     whole.content += part.content
@@ -238,6 +261,7 @@ def add(whole: Delta, part: Delta) -> None:
     whole.reasoning_logprobs += part.reasoning_logprobs
     whole.content_logprobs += part.content_logprobs
     whole.finish_reason = part.finish_reason or whole.finish_reason
+    whole.stop_text = part.stop_text or whole.stop_text
 
 
 class Calls:
@@ -245,6 +269,14 @@ class Calls:
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
+
+    @classmethod
+    def of(cls, whole: Delta) -> "Calls":
+        """Those of a whole answer."""
+        made = cls()
+        for part in whole.tool_calls:
+            made.delta(part)
+        return made
 
     def delta(self, part: ToolCallIncrement) -> dict[str, Any]:
         """The increment on the wire; the first of a call carries its id, type and name."""

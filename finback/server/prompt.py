@@ -14,7 +14,9 @@ from finback.data.reasoning import CLOSE_THOUGHT, opens_thought
 from finback.data.tokenizer import END_THINK_TOKEN, FIM_BEGIN_TOKEN, FIM_END_TOKEN, FIM_HOLE_TOKEN, THINK_TOKEN, Tokenizer
 from finback.server.errors import APIError
 
-_THOUGHT = re.compile(rf"^\s*{re.escape(THINK_TOKEN)}.*?{re.escape(END_THINK_TOKEN)}\s*", re.S)
+_THOUGHT = re.compile(rf"^\s*{re.escape(THINK_TOKEN)}.*?(?:{re.escape(END_THINK_TOKEN)}\s*|\Z)", re.S)
+_UNOPENED = re.compile(rf"^.*{re.escape(END_THINK_TOKEN)}\s*", re.S)
+_THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_content")
 
 
 class Prompt(NamedTuple):
@@ -61,8 +63,9 @@ def chat_prompt(
         text, thinks = f"{text}{THINK_TOKEN}\n", True
     if prefix is not None:
         if thinks:
-            reasoning = messages[-1].get("reasoning_content") or messages[-1].get("reasoning") or ""
-            text, thinks = text + (reasoning or "") + CLOSE_THOUGHT, False
+            texts = (messages[-1].get(name) for name in ("reasoning_content", "reasoning"))
+            reasoning = next((each for each in texts if each and isinstance(each, str)), "")
+            text, thinks = text + reasoning + CLOSE_THOUGHT, False
         text += prefix
     return Prompt(tokenizer.encode(text), thinks)
 
@@ -79,10 +82,10 @@ def fim_prompt(tokenizer: Tokenizer, prompt: str, suffix: str) -> list[int]:
 def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates take it: content as one text, no reasoning, tool calls with arguments as JSON text."""
     role = message["role"]
-    content = _text(message.get("content"))
+    content = _text(message.get("content"), dropped=_THOUGHT_PARTS if role == "assistant" else ())
     turn: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
     if role == "assistant":
-        turn["content"] = _THOUGHT.sub("", content, count=1)
+        turn["content"] = _without_thought(content)
         calls = message.get("tool_calls")
         if calls:
             turn["tool_calls"] = [
@@ -96,8 +99,15 @@ def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
     return turn
 
 
-def _text(content: Any) -> str:
-    """Content as clients send it: a text, nothing, or a list of parts."""
+def _without_thought(content: str) -> str:
+    """An earlier answer as clients keep it: with its thought between tags; with one that was cut off before it was closed; or, as a
+    model writes whose prompt has opened the thought, with the closing tag alone, where the R1 template drops what stands before it."""
+    answer, thoughts = _THOUGHT.subn("", content, count=1)
+    return answer if thoughts else _UNOPENED.sub("", content, count=1)
+
+
+def _text(content: Any, dropped: Sequence[str] = ()) -> str:
+    """Content as clients send it: a text, nothing, or a list of parts, of which those `dropped` are left out."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -105,6 +115,8 @@ def _text(content: Any) -> str:
     texts = []
     for part in content:
         kind = part.get("type")
+        if kind in dropped:
+            continue
         if kind not in ("text", "input_text"):
             raise APIError(422, f"a message has a part of type {kind!r}; this model reads text only", param="messages")
         texts.append(part.get("text") or "")

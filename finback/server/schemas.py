@@ -6,6 +6,7 @@ Fields that we do not know are ignored, as the hosted services do: clients send 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+import orjson
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,7 +22,7 @@ from pydantic import (
 
 from finback.server.errors import APIError
 
-Body = TypeVar("Body", bound=BaseModel)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -29,8 +30,23 @@ Stop = StrictStr | Annotated[list[StrictStr], Field(max_length=16)] | None
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
+class Body(BaseModel):
+    """A whole request. What no text of ours could hold, or hand on, goes no further: halves of surrogate pairs, numbers beyond 64 bits,
+    lists a few hundred deep."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_written(cls, data: Any) -> Any:
+        try:
+            if isinstance(data, dict):
+                orjson.dumps(data)
+        except orjson.JSONEncodeError as error:
+            raise ValueError(f"the body cannot be used: {error}") from None
+        return data
+
+
 class Part(BaseModel):
-    """A part of a message's content; only texts can be read."""
+    """A part of a message's content; only texts can be read, and earlier thoughts are dropped."""
 
     type: StrictStr
     text: StrictStr | None = None
@@ -54,8 +70,8 @@ class Message(BaseModel):
     content: StrictStr | list[Part] | None = None
     name: StrictStr | None = None
     prefix: StrictBool | None = None
-    reasoning_content: JsonValue = None
-    reasoning: JsonValue = None
+    reasoning_content: Any = None
+    reasoning: Any = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: StrictStr | None = None
 
@@ -111,7 +127,7 @@ class NamedTool(BaseModel):
     function: NamedFunction
 
 
-class Sampling(BaseModel):
+class Sampling(Body):
     """What chat and plain completions share."""
 
     model: StrictStr
@@ -181,13 +197,14 @@ class ErrorBody(BaseModel):
 def told(error: dict[str, Any]) -> tuple[str, str]:
     """A pydantic error as (field, sentence)."""
     place = ".".join(str(part) for part in error["loc"] if part != "body")
+    place = place if len(place) < 100 else f"{place[:100]}..."
     words = str(error["msg"]).removeprefix("Value error, ")
     value = error.get("input")
     shown = f", not {value!r}" if isinstance(value, str | int | float | bool) and len(str(value)) < 60 else ""
     return place, f"field {place}: {words[0].lower() + words[1:]}{shown}" if place else words
 
 
-def chat_request(kind: type[Body], fields: Mapping[str, Any]) -> Body:
+def chat_request(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
     """What another door has translated, checked once more; 422 names the field."""
     try:
         return kind.model_validate(fields)

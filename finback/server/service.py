@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finback.config import InputError
-from finback.data.reasoning import CLOSE_THOUGHT
 from finback.data.tokenizer import Tokenizer
 from finback.engine.config import DEFAULT_MAX_TOKENS, SamplingParams
 from finback.server.config import ServeConfig
@@ -24,6 +23,7 @@ from finback.server.worker import EngineFailure, EngineWorker
 
 logger = logging.getLogger("finback.server")
 
+FINISH_SECONDS = 5.0
 CHAT_MODEL, REASONER_MODEL = "deepseek-chat", "deepseek-reasoner"
 
 
@@ -41,6 +41,7 @@ class Service:
     version: str
     endings: Endings = field(default_factory=Endings)
     created: int = field(default_factory=lambda: int(time.time()))
+    _answering: set["asyncio.Queue[Any]"] = field(default_factory=set)  # of the requests that are not charged yet
     _recent: dict[int, deque[float]] = field(default_factory=dict)  # key id -> when its last requests came
 
     @property
@@ -120,6 +121,22 @@ class Service:
             )
         return min(DEFAULT_MAX_TOKENS if asked is None else asked, room)
 
+    def end_answers_in(self, seconds: float) -> None:
+        """The server stops: what is not answered by then is cut off, told so, and charged for what was written."""
+
+        def end() -> None:
+            for queue in self._answering:
+                queue.put_nowait((0, APIError(503, "the server is stopping; ask again later", code="overloaded")))
+
+        asyncio.get_running_loop().call_later(seconds, end)
+
+    async def finish(self) -> None:
+        """Wait until nothing is left to be freed or charged."""
+        deadline = time.monotonic() + FINISH_SECONDS
+        while self._answering and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        await self.endings.finish()
+
     def params(self, **fields: Any) -> SamplingParams:
         """SamplingParams, None meaning the default; 422 for what cannot be meant."""
         try:
@@ -136,8 +153,10 @@ class Service:
         usage: Usage,
         turn: Callable[..., AsyncIterator[Delta]] = run_turn,
         **options: Any,
-    ) -> AsyncGenerator[tuple[int, Delta], None]:
-        """One answer for each of `params`, interleaved as (index, delta). However it ends, it is counted and charged once.
+    ) -> AsyncGenerator[list[tuple[int, Delta]], None]:
+        """One answer for each of `params`, as lists of (index, delta): all that has come since the last, which is what one step of
+        the engine has added, or more where the reader is slower. However it ends, it is counted and charged once; but what the
+        engine refuses before its first token, or fails at, costs nothing.
 
         `turn` is `run_turn` or `run_completion`, `options` are what it takes.
 
@@ -149,37 +168,36 @@ class Service:
         queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue()
 
         async def read(index: int) -> None:
-            # Everything goes through the queue: a task's own exception would be nobody's.
-            deltas = turn(self.worker, prompt, params[index], usages[index], close_thought=self._close_thought, **options)
+            # Everything goes through the queue: a task's own exception would be nobody's, and the answer would never end.
+            deltas = turn(self.worker, self.tokenizer, prompt, params[index], usages[index], **options)
             try:
                 async for delta in deltas:
                     queue.put_nowait((index, delta))
                 queue.put_nowait((index, None))
-            except (InputError, EngineFailure, APIError) as error:
+            except Exception as error:
                 queue.put_nowait((index, error))
             finally:
                 await deltas.aclose()  # type: ignore[attr-defined]
 
+        self._answering.add(queue)
         tasks = [asyncio.create_task(read(index)) for index in range(len(params))]
+        left, error = len(tasks), None
         try:
-            left = len(tasks)
-            while left:
-                index, delta = await queue.get()
+            while left and error is None:
+                came, error = await _all_that_came(queue)
                 _add_up(usage, usages)
-                if isinstance(delta, InputError):
-                    raise APIError(400, str(delta)) from None
-                if isinstance(delta, EngineFailure):
-                    raise APIError(500, str(delta)) from None
-                if isinstance(delta, Exception):
-                    raise delta
-                if delta is None:
-                    left -= 1
-                    continue
-                if first is None:
-                    first = time.perf_counter()
-                    self.metrics.first_token(first - start)
-                reasons[index] = delta.finish_reason
-                yield index, delta
+                left -= sum(delta is None for _, delta in came)
+                deltas = [(index, delta) for index, delta in came if delta is not None]
+                for index, delta in deltas:
+                    reasons[index] = delta.finish_reason
+                if deltas:
+                    if first is None:
+                        first = time.perf_counter()
+                        usage.seconds_to_first = first - start
+                        self.metrics.first_token(first - start)
+                    yield deltas
+            if error is not None:
+                raise _api_error(error) from None
         finally:
             for task in tasks:
                 task.cancel()
@@ -188,12 +206,20 @@ class Service:
             finally:  # also where the server stops meanwhile: what was used is paid
                 _add_up(usage, usages)
                 end = time.perf_counter()
-                self.metrics.finished(usage, reasons, end - start, None if first is None else end - first)
-                self._charge(request_id, model, key, usage)
+                refused = isinstance(error, InputError) and not usage.completion_tokens
+                if not refused:
+                    ended = [reason or (None if error is None else "error") for reason in reasons]
+                    self.metrics.finished(usage, ended, end - start, None if first is None else end - first)
                 logger.debug(
                     "%s: %d prompt tokens (%d cached), %d tokens in %.2f s", request_id, usage.prompt_tokens, usage.hit_tokens,
                     usage.completion_tokens, end - start,
                 )  # fmt: skip
+                try:
+                    failed = error is not None and not isinstance(error, APIError | InputError)
+                    if not refused and not failed:
+                        self._charge(request_id, model, key, usage)
+                finally:
+                    self._answering.discard(queue)
 
     def _charge(self, request_id: str, model: str, key: Key | None, usage: Usage) -> None:
         if self.store is None or key is None or self.prices is None or not usage.prompt_tokens:
@@ -201,8 +227,26 @@ class Service:
         cost = self.prices.cost(usage.hit_tokens, usage.miss_tokens, usage.completion_tokens, now())
         self.store.charge(request_id, key.id, model, usage.hit_tokens, usage.miss_tokens, usage.completion_tokens, cost)
 
-    def _close_thought(self) -> list[int]:
-        return self.tokenizer.encode(CLOSE_THOUGHT)
+
+async def _all_that_came(
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]],
+) -> tuple[list[tuple[int, Delta | None]], Exception | None]:
+    """Wait for something, and take whatever else is there: what a step has added to several answers comes together. Up to the first
+    error, which comes apart."""
+    came: list[tuple[int, Delta | None]] = []
+    while not (came and queue.empty()):
+        index, delta = await queue.get()
+        if isinstance(delta, Exception):
+            return came, delta
+        came.append((index, delta))
+    return came, None
+
+
+def _api_error(error: Exception) -> Exception:
+    """What is told of an engine's error."""
+    if isinstance(error, InputError | EngineFailure):
+        return APIError(400 if isinstance(error, InputError) else 500, str(error))
+    return error
 
 
 def _add_up(usage: Usage, parts: Sequence[Usage]) -> None:

@@ -3,11 +3,13 @@
 No HTTP here. The doors (OpenAI's, Anthropic's, Ollama's) write what comes out in their own words.
 """
 
-from collections.abc import AsyncIterator, Callable
+import codecs
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from finback.data.reasoning import CLOSE_THOUGHT, ReasoningParser, ToolCallIncrement
+from finback.data.tokenizer import Tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.output import Increment
 from finback.engine.sampler import TokenLogprobs
@@ -29,6 +31,8 @@ class Usage:
     hit_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0
+    seconds_to_first: float | None = None
+    """From the request to its first token, once it is there."""
 
     @property
     def miss_tokens(self) -> int:
@@ -45,6 +49,7 @@ class Delta:
     reasoning_logprobs: list[TokenLogprob] = field(default_factory=list)
     content_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None  # stop, length or tool_calls; None until the last
+    stop_text: str | None = None  # with the last: the text of `stop` that ended the answer, if one did
 
     @property
     def is_empty(self) -> bool:
@@ -59,6 +64,7 @@ class Engine(Protocol):
 
 async def run_turn(
     engine: Engine,
+    tokenizer: Tokenizer,
     prompt: list[int],
     params: SamplingParams,
     usage: Usage,
@@ -66,16 +72,16 @@ async def run_turn(
     thinking: bool,
     tools: bool = False,
     budget: int | None = None,
-    close_thought: Callable[[], list[int]] = list,
 ) -> AsyncIterator[Delta]:
     """The answer to `prompt` in its parts; `usage` counts along, also where the reader leaves early.
 
-    `thinking`: the prompt ends inside a thought. With a `budget`, a thought that reaches so many tokens is ended by the tokens of
-    `close_thought()`, and the model goes on behind them.
+    `thinking`: the prompt ends inside a thought. With a `budget`, a thought that reaches so many tokens is ended in the model's place,
+    and the model goes on behind it; a character that is not whole by then is left out. Where `max_tokens` leaves no room behind the
+    end of the thought, the answer ends there.
     """
     parser = ReasoningParser(starts_in_thought=thinking, tools=tools)
     usage.prompt_tokens = len(prompt)
-    first, called, written = True, False, list[int]()
+    first, called, written, text = True, False, list[int](), ""
     while True:
         closed = False
         stream = engine.answer([*prompt, *written], params)
@@ -85,6 +91,7 @@ async def run_turn(
                     usage.hit_tokens = increment.num_cached_tokens // CACHE_UNIT * CACHE_UNIT
                     first = False
                 written += increment.token_ids
+                text += increment.text
                 was_open = parser.thought == "open"
                 parts = parser.feed(increment.text)
                 in_thought = was_open or parser.thought == "open" or bool(parts.reasoning)
@@ -104,6 +111,7 @@ async def run_turn(
                     delta.finish_reason = (
                         "tool_calls" if called and increment.finish_reason == "stop" else increment.finish_reason
                     )
+                    delta.stop_text = increment.stop_reason
                     yield delta
                     return
                 if not delta.is_empty:
@@ -116,22 +124,36 @@ async def run_turn(
         if not closed:
             return
         # The thought is as long as it may be: close it, and let the model answer with what is left of max_tokens.
-        end = close_thought()
+        written, said = _whole_characters(tokenizer, written)
+        unsaid = said[len(text) :]  # the engine held back what might have become a stop text
+        end = tokenizer.encode(CLOSE_THOUGHT)
+        left = None if params.max_tokens is None else params.max_tokens - usage.completion_tokens - len(end)
+        if left is not None and left < 1:
+            yield Delta(parser.feed(unsaid).reasoning + parser.finish().reasoning, finish_reason="length")
+            return
         written += end
         usage.completion_tokens += len(end)
         usage.reasoning_tokens += len(end)
-        parts = parser.feed(CLOSE_THOUGHT)
+        parts = parser.feed(unsaid + CLOSE_THOUGHT)
         yield Delta(parts.reasoning, parts.content)
-        left = None if params.max_tokens is None else params.max_tokens - usage.completion_tokens
-        if left is not None and left < 1:
-            yield Delta(finish_reason="length")
-            return
         grammar = None if params.grammar is None else replace(params.grammar, after_think=False)
         params, budget = replace(params, max_tokens=left, grammar=grammar), None
 
 
+def _whole_characters(tokenizer: Tokenizer, token_ids: Sequence[int]) -> tuple[list[int], str]:
+    """The tokens without an unfinished character at their end, and their text as the engine tells it."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    whole, text, rest = 0, "", ""
+    for place, token_id in enumerate(token_ids, start=1):
+        if token_id not in tokenizer.control_token_ids:
+            rest += decoder.decode(tokenizer.token_bytes(token_id))
+        if not decoder.getstate()[0]:
+            whole, text, rest = place, text + rest, ""
+    return [*token_ids[:whole], *tokenizer.encode(rest)], text + rest  # a token may end one character and begin the next
+
+
 async def run_completion(
-    engine: Engine, prompt: list[int], params: SamplingParams, usage: Usage, *, close_thought: Callable[[], list[int]] = list
+    engine: Engine, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams, usage: Usage
 ) -> AsyncIterator[Delta]:
     """The continuation of a text as it stands: whatever the model writes is content."""
     usage.prompt_tokens = len(prompt)
@@ -143,7 +165,7 @@ async def run_completion(
                 usage.hit_tokens = increment.num_cached_tokens // CACHE_UNIT * CACHE_UNIT
                 first = False
             usage.completion_tokens += len(increment.token_ids)
-            delta = Delta(content=increment.text, finish_reason=increment.finish_reason)
+            delta = Delta(content=increment.text, finish_reason=increment.finish_reason, stop_text=increment.stop_reason)
             if increment.logprobs is not None:
                 pairs = zip(increment.token_ids, increment.logprobs, strict=True)
                 delta.content_logprobs = [TokenLogprob(*pair) for pair in pairs]

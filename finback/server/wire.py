@@ -2,8 +2,9 @@
 gone ends its request."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from fastapi import Request
@@ -11,7 +12,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from finback.server.errors import APIError
 
-Value = TypeVar("Value")
+logger = logging.getLogger("finback.server")
+
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
@@ -49,7 +51,8 @@ async def stream(
     media_type: str = "text/event-stream",
     keep_alive: bytes = KEEP_ALIVE,
 ) -> Response:
-    """Send events as they come. An error before the first one, within `seconds`, is an answer of its own; a later one is an event."""
+    """Send events as they come. An error before the first one, within `seconds`, is an answer of its own; of later ones an APIError
+    is an event."""
     iterator = aiter(events)
     pending = asyncio.ensure_future(anext(iterator, None))
     try:
@@ -57,7 +60,7 @@ async def stream(
     except BaseException:
         endings.end(pending, events)
         raise
-    if ready and isinstance(error := pending.exception(), APIError):
+    if ready and (error := pending.exception()) is not None:
         endings.end(pending, events)
         raise error
 
@@ -84,7 +87,13 @@ async def stream(
     return StreamingResponse(body(), media_type=media_type, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
 
 
-async def whole(request: Request, answer: Awaitable[dict[str, Any]], endings: Endings, seconds: float) -> Response:
+async def whole(
+    request: Request,
+    answer: Awaitable[dict[str, Any]],
+    endings: Endings,
+    seconds: float,
+    error_body: Callable[[APIError], dict[str, Any]] = APIError.body,
+) -> Response:
     """One JSON body. Where it takes longer than `seconds`, empty lines keep the connection open until it is there."""
     pending = asyncio.ensure_future(answer)
     try:
@@ -102,7 +111,7 @@ async def whole(request: Request, answer: Awaitable[dict[str, Any]], endings: En
             try:
                 yield orjson.dumps(pending.result())
             except APIError as error:
-                yield orjson.dumps(error.body())
+                yield orjson.dumps(error_body(error))
         finally:
             endings.end(pending)
 
@@ -133,6 +142,8 @@ async def _gone(request: Request) -> None:
 async def _end(pending: "asyncio.Future[Any]", events: AsyncIterator[bytes] | None) -> None:
     if not pending.done():
         pending.cancel()
-    await asyncio.gather(pending, return_exceptions=True)
+    result: Any = (await asyncio.gather(pending, return_exceptions=True))[0]
+    if isinstance(result, Exception) and not isinstance(result, APIError):  # which nobody is left to hear
+        logger.error("a request failed after its client had gone", exc_info=result)
     if events is not None:
         await events.aclose()  # type: ignore[attr-defined]

@@ -46,18 +46,19 @@ class Page:
         if wait:
             self.wait_idle()
 
-    def wait(self, expression: str) -> None:
+    def wait(self, expression: str, minutes: float = 1 / 3) -> None:
         """Until an expression is true. Playwright's own way evaluates inside the page, which the page's policy forbids."""
-        for _ in range(1000):
+        for _ in range(int(minutes * 60 / 0.02)):
             if self.tab.evaluate(expression):
                 return
             self.tab.wait_for_timeout(20)
         raise AssertionError(f"never true: {expression}")
 
-    def wait_idle(self) -> None:
+    def wait_idle(self, minutes: float = 1 / 3) -> None:
         self.wait(
             "document.querySelector('.assistant .actions .again') && !document.body.classList.contains('busy')"
-            " && [...document.querySelectorAll('.tail')].every((tail) => !tail.hasChildNodes())"
+            " && [...document.querySelectorAll('.tail')].every((tail) => !tail.hasChildNodes())",
+            minutes,
         )
 
     def text(self, selector: str) -> str:

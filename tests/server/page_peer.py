@@ -38,6 +38,7 @@ class Script:
     keys: list[str] = field(default_factory=list)
     hung_up: threading.Event = field(default_factory=threading.Event)
     other_paths: list[str] = field(default_factory=list)
+    off_peak: dict[str, Any] | None = None
 
 
 def handler_for(script: Script) -> type[BaseHTTPRequestHandler]:
@@ -52,7 +53,7 @@ def handler_for(script: Script) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = self.path.split("?")[0]
             if path == "/finback/info":
-                return self.reply(200, json.dumps(INFO).encode(), "application/json")
+                return self.reply(200, json.dumps(INFO | {"off_peak": script.off_peak}).encode(), "application/json")
             if path == "/user/balance":
                 balance = {"is_available": True, "balance_infos": [{"currency": "CNY", "total_balance": "9.50"}]}
                 return self.reply(200, json.dumps(balance).encode(), "application/json")

@@ -105,9 +105,14 @@ def test_earlier_reasoning_never_enters_the_prompt(served: Served) -> None:
         {"reasoning": "thinking"},
         {"reasoning_content": ["a", {"b": 1}]},
         {"content": "<think>\nit is a whale\n</think>\n\nNorth."},
+        {"content": "<think>it is a whale</think>North."},
+        {"content": "it is a whale\n</think>\n\nNorth."},
         {"content": [{"type": "text", "text": "North."}]},
+        {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "North."}]},
+        {"content": [{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "North."}], "reasoning_details": [{"a": 1}]},
     ]
     assert [prompt_tokens(**form) for form in forms] == [plain] * len(forms)
+    assert prompt_tokens(content="<think>\nit is a wh") == prompt_tokens(content=""), "a thought that was cut off"
 
 
 def test_the_alias_of_the_reasoning_field_is_opt_in(served: Served) -> None:
@@ -144,6 +149,8 @@ def test_a_prefix_is_continued(served: Served) -> None:
     message = httpx.post(f"{served.url}/beta/chat/completions", json=body).raise_for_status().json()["choices"][0]["message"]
     assert message["content"]
     assert "reasoning_content" not in message
+    other_form = [messages[0], {**messages[1], "reasoning_content": [{"text": "north"}]}]
+    assert httpx.post(f"{served.url}/beta/chat/completions", json=body | {"messages": other_form}).status_code == 200
     refused = httpx.post(
         f"{served.url}/beta/chat/completions", json=body | {"messages": [messages[0], {**messages[1], "prefix": False}]}
     )
@@ -261,6 +268,9 @@ ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "impossible"}}}}, 400, "impossible"),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, 422, "not among the tools"),
     ({"tools": [TOOL, TOOL]}, 422, "two functions with the name"),
+    ({"messages": [{"role": "user", "content": "\ud800"}]}, 422, "surrogates not allowed"),
+    ({"stop": "\udfff"}, 422, "surrogates not allowed"),
+    ({"seed": 10**30}, 422, "64-bit"),
 ]
 
 
@@ -270,7 +280,8 @@ def test_a_bad_field_is_told_with_its_status(
     served: Served, change: dict[str, Any], status: int, words: str, stream: bool
 ) -> None:
     body = {"model": "tiny", "messages": QUESTION, "max_tokens": 2, "stream": stream} | change
-    answer = httpx.post(f"{served.url}/v1/chat/completions", json=body)
+    headers = {"content-type": "application/json"}  # httpx itself would refuse what is no Unicode
+    answer = httpx.post(f"{served.url}/v1/chat/completions", content=json.dumps(body), headers=headers)
     error = answer.json()["error"]
     assert (answer.status_code, set(error)) == (status, {"message", "type", "param", "code"}), error
     assert words in error["message"], error
@@ -281,6 +292,9 @@ def test_bodies_that_are_no_json_or_too_large(served: Served) -> None:
     assert httpx.post(url, content="{", headers=kind).status_code == 400
     assert httpx.post(url, content=b"\xff\xfe", headers=kind).status_code == 400
     assert httpx.post(url, content="{}").status_code == 400
+    for nested in ("[" * 100_000 + "]" * 100_000, "[" * 400 + "]" * 400):
+        deep = f'{{"model": "tiny", "messages": [], "tools": [{{"type": "function", "function": {nested}}}]}}'
+        assert httpx.post(url, content=deep, headers=kind).status_code in (400, 422)
     large = httpx.post(url, content=b" " * (5 * 2**20), headers=kind)
     assert (large.status_code, large.json()["error"]["code"]) == (413, "request_too_large")
     chunked = httpx.post(url, content=(b" " * 2**20 for _ in range(6)), headers=kind)
@@ -289,7 +303,12 @@ def test_bodies_that_are_no_json_or_too_large(served: Served) -> None:
 
 def test_other_names_for_this_machine_and_other_pages_are_refused(served: Served) -> None:
     assert httpx.get(f"{served.url}/v1/models", headers={"host": "evil.example"}).status_code == 403
-    assert httpx.get(f"{served.url}/v1/models", headers={"host": "localhost:1"}).status_code == 200
+    for name in ("localhost:1", "LocalHost", "127.0.0.1", "[::1]:8000"):
+        assert httpx.get(f"{served.url}/v1/models", headers={"host": name}).status_code == 200
+    for name in ("127.0.0.1.evil.example", "localhost.evil.example", "0.0.0.0", ""):
+        assert httpx.get(f"{served.url}/v1/models", headers={"host": name}).status_code == 403
+    plain = {"content-type": "text/plain"}  # what a page elsewhere may send unasked
+    assert httpx.post(f"{served.url}/v1/chat/completions", content='{"model": "tiny"}', headers=plain).status_code == 400
     answer = httpx.options(
         f"{served.url}/v1/chat/completions", headers={"origin": "https://evil.example", "access-control-request-method": "POST"}
     )
@@ -298,6 +317,9 @@ def test_other_names_for_this_machine_and_other_pages_are_refused(served: Served
 
 def test_facts(served: Served, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["deepseek-chat", "deepseek-reasoner", "tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert httpx.get(f"{served.url}/v1/models/gpt-4").status_code == 400
+    assert httpx.head(served.url).status_code == 200
     assert httpx.get(f"{served.url}/user/balance").json() == {"is_available": True, "balance_infos": []}
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
     client.completions.create(model="tiny", prompt="One day", max_tokens=2)
@@ -312,7 +334,8 @@ def test_facts(served: Served, client: openai.OpenAI) -> None:
     assert httpx.get(f"{served.url}/docs").status_code == 200
     assert httpx.get(served.url).headers["content-security-policy"] == "frame-ancestors 'none'"
     assert httpx.get(f"{served.url}/static/../app.py").status_code == 404
-    assert httpx.get(f"{served.url}/static/%2e%2e/app.py").status_code == 404
+    for path in ("%2e%2e/app.py", "%00", "a" * 5000, "/etc/passwd", "", "vendor"):
+        assert httpx.get(f"{served.url}/static/{path}").status_code == 404
 
 
 def test_a_client_that_leaves_frees_its_blocks(served: Served) -> None:

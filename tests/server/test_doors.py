@@ -7,6 +7,7 @@ from typing import Any
 import anthropic
 import httpx
 import ollama
+import openai
 import pytest
 
 from tests.server.serving import Served, serving
@@ -117,6 +118,26 @@ def test_messages_may_end_with_a_prefix_and_begin_with_a_system_text(served: Ser
     assert message.content[0].text == expected["message"]["content"]  # type: ignore[union-attr]
 
 
+def test_a_stop_sequence_is_named(served: Served, claude: anthropic.Anthropic) -> None:
+    asked: dict[str, Any] = {"model": "deepseek-chat", "messages": QUESTION, "max_tokens": 30, "extra_body": GREEDY}
+    plain = claude.messages.create(**asked)
+    assert (plain.stop_reason, plain.stop_sequence) == ("max_tokens", None)
+    text = plain.content[0].text  # type: ignore[union-attr]
+    stop = text[4:7]
+    stops = ["never written", stop]
+    whole = claude.messages.create(**asked, stop_sequences=stops)
+    assert (whole.stop_reason, whole.stop_sequence) == ("stop_sequence", stop)
+    assert whole.content[0].text == text[: text.index(stop)]  # type: ignore[union-attr]
+    with claude.messages.stream(**asked, stop_sequences=stops) as stream:
+        final = stream.get_final_message()
+    assert (final.stop_reason, final.stop_sequence) == ("stop_sequence", stop)
+    assert final.content[0].text == whole.content[0].text  # type: ignore[union-attr]
+    in_thought = claude.messages.create(**asked | {"model": "deepseek-reasoner"})
+    thought = in_thought.content[0].thinking  # type: ignore[union-attr]
+    cut = claude.messages.create(**asked | {"model": "deepseek-reasoner"}, stop_sequences=[thought[2:5]])
+    assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", thought[2:5])
+
+
 def test_errors_of_the_messages_are_in_their_shape(served: Served, claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="there is no model 'claude'"):
         claude.messages.create(model="claude", messages=QUESTION, max_tokens=1)
@@ -144,6 +165,29 @@ def test_ollama_chats_whole_and_in_pieces(served: Served, llama: ollama.Client) 
     assert (
         plain.message.content == openai_message(served, model="deepseek-chat", max_tokens=30, temperature=0)["message"]["content"]
     )
+
+
+def test_a_connection_that_is_kept_open_disturbs_no_client() -> None:
+    """With something sent for each moment without a token, each client sees the answer and nothing else."""
+    with serving(keep_alive_seconds=0.0005) as slow:
+        options = {"num_predict": 20, "temperature": 0}
+        llama = ollama.Client(host=slow.url)
+        whole = llama.chat(model="tiny", messages=QUESTION, think=False, options=options)
+        parts = list(llama.chat(model="tiny", messages=QUESTION, think=False, options=options, stream=True))
+        text = "".join(part.message.content or "" for part in parts)
+        assert text == whole.message.content
+        llama._client.close()
+        asked: dict[str, Any] = {"model": "deepseek-chat", "messages": QUESTION, "max_tokens": 20}
+        with anthropic.Anthropic(base_url=slow.url, api_key="none", max_retries=0) as claude:
+            assert claude.messages.create(**asked, extra_body=GREEDY).content[0].text == text  # type: ignore[union-attr]
+            with claude.messages.stream(**asked, extra_body=GREEDY) as stream:
+                assert stream.get_final_text() == text
+        with openai.OpenAI(base_url=f"{slow.url}/v1", api_key="none", max_retries=0) as client:
+            assert client.chat.completions.create(**asked, temperature=0).choices[0].message.content == text
+            pieces = client.chat.completions.create(**asked, temperature=0, stream=True)
+            assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == text
+            assert ": keep-alive" in httpx.post(f"{slow.url}/v1/chat/completions", json=asked | {"stream": True}).text
+        assert slow.is_idle()
 
 
 def test_ollama_calls_tools_and_writes_json(llama: ollama.Client) -> None:
@@ -186,5 +230,7 @@ def test_ollama_lists_shows_and_refuses(served: Served, llama: ollama.Client) ->
     with pytest.raises(ollama.ResponseError, match="there is no model 'llama3'") as told:
         llama.chat(model="llama3", messages=QUESTION)
     assert told.value.status_code == 404
+    with pytest.raises(ollama.ResponseError, match="reads text only"):
+        llama.generate(model="tiny", prompt="What is it?", images=[b"a picture"])
     with pytest.raises(ollama.ResponseError, match="temperature"):
         llama.chat(model="tiny", messages=QUESTION, options={"temperature": 9})

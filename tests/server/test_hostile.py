@@ -136,6 +136,16 @@ def test_a_crowd_of_64_for_two_minutes(tmp_path: Path) -> None:
     check_crowd(tmp_path, clients=64, seconds=120.0)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_of_our_own_is_a_500_and_ends(monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    with serving() as served:
+        monkeypatch.setattr("finback.server.turn.ReasoningParser.feed", lambda *_: 1 / 0)
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4, "stream": stream}
+        answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert served.is_idle()
+
+
 def test_neither_keys_nor_prompts_are_logged_or_stored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = tmp_path / "keys.sqlite"
     store = KeyStore(keys, create=True)

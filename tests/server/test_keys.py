@@ -151,6 +151,43 @@ def test_keys_are_asked_for_charged_and_refused(served: Served, keys: Path, secr
     assert httpx.get(f"{served.url}/finback/info").json()["prices"] == {"hit": 1.0, "miss": 4.0, "output": 16.0}
 
 
+def test_the_hours_of_a_request_decide_its_price(keys: Path, secrets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same question at three times of day, asked of a server with cheap hours: what the balance has lost, and the table says."""
+    costs = []
+    with serving(keys, off_peak="16:30-00:30", off_peak_discount="0.75", llm={"enable_prefix_caching": False}) as served:
+        store = KeyStore(keys)
+        for hour, minute in ((16, 29), (16, 30), (0, 29), (0, 30)):
+            monkeypatch.setattr("finback.server.service.now", lambda h=hour, m=minute: datetime(2025, 3, 1, h, m, tzinfo=UTC))
+            before = store.named("ann").balance
+            usage = ask(served, secrets["ann"]).raise_for_status().json()["usage"]
+            costs.append(before - store.named("ann").balance)
+            info = httpx.get(f"{served.url}/finback/info").json()
+            assert info["off_peak"] == {"start": 16 * 60 + 30, "end": 30, "discount": 0.75}
+            full = usage["prompt_tokens"] * 4000 + usage["completion_tokens"] * 16000
+            assert costs[-1] == (full // 4 if (hour, minute) in ((16, 30), (0, 29)) else full)
+        assert store.usage(store.named("ann").id)[2] == sum(costs)
+    assert served.is_idle()
+
+
+def test_what_the_engine_refuses_or_fails_at_costs_nothing(served: Served, keys: Path, secrets: dict[str, str]) -> None:
+    store = KeyStore(keys)
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "impossible"}}}
+    for change in ({"logit_bias": {"99999": 1}}, {"response_format": schema}):
+        assert ask(served, secrets["ann"], **change).status_code == 400
+    step = served.llm.step
+
+    def fails() -> Any:
+        raise RuntimeError("out of memory")
+
+    served.llm.step = fails  # type: ignore[method-assign]
+    assert ask(served, secrets["ann"]).status_code == 500
+    served.llm.step = step  # type: ignore[method-assign]
+    assert store.named("ann").balance == NANO
+    assert store.usage(store.named("ann").id) == (0, 0, 0)
+    ask(served, secrets["ann"]).raise_for_status()
+    assert store.usage(store.named("ann").id)[0] == 1
+
+
 def test_a_client_that_leaves_pays_for_what_was_written(served: Served, keys: Path, secrets: dict[str, str]) -> None:
     store = KeyStore(keys)
     headers = {"authorization": f"Bearer {secrets['ann']}"}
@@ -159,6 +196,12 @@ def test_a_client_that_leaves_pays_for_what_was_written(served: Served, keys: Pa
         lines = answer.iter_lines()
         for _ in range(6):
             next(lines)
+    tokens = charged_once(served, store)
+    assert 20 < tokens < 900
+
+
+def charged_once(served: Served, store: KeyStore) -> int:
+    """The tokens of ann's only request, which the server may yet have to end."""
     assert served.is_idle()
     deadline = time.monotonic() + 20
     while not store.usage(store.named("ann").id)[0]:
@@ -166,8 +209,16 @@ def test_a_client_that_leaves_pays_for_what_was_written(served: Served, keys: Pa
         time.sleep(0.01)
     requests, tokens, cost = store.usage(store.named("ann").id)
     assert requests == 1
-    assert 20 < tokens < 900
     assert store.named("ann").balance == NANO - cost < NANO
+    return tokens
+
+
+def test_so_does_one_that_does_not_wait_for_a_whole_answer(served: Served, keys: Path, secrets: dict[str, str]) -> None:
+    headers = {"authorization": f"Bearer {secrets['ann']}"}
+    body = QUESTION | {"max_tokens": 900, "n": 16, "ignore_eos": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=0.5)
+    assert charged_once(served, KeyStore(keys)) < 16 * 900
 
 
 def test_prefixes_are_not_shared_between_keys(served: Served, keys: Path, secrets: dict[str, str]) -> None:
@@ -201,7 +252,7 @@ def test_a_killed_server_loses_no_balance(tmp_path: Path, keys: Path, secrets: d
         assert url is not None
         headers = {"authorization": f"Bearer {secrets['ann']}"}
         body = QUESTION | {"model": "model"}
-        endless = body | {"stream": True, "max_tokens": 900, "ignore_eos": True}
+        endless = body | {"stream": True, "max_tokens": 900, "ignore_eos": True, "n": 16}
         httpx.post(f"{url[0]}/v1/chat/completions", json=body, headers=headers, timeout=60).raise_for_status()
         with httpx.stream("POST", f"{url[0]}/v1/chat/completions", json=endless, headers=headers) as answer:
             next(answer.iter_lines())

@@ -140,6 +140,47 @@ def test_question_streams_thought_and_rendered_answer(page: Page, peer: tuple[st
 
 
 @needs_browser
+def test_a_long_thought_streams_in_few_drawings_and_opens_at_its_beginning(browser: Any) -> None:
+    """Ten thousand tokens, each an event of its own: the page draws by frames and not by tokens, and whoever opens the thought reads it
+    from its first line."""
+    thought = [f"step {i} is so{'.' if i % 20 else chr(10) * 2} " for i in range(10_000)]
+    script = Script(answers={"long": [(token, "") for token in thought] + [("", "It is 42.")]})
+    with serving(script) as (url, _):
+        page = Page(browser, url)
+        page.tab.evaluate(
+            "{ window.drawings = 0; new MutationObserver(() => { window.drawings += 1; })"
+            ".observe(document.getElementById('messages'), { childList: true, subtree: true }); }"
+        )
+        page.ask("long thought")
+        assert page.text(".answer") == "It is 42."
+        assert page.tab.evaluate("window.drawings") < 2_000
+        page.tab.click(".thought summary")
+        page.wait_idle()
+        length = page.tab.evaluate("document.querySelector('.thought-body').textContent.length")
+        assert length > 150_000, "nothing is left out"
+        box = page.tab.locator(".thought summary").bounding_box()
+        assert 0 <= box["y"] < 700, "the first line is still in view"
+        page.context.close()
+        assert page.problems == []
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("time", "price"), [("16:29", "0.00069"), ("16:30", "0.00017"), ("00:29", "0.00017"), ("00:30", "0.00069")]
+)
+def test_price_is_lower_in_the_servers_cheap_hours(browser: Any, time: str, price: str) -> None:
+    script = Script(answers=dict(ANSWERS), off_peak={"start": 990, "end": 30, "discount": 0.75})
+    with serving(script) as (url, _):
+        page = Page(browser, url)
+        page.tab.clock.set_fixed_time(f"2025-03-01T{time}:00Z")
+        page.tab.reload()
+        page.tab.wait_for_selector("#model option", state="attached")
+        page.ask("bare question")
+        assert f"¥{price}" in page.text("#total")
+        page.context.close()
+
+
+@needs_browser
 def test_second_turn_sends_the_first_without_its_thought_and_adds_up(page: Page, peer: tuple[str, Script]) -> None:
     page.ask("bare one")
     page.ask("sum again")

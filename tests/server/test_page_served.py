@@ -58,6 +58,31 @@ def test_finback_serve_shows_a_page_that_answers(browser: Any, tmp_path: Path) -
             page.context.close()
         finally:
             process.terminate()
+    assert process.returncode == 0
+
+
+@needs_browser
+def test_the_apis_page_shows_every_operation_and_fetches_nothing_from_elsewhere(browser: Any) -> None:
+    from tests.server.serving import serving
+
+    with serving() as served:
+        page = Page(browser, served.url)
+        asked: list[str] = []
+        page.tab.on("request", lambda request: asked.append(request.url))
+        page.tab.goto(f"{served.url}/docs")
+        page.tab.wait_for_selector("details")
+        paths = page.tab.evaluate(
+            "fetch('/openapi.json').then((answer) => answer.json()).then(({ paths }) => Object.keys(paths))"
+        )
+        shown = page.tab.locator("summary code").all_inner_texts()
+        assert sorted(each.split(" ")[1] for each in shown) == sorted(paths)
+        page.tab.click("text=POST /v1/chat/completions")
+        fields = page.tab.locator("details[open] tr").all_inner_texts()
+        assert any(re.match(r"messages\s+list of Message\s+required", each) for each in fields), fields
+        assert any(re.match(r"n\s+whole number at least 1, at most 16", each) for each in fields), fields
+        assert {each for each in asked if not each.startswith(served.url)} == set()
+        page.context.close()
+        assert page.problems == []
 
 
 @needs_browser

@@ -1,8 +1,9 @@
 // The chat page: which conversation is shown, what is being asked, and what every button and key does.
 
+import { element } from "./element.js";
 import { copyText, download, toJson, toMarkdown } from "./export.js";
 import { t, translate } from "./i18n.js";
-import { AnswerView, editElement, element, questionElement } from "./messages.js";
+import { AnswerView, editElement, questionElement } from "./messages.js";
 import { openSettings, showBalance, showLimits, showModels, wireSettings } from "./settings.js";
 import { showList } from "./sidebar.js";
 import * as store from "./store.js";
@@ -121,7 +122,7 @@ async function stream(run, request) {
     if (first) message.elapsed = (now - first) / 1000;
     if (value.usage) {
       message.usage = readUsage(value.usage);
-      message.price = priceOf(message.usage, info?.prices);
+      message.price = priceOf(message.usage, info);
     }
     run.view?.update(run.thinkingSince);
     if (now - saved > SAVE_EVERY_MS) {
@@ -399,6 +400,9 @@ function wire() {
   $("messages").addEventListener("click", (event) => {
     const button = event.target.closest(".copy-code");
     if (button) copy(button.closest(".code").querySelector("code").textContent, button);
+    // Who opens a thought reads it from its beginning: the view does not run to the end of the text then.
+    const thought = event.target.closest(".thought summary")?.parentElement;
+    if (thought && !thought.open) follow = false;
   });
   window.addEventListener("storage", (event) => takeFromOtherTab(store.conversationOf(event.key)));
   window.addEventListener("pagehide", () => running && save(running.conversation));

@@ -1,19 +1,9 @@
 // One conversation's messages as elements: questions, answers with their folded thought, and the line of counts below.
 
+import { element } from "./element.js";
 import { seconds, t } from "./i18n.js";
 import { MarkdownView } from "./markdown.js";
 import { describeUsage } from "./usage.js";
-
-/** An element with properties and children; text children are text, never HTML. */
-export function element(tag, properties = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties)) {
-    if (name.includes("-") || name === "for") node.setAttribute(name, value);
-    else node[name] = value;
-  }
-  node.append(...children);
-  return node;
-}
 
 /** A symbol out of the sprite in index.html. */
 export function icon(name) {

@@ -3,7 +3,7 @@
 import { count, setLanguage, t } from "./i18n.js";
 import { loadKey, loadSettings, saveKey, saveSettings } from "./store.js";
 import { getJson } from "./stream.js";
-import { element } from "./messages.js";
+import { element } from "./element.js";
 
 const $ = (id) => document.getElementById(id);
 

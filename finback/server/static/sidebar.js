@@ -1,7 +1,8 @@
 // The list of conversations: choose, rename, delete.
 
 import { t } from "./i18n.js";
-import { element, iconButton } from "./messages.js";
+import { element } from "./element.js";
+import { iconButton } from "./messages.js";
 
 /** Show `conversations` in `list`; `actions` are {open(id), rename(id, title), remove(id)}. */
 export function showList(list, conversations, currentId, actions) {

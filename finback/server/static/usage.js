@@ -14,10 +14,22 @@ export function readUsage(usage) {
   };
 }
 
-/** Yuan for one answer; `prices` are yuan per million tokens. Null where the server sells nothing. */
-export function priceOf(usage, prices) {
+/**
+ * Yuan for one answer that ends now, by what the server says of itself: `prices` are yuan per million tokens, lower by `off_peak`'s
+ * discount between two minutes of the day in UTC. Null where the server sells nothing.
+ */
+export function priceOf(usage, info, now = new Date()) {
+  const prices = info?.prices;
   if (!prices) return null;
-  return (usage.hit * prices.hit + usage.miss * prices.miss + usage.output * prices.output) / 1e6;
+  const full = (usage.hit * prices.hit + usage.miss * prices.miss + usage.output * prices.output) / 1e6;
+  return isOffPeak(info.off_peak, now) ? full * (1 - info.off_peak.discount) : full;
+}
+
+function isOffPeak(hours, now) {
+  if (!hours) return false;
+  const minute = now.getUTCHours() * 60 + now.getUTCMinutes();
+  const { start, end } = hours;
+  return start <= end ? start <= minute && minute < end : minute >= start || minute < end;
 }
 
 /** Sum over the answers of a conversation that have a usage; null if none has. */
