@@ -28,14 +28,15 @@ from finback.eval.runner import evaluate_answers
 from finback.model.checkpoint import load, save
 from finback.recipes import judging
 from finback.recipes.config import LadderConfig
-from finback.recipes.stages import Run, StageFailed
+from finback.recipes.sampling import model_hash
+from finback.recipes.stages import Run, StageFailed, file_hash
 from finback.rewards.answers import answer_tag, final_answer
 from finback.rewards.pool import RewardPool
 from finback.rewards.reward import load_rewards
 from finback.rl.config import GRPOConfig
 from finback.rl.model_rewards import model_reward_names
 from finback.rl.prompts import read_prompts
-from finback.rl.rejection import Check, kept_rows, rejection_sample
+from finback.rl.rejection import Check, Journal, rejection_sample
 from finback.rl.report import write_report as write_rl_report
 from finback.rl.train import grpo
 from finback.train.metrics import METRICS_FILE, read_metrics
@@ -206,7 +207,8 @@ def sample_and_keep(
     keep: int,
     seed: int,
 ) -> tuple[list[dict[str, Any]], list[list[Any]]]:
-    """Rows of the model `name`'s own samples that pass the checks, and the funnel, which is printed."""
+    """Rows of the model `name`'s own samples that pass the checks, and the funnel, which is printed. What was sampled is kept in
+    training/NAME-samples.jsonl: a stage that was interrupted samples the other prompts only."""
     directory = run.directory / name
     tokenizer = load_tokenizer(directory)
     llm = LLM(directory, dtype=torch.float32, max_num_seqs=128, max_num_batched_tokens=1024, block_size=16)
@@ -215,8 +217,10 @@ def sample_and_keep(
     # Each stage that samples takes prompts of its own, as far as there are some.
     chosen = [prompts[i % len(prompts)] for i in range(first, first + num_prompts)]
     params = SamplingParams(temperature=1.0, max_tokens=ladder.eval_tokens, skip_special_tokens=False)
+    settings = {"run": run.manifest["settings"], "model": model_hash(directory), "prompts": file_hash(ladder.prompts)}
+    journal = Journal(run.directory / TRAINING / f"{name}-samples.jsonl", settings)
     with RewardPool([reward for check in checks for reward in check.rewards]) as pool:
-        kept, funnel = rejection_sample(
+        rows, funnel = rejection_sample(
             llm,
             pool,
             chosen,
@@ -225,9 +229,10 @@ def sample_and_keep(
             num_samples=samples,
             keep_per_prompt=keep,
             seed=run.manifest["settings"]["seed"] + seed,
+            journal=journal,
         )
     print("\n".join(funnel.lines()))
-    return list(kept_rows(kept)), [list(stage) for stage in funnel.stages]
+    return rows, [list(stage) for stage in funnel.stages]
 
 
 def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None] | None) -> dict[str, Any]:
