@@ -62,12 +62,15 @@ def r1_zero(run: Run, ladder: LadderConfig) -> dict[str, Any]:
 
 
 def cold_start(run: Run, ladder: LadderConfig) -> dict[str, Any]:
-    """SFT from the base on a few hundred of R1-Zero's samples: right, in form, in the question's language, as chat turns (R1 2.3.1)."""
+    """SFT from the base on a few hundred of R1-Zero's samples: right, in form, in the question's language, as chat turns (R1 2.3.1).
+
+    The answer leaves R1-Zero's tags, whatever judged it: from here on, what stands behind the thought is the answer.
+    """
     checks = judging.checks(ladder, judging.EXACT_TAG, judging.ZERO_FORMAT, judging.ONE_LANGUAGE)
     rows, funnel = sample_and_keep(
         run, ladder, "r1-zero", ladder.zero_template, checks, ladder.cold_start_prompts, samples=4, keep=1, seed=1
     )
-    traces = [chat_row(row, None if ladder.reward else answer_tag) for row in rows[: ladder.cold_start_rows]]
+    traces = [chat_row(row, answer_tag, worded=not ladder.reward) for row in rows[: ladder.cold_start_rows]]
     if len(traces) < ladder.least_rows:
         solved = [row for row in read_rows(ladder.prompts) if {"reasoning", "answer"} <= row.keys()]
         references = [reference_row(row) for row in solved[: ladder.cold_start_rows]]
@@ -235,16 +238,18 @@ def sample_and_keep(
     return rows, [list(stage) for stage in funnel.stages]
 
 
-def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None] | None) -> dict[str, Any]:
-    """A sample as a conversation: the thought as it was, the answer in a sentence of the question's language. Without `answer_of` all
-    that stands behind the thought is left as it is: a reward of one's own knows what in it counts."""
+def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None] | None, *, worded: bool = True) -> dict[str, Any]:
+    """A sample as a conversation: the thought as it was, and the answer that `answer_of` finds behind it, `worded` as a sentence of the
+    question's language. Without `answer_of` all that stands behind the thought is left as it is: a reward of one's own knows what in
+    it counts."""
     example = row["example"]
     parts = parse_answer(row["completion"].lstrip(), starts_in_thought=opens_thought(row["prompt"]), tools=False)
     content = parts.content.strip()
     if answer_of is not None:
         answer = answer_of(parts.content)
         assert answer is not None, "only samples with an answer are kept"
-        content = ANSWER_WORDS.get(example.get("language", "en"), ANSWER_WORDS["en"]) + answer
+        words = ANSWER_WORDS.get(example.get("language", "en"), ANSWER_WORDS["en"]) if worded else ""
+        content = words + answer
     reply = {"role": "assistant", "reasoning_content": parts.reasoning.strip("\n"), "content": content}
     return {"messages": [{"role": "user", "content": example["prompt"]}, reply]}
 

@@ -189,6 +189,7 @@ def test_a_reward_of_ones_own_judges_in_every_stage(own: Path, tmp_path: Path) -
     assert manifest["r1-zero"]["results"]["held out"]["pass_at_1"][0] > 0.5  # without an "answer" the exact one judges nothing
     learnt = [json.loads(line)["messages"][1]["content"] for line in (run / "data" / "cold-start.jsonl").read_text().splitlines()]
     assert all("7" in content for content in learnt)
+    assert not any("<" in content for content in learnt)  # R1-Zero's tags stay behind: chat turns have none
     for stage in ("r1-zero", "reasoning-rl", "all-scenario-rl"):
         rows = read_metrics(run / "training" / stage / "metrics.jsonl")
         assert all("reward/wanted" in row for row in rows)
