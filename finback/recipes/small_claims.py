@@ -90,7 +90,7 @@ def _above(claim: str, name: str, numbers: Numbers, others: Mapping[str, Numbers
 def distillation_verdict(
     before: Numbers, distilled: Numbers, alone: Numbers, rl_flops: float, distillation_flops: float
 ) -> Verdict:
-    """R1 section 4.1: a small model learns more from a teacher's traces than by reinforcement learning of its own."""
+    """A small model learns more from a teacher's traces than by reinforcement learning of its own."""
     return Verdict(
         "the distilled student is above the same student under RL alone, which had at least as much compute",
         f"distilled {_estimate(distilled)}, RL alone {_estimate(alone)}, before {_estimate(before)}; RL had "

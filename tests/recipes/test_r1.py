@@ -16,6 +16,7 @@ from finback.data.chains import ChainSettings, clean_thought, generate_chains
 from finback.recipes.config import DistillConfig, R1Config
 from finback.recipes.distill import distill
 from finback.recipes.r1 import r1
+from finback.rl.config import GRPOConfig
 from finback.rl.rollout import Rollout, roll_out
 from finback.rl.session import read_run_config
 from finback.rl.train import grpo
@@ -237,7 +238,7 @@ def test_distillation_beside_rl_alone_by_a_reward_of_ones_own_goes_on_where_it_w
 
     alone, training = facts["student-rl"], run / "training" / "student-rl"
     assert [row["step"] for row in read_metrics(training / "metrics.jsonl")] == list(range(1, alone["steps"] + 1))
-    uninterrupted = grpo(read_run_config(training), tmp_path / "whole")
+    uninterrupted = grpo(read_run_config(training, GRPOConfig), tmp_path / "whole")
     assert (uninterrupted / "model.safetensors").read_bytes() == (run / "student-rl" / "model.safetensors").read_bytes()
 
     report = (run / "report.md").read_text()
