@@ -236,6 +236,8 @@ def test_distillation_beside_rl_alone_by_a_reward_of_ones_own_goes_on_where_it_w
     assert [name for name, _ in facts["student"]["funnel"]][2] == "wanted"
     assert facts["student"]["rows"] >= 20
 
+    assert (run / "training" / "teacher-samples.jsonl").read_text().count('"place"') == 40  # none of them is sampled again
+
     alone, training = facts["student-rl"], run / "training" / "student-rl"
     assert [row["step"] for row in read_metrics(training / "metrics.jsonl")] == list(range(1, alone["steps"] + 1))
     uninterrupted = grpo(read_run_config(training, GRPOConfig), tmp_path / "whole")
