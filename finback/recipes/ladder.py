@@ -222,6 +222,8 @@ def sample_and_keep(
     params = SamplingParams(temperature=1.0, max_tokens=ladder.eval_tokens, skip_special_tokens=False)
     settings = {"run": run.manifest["settings"], "model": model_hash(directory), "prompts": file_hash(ladder.prompts)}
     journal = Journal(run.directory / TRAINING / f"{name}-samples.jsonl", settings)
+    if journal.finished:
+        print(f"{len(journal.finished):,} prompts are finished already")
     with RewardPool([reward for check in checks for reward in check.rewards]) as pool:
         rows, funnel = rejection_sample(
             llm,

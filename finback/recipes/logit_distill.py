@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from finback.config import InputError, ModelConfig, count_params
-from finback.data.conversations import load_samples, samples_fingerprint
+from finback.data.conversations import LoadedSamples, load_samples, samples_fingerprint
 from finback.data.files import write_atomic
 from finback.data.packing import Sample
 from finback.data.tokenizer import Tokenizer, load_tokenizer
@@ -100,21 +101,9 @@ def logit_distill(
     if not config.data:
         raise InputError("field data is empty; give .jsonl or .parquet files to train on")
     device = choose_device(config.device)
-    tokenizer = load_tokenizer(sources["student"])
-    check_same_vocabulary(load_tokenizer(sources["teacher"]), tokenizer)
     models = {name: open_checkpoint(source).config for name, source in sources.items()}
-    heads = models["teacher"].vocab_size, models["student"].vocab_size
-    if heads[0] != heads[1]:
-        raise InputError(
-            f"teacher and student have {heads[0]} and {heads[1]} logits: ids from {min(heads)} are in one of them only"
-        )
-    shorter = min(models.values(), key=lambda model: model.max_position_embeddings)
-    config = config.resolved(shorter)
-    assert config.sequence_length is not None
-    loaded = load_samples(config.data, tokenizer, sequence_length=config.sequence_length, skip_malformed=config.skip_malformed)
-    samples = loaded.samples
-    total_steps = config.total_steps(len(samples))
-    config = config.with_warmup(total_steps)
+    config, loaded = _open_traces(sources, models, config)
+    samples, total_steps = loaded.samples, config.total_steps(len(loaded.samples))
     fields = config.to_dict() | {name: str(source.resolve()) for name, source in sources.items()}
     fields["model"] = models["student"].to_dict()
     fields["sha256"] = {name: model_hash(source) for name, source in sources.items()}
@@ -169,6 +158,24 @@ def read_logit_run(directory: str | Path) -> tuple[str, str, LogitDistillConfig]
     for name in ("model", "sha256"):
         data.pop(name)
     return teacher, student, LogitDistillConfig.from_dict(data)
+
+
+def _open_traces(
+    sources: Mapping[str, Path], models: Mapping[str, ModelConfig], config: LogitDistillConfig
+) -> tuple[LogitDistillConfig, LoadedSamples]:
+    """The config with a value for every field that leaves a choice, and the traces; InputError unless the models are a pair."""
+    tokenizer = load_tokenizer(sources["student"])
+    check_same_vocabulary(load_tokenizer(sources["teacher"]), tokenizer)
+    heads = models["teacher"].vocab_size, models["student"].vocab_size
+    if heads[0] != heads[1]:
+        raise InputError(
+            f"teacher and student have {heads[0]} and {heads[1]} logits: ids from {min(heads)} are in one of them only"
+        )
+    config = config.resolved(min(models.values(), key=lambda model: model.max_position_embeddings))
+    assert config.sequence_length is not None
+    length, skip = config.sequence_length, config.skip_malformed
+    loaded = load_samples(config.data, tokenizer, sequence_length=length, skip_malformed=skip)
+    return config.with_warmup(config.total_steps(len(loaded.samples))), loaded
 
 
 def _beside_the_teacher(device: torch.device, teacher: ModelConfig) -> int | None:
