@@ -22,6 +22,7 @@ VERBS = {
     "fetch": ("list and get corpora, tokenizers and small models", "finback.commands.fetch:main"),
     "pretrain": ("train a model from a preset, or resume a run", "finback.commands.pretrain:main"),
     "grpo": ("train a model on prompts and rewards by GRPO, or resume a run", "finback.commands.grpo:main"),
+    "ppo": ("PPO with a critic on prompts and rewards, to compare GRPO with", "finback.commands.ppo:main"),
     "r1-zero": ("GRPO on a base model by rules alone, as R1-Zero", "finback.commands.r1_zero:main"),
     "r1": ("the whole R1 recipe on a base model and a task of your own", "finback.commands.r1:main"),
     "distill": ("teach a student by a teacher's verified answers", "finback.commands.distill:main"),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from finback.commands.parse import parse_arguments
+from finback.commands.parse import directory_to_resume, parse_arguments
 from finback.config import InputError
 from finback.rl.config import GRPOConfig
 
@@ -32,13 +32,11 @@ def main(argv: Sequence[str]) -> int:
 
 def run(argv: Sequence[str], verb: str, description: str, default: GRPOConfig) -> int:
     """A verb that trains by GRPO from the fields of `default`."""
-    if any(word.split("=")[0] == "--resume" for word in argv):
-        words = [word for argument in argv for word in argument.split("=", 1)]
-        if len(words) != 2 or words[0] != "--resume":
-            raise InputError("--resume DIR stands alone: a run is continued with the fields that it was started with")
+    from_before = directory_to_resume(argv)
+    if from_before is not None:
         from finback.rl.session import read_run_config
 
-        _train(read_run_config(words[1]), Path(words[1]), resume=True)
+        _train(read_run_config(from_before, GRPOConfig), Path(from_before), resume=True)
         return 0
     arguments = parse_arguments(Arguments, argv, verb=verb, description=description, default=Arguments(config=default))
     if not arguments.config.model:

@@ -65,6 +65,16 @@ def parse_arguments(
     return expanded
 
 
+def directory_to_resume(argv: Sequence[str]) -> str | None:
+    """DIR of `--resume DIR`, which stands alone; None where the words begin a new run."""
+    if not any(word.split("=")[0] == "--resume" for word in argv):
+        return None
+    words = [word for argument in argv for word in argument.split("=", 1)]
+    if len(words) != 2 or words[0] != "--resume":
+        raise InputError("--resume DIR stands alone: a run is continued with the fields that it was started with")
+    return words[1]
+
+
 def with_home(path: str) -> str:
     """`path` with the user's home for a leading ~; where there is no such user, as it is."""
     return os.path.expanduser(path)

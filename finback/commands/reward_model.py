@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from finback.commands.parse import parse_arguments
+from finback.commands.parse import directory_to_resume, parse_arguments
 from finback.config import InputError
 from finback.train.reward_model_config import RewardModelConfig
 
@@ -28,8 +28,9 @@ class Arguments:
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; the exit code is 0 when the run has reached its end."""
-    if any(word.split("=")[0] == "--resume" for word in argv):
-        _resume(argv)
+    from_before = directory_to_resume(argv)
+    if from_before is not None:
+        _resume(from_before)
         return 0
     arguments = parse_arguments(Arguments, argv, verb="reward-model", description=_DESCRIPTION)
     if arguments.out is None:
@@ -44,16 +45,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _resume(argv: Sequence[str]) -> None:
-    words = [word for argument in argv for word in argument.split("=", 1)]
-    if len(words) != 2 or words[0] != "--resume":
-        raise InputError("--resume DIR stands alone: a run is continued with the fields that it was started with")
+def _resume(directory: str) -> None:
     from finback.train.reward_model import read_reward_run, train_reward_model
     from finback.train.session import keep_freed_memory
 
-    base, config = read_reward_run(words[1])
+    base, config = read_reward_run(directory)
     keep_freed_memory()
-    _tell_end(train_reward_model(base, config, words[1], resume=True))
+    _tell_end(train_reward_model(base, config, directory, resume=True))
 
 
 def _tell_end(checkpoint: Path) -> None:

@@ -22,7 +22,8 @@ from finback.train.throughput import training_flops_per_token
 LANGUAGE_REWARD = "finback.rewards.language:language_consistency:0.5"
 TEACHER_SAMPLES = 2
 """Of each prompt, in `ladder.student`."""
-_SPARE = 1.5  # samples that become shorter, and groups that teach nothing, leave reinforcement learning below its estimate
+SPARE = 1.5
+"""Samples that become shorter, and groups that teach nothing, leave reinforcement learning below its estimate."""
 
 
 def r1_zero_language(run: Run, ladder: LadderConfig) -> dict[str, Any]:
@@ -38,10 +39,12 @@ def r1_zero_language(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     return {**after, **facts}
 
 
-def student_rl(run: Run, ladder: LadderConfig, settings: GRPOConfig, teacher: str = "all-scenario-rl") -> dict[str, Any]:
+def student_rl(
+    run: Run, ladder: LadderConfig, settings: GRPOConfig, teacher: str = "all-scenario-rl", spare: float = SPARE
+) -> dict[str, Any]:
     """GRPO on the student's base, rules alone as for R1-Zero, with at least the compute that distillation had: `student` went before.
 
-    How many steps that is follows from the lengths of the base's samples; what was spent in the end is counted and told.
+    How many steps `spare` times that is follows from the lengths of the base's samples; what was spent in the end is counted and told.
     """
     base = run.facts("student")["base"]["results"]
     first = next(iter(base.values()))
@@ -49,7 +52,7 @@ def student_rl(run: Run, ladder: LadderConfig, settings: GRPOConfig, teacher: st
     budget = distillation_flops(run, ladder, student, model, teacher)
     prompt = _prompt_tokens(run, ladder)
     step = rl_step_flops(settings, student, prompt, first["mean_tokens"])
-    steps = max(1, math.ceil(_SPARE * budget / step))
+    steps = max(1, math.ceil(spare * budget / step))
     print(f"distillation took {budget:.3g} FLOPs, a step of reinforcement learning about {step:.3g}: {steps} steps")
     settings = replace(
         settings,
@@ -57,7 +60,6 @@ def student_rl(run: Run, ladder: LadderConfig, settings: GRPOConfig, teacher: st
         data=(str(ladder.prompts),),
         reward=_zero_rewards(ladder),
         template=ladder.zero_template,
-        save_every=None,
     )
     facts = train_by_grpo(run, "student-rl", "student-base", settings)
     spent = rl_flops(read_metrics(run.directory / TRAINING / "student-rl" / METRICS_FILE), student, prompt + first["mean_tokens"])
@@ -89,13 +91,17 @@ def rl_step_flops(settings: GRPOConfig, model: ModelConfig, prompt_tokens: float
 
 
 def rl_flops(rows: list[dict[str, Any]], model: ModelConfig, length: float) -> float:
-    """Of a finished run, from its records: the tokens that were sampled and those that were trained on, as they were."""
+    """Of a finished run, from its records: the tokens that were sampled and those that were trained on, as they were.
+
+    Forward passes without a gradient (the reference's, and of old log-probabilities) are not counted: what is compared favours
+    reinforcement learning.
+    """
     trained = sum(row["tokens_per_second"] * row["training_seconds"] for row in rows)
     return float(rows[-1]["tokens"] * _forward(model, length) + trained * _training(model, length))
 
 
 def _training(model: ModelConfig, length: float) -> float:
-    """FLOPs of a token, forward and backward, without MTP modules, which neither way trains."""
+    """FLOPs of a token, forward and backward, without MTP modules, which either way trains along where there are some."""
     return training_flops_per_token(replace(model, num_nextn_predict_layers=0), round(length))
 
 

@@ -198,6 +198,21 @@ class DistillConfig:
     """Held-out problems that each model is measured on."""
     eval_samples: int = 16
     """Samples of each, at temperature 0.6."""
+    compare_rl: bool = False
+    """Train the same student by reinforcement learning alone as well, with at least the compute that distillation took, and compare."""
+    rl_lr: float = 1e-5
+    """With `compare_rl`: learning rate of reinforcement learning, falling to a tenth."""
+    prompts_per_step: int = 32
+    """With `compare_rl`: prompts of one step; how many steps there are follows from the compute."""
+    num_generations: int = 16
+    """With `compare_rl`: samples of each prompt."""
+    minibatches: int = 2
+    """With `compare_rl`: updates per step."""
+    beta: float = 0.001
+    """With `compare_rl`: weight of the divergence from the reference."""
+    rl_compute: float = 1.5
+    """With `compare_rl`: steps are planned for this many times distillation's FLOPs, by the length of the student's first samples.
+    What was spent is counted: where samples become shorter it is less, and below 1 the comparison says nothing."""
     fresh: bool = False
     """Remove the run that is in `out` and start over."""
 
@@ -205,6 +220,8 @@ class DistillConfig:
         for name in ("prompts", "max_completion_length", "epochs", "eval_problems", "eval_samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"field {name} is {getattr(self, name)}, it must be at least 1")
+        if not 1 <= self.rl_compute < float("inf"):
+            raise InputError(f"field rl_compute is {self.rl_compute}, it must be a number of at least 1")
 
 
 @dataclass(frozen=True)

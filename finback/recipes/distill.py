@@ -1,4 +1,5 @@
-"""Distillation as one command: a teacher answers, what is verified teaches a student of any family (R1 section 2.4)."""
+"""Distillation as one command: a teacher answers, what is verified teaches a student of any family (R1 section 2.4); if wanted, beside
+reinforcement learning on the same student alone, at equal compute (R1 section 4.1)."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,12 +10,14 @@ from typing import Any
 from finback.config import InputError
 from finback.data.files import write_atomic
 from finback.model.checkpoint import open_checkpoint
-from finback.recipes import ladder
+from finback.recipes import ablations, ladder
 from finback.recipes.config import DistillConfig, LadderConfig
-from finback.recipes.ladder_report import comparison_table
+from finback.recipes.ladder_report import comparison_table, curves
 from finback.recipes.r1 import check_problems
+from finback.recipes.small_claims import claims_table, distillation_verdict
 from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip, stage_times
 from finback.rewards.reward import load_rewards
+from finback.rl.config import GRPOConfig
 from finback.train.sft_config import SFTConfig
 
 _NOT_SETTINGS = ("out", "fresh")
@@ -35,9 +38,18 @@ def distill(config: DistillConfig) -> Path:
         load_rewards(config.reward)
     for directory in (config.teacher, config.student):
         open_checkpoint(Path(directory))
+    stages = distill_stages(config)
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     run = open_run(Path(config.out), "distill", settings, fresh=config.fresh)
+    run_or_skip(run, stages, f"finback distill {config.teacher} ... --out {run.directory}, with the same fields")
+    print(f"\nTalk with it:            finback chat {run.directory / 'student'}")
+    print(f"Read what happened:      {run.directory / 'report.md'}")
+    return run.directory / "student"
+
+
+def distill_stages(config: DistillConfig) -> list[Stage]:
+    """The recipe, in order."""
     steps = LadderConfig(
         prompts=Path(config.data),
         held_out={"held out": Path(config.held_out)},
@@ -53,12 +65,21 @@ def distill(config: DistillConfig) -> Path:
     stages = [
         Stage("teacher", "The teacher", partial(teacher, config=config, steps=steps)),
         Stage("student", "Distillation", partial(ladder.student, ladder=steps, teacher="teacher")),
-        Stage("report", "Report", report),
     ]
-    run_or_skip(run, stages, f"finback distill {config.teacher} ... --out {run.directory}, with the same fields")
-    print(f"\nTalk with it:            finback chat {run.directory / 'student'}")
-    print(f"Read what happened:      {run.directory / 'report.md'}")
-    return run.directory / "student"
+    if config.compare_rl:
+        alone = GRPOConfig(
+            model="",
+            prompts_per_step=config.prompts_per_step,
+            num_generations=config.num_generations,
+            minibatches=config.minibatches,
+            max_completion_length=config.max_completion_length,
+            lr=config.rl_lr,
+            final_lr=config.rl_lr / 10,
+            beta=config.beta,
+        )
+        work = partial(ablations.student_rl, ladder=steps, settings=alone, teacher="teacher", spare=config.rl_compute)
+        stages.append(Stage("student-rl", "The same student by RL alone", work))
+    return [*stages, Stage("report", "Report", report)]
 
 
 def teacher(run: Run, config: DistillConfig, steps: LadderConfig) -> dict[str, Any]:
@@ -69,15 +90,27 @@ def teacher(run: Run, config: DistillConfig, steps: LadderConfig) -> dict[str, A
 
 
 def report(run: Run) -> dict[str, Any]:
-    """`report.md`: teacher, student before, student after."""
+    """`report.md`: teacher, student before, student after; where it was trained by reinforcement learning as well, what came of that,
+    the compute of both, and whether the paper's claim holds."""
+    distilled = run.facts("student")
     models: dict[str, Mapping[str, Any]] = {
         "teacher": run.facts("teacher")["results"],
-        "student before": run.facts("student")["base"]["results"],
-        "student": run.facts("student")["results"],
+        "student before": distilled["base"]["results"],
+        "student": distilled["results"],
     }
-    table = comparison_table(models)
-    print(table)
-    rows = f"{run.facts('student')['rows']} verified traces of the teacher were learnt from."
-    parts = (f"# {run.directory.resolve().name}", table, rows, f"## Stages\n\n{stage_times(run)}")
-    write_atomic(run.directory / "report.md", "\n\n".join(parts) + "\n")
-    return {}
+    learnt = f"{distilled['rows']} verified traces of the teacher were learnt from."
+    sections = [("Distillation", f"{comparison_table(models)}\n\n{learnt}")]
+    facts: dict[str, Any] = {}
+    if "student-rl" in run.manifest["stages"]:
+        alone = run.facts("student-rl")
+        flops = {"student": alone["distillation_flops"], "student by RL alone": alone["rl_flops"]}
+        table = comparison_table({**models, "student by RL alone": alone["results"]}, flops)
+        (before,), (after,), (other,) = (part["results"].values() for part in (distilled["base"], distilled, alone))
+        verdict = distillation_verdict(before, after, other, alone["rl_flops"], alone["distillation_flops"])
+        facts["claims"] = [verdict._asdict()]
+        sections = [("Distillation and RL alone", f"{table}\n\n{claims_table([verdict])}\n\n{learnt}"), *curves(run)]
+    print(sections[0][1])
+    sections.append(("Stages", stage_times(run)))
+    text = "\n\n".join(f"## {heading}\n\n{body}" for heading, body in sections)
+    write_atomic(run.directory / "report.md", f"# {run.directory.resolve().name}\n\n{text}\n")
+    return facts

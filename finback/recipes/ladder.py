@@ -28,14 +28,15 @@ from finback.eval.runner import evaluate_answers
 from finback.model.checkpoint import load, save
 from finback.recipes import judging
 from finback.recipes.config import LadderConfig
-from finback.recipes.stages import Run, StageFailed
+from finback.recipes.sampling import model_hash
+from finback.recipes.stages import Run, StageFailed, file_hash
 from finback.rewards.answers import answer_tag, final_answer
 from finback.rewards.pool import RewardPool
 from finback.rewards.reward import load_rewards
 from finback.rl.config import GRPOConfig
 from finback.rl.model_rewards import model_reward_names
 from finback.rl.prompts import read_prompts
-from finback.rl.rejection import Check, kept_rows, rejection_sample
+from finback.rl.rejection import Check, Journal, rejection_sample
 from finback.rl.report import write_report as write_rl_report
 from finback.rl.train import grpo
 from finback.train.metrics import METRICS_FILE, read_metrics
@@ -61,12 +62,15 @@ def r1_zero(run: Run, ladder: LadderConfig) -> dict[str, Any]:
 
 
 def cold_start(run: Run, ladder: LadderConfig) -> dict[str, Any]:
-    """SFT from the base on a few hundred of R1-Zero's samples: right, in form, in the question's language, as chat turns (R1 2.3.1)."""
+    """SFT from the base on a few hundred of R1-Zero's samples: right, in form, in the question's language, as chat turns (R1 2.3.1).
+
+    The answer leaves R1-Zero's tags, whatever judged it: from here on, what stands behind the thought is the answer.
+    """
     checks = judging.checks(ladder, judging.EXACT_TAG, judging.ZERO_FORMAT, judging.ONE_LANGUAGE)
     rows, funnel = sample_and_keep(
         run, ladder, "r1-zero", ladder.zero_template, checks, ladder.cold_start_prompts, samples=4, keep=1, seed=1
     )
-    traces = [chat_row(row, None if ladder.reward else answer_tag) for row in rows[: ladder.cold_start_rows]]
+    traces = [chat_row(row, answer_tag, worded=not ladder.reward) for row in rows[: ladder.cold_start_rows]]
     if len(traces) < ladder.least_rows:
         solved = [row for row in read_rows(ladder.prompts) if {"reasoning", "answer"} <= row.keys()]
         references = [reference_row(row) for row in solved[: ladder.cold_start_rows]]
@@ -206,7 +210,8 @@ def sample_and_keep(
     keep: int,
     seed: int,
 ) -> tuple[list[dict[str, Any]], list[list[Any]]]:
-    """Rows of the model `name`'s own samples that pass the checks, and the funnel, which is printed."""
+    """Rows of the model `name`'s own samples that pass the checks, and the funnel, which is printed. What was sampled is kept in
+    training/NAME-samples.jsonl: a stage that was interrupted samples the other prompts only."""
     directory = run.directory / name
     tokenizer = load_tokenizer(directory)
     llm = LLM(directory, dtype=torch.float32, max_num_seqs=128, max_num_batched_tokens=1024, block_size=16)
@@ -215,8 +220,12 @@ def sample_and_keep(
     # Each stage that samples takes prompts of its own, as far as there are some.
     chosen = [prompts[i % len(prompts)] for i in range(first, first + num_prompts)]
     params = SamplingParams(temperature=1.0, max_tokens=ladder.eval_tokens, skip_special_tokens=False)
+    settings = {"run": run.manifest["settings"], "model": model_hash(directory), "prompts": file_hash(ladder.prompts)}
+    journal = Journal(run.directory / TRAINING / f"{name}-samples.jsonl", settings)
+    if journal.finished:
+        print(f"{len(journal.finished):,} prompts are finished already")
     with RewardPool([reward for check in checks for reward in check.rewards]) as pool:
-        kept, funnel = rejection_sample(
+        rows, funnel = rejection_sample(
             llm,
             pool,
             chosen,
@@ -225,21 +234,24 @@ def sample_and_keep(
             num_samples=samples,
             keep_per_prompt=keep,
             seed=run.manifest["settings"]["seed"] + seed,
+            journal=journal,
         )
     print("\n".join(funnel.lines()))
-    return list(kept_rows(kept)), [list(stage) for stage in funnel.stages]
+    return rows, [list(stage) for stage in funnel.stages]
 
 
-def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None] | None) -> dict[str, Any]:
-    """A sample as a conversation: the thought as it was, the answer in a sentence of the question's language. Without `answer_of` all
-    that stands behind the thought is left as it is: a reward of one's own knows what in it counts."""
+def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None] | None, *, worded: bool = True) -> dict[str, Any]:
+    """A sample as a conversation: the thought as it was, and the answer that `answer_of` finds behind it, `worded` as a sentence of the
+    question's language. Without `answer_of` all that stands behind the thought is left as it is: a reward of one's own knows what in
+    it counts."""
     example = row["example"]
     parts = parse_answer(row["completion"].lstrip(), starts_in_thought=opens_thought(row["prompt"]), tools=False)
     content = parts.content.strip()
     if answer_of is not None:
         answer = answer_of(parts.content)
         assert answer is not None, "only samples with an answer are kept"
-        content = ANSWER_WORDS.get(example.get("language", "en"), ANSWER_WORDS["en"]) + answer
+        words = ANSWER_WORDS.get(example.get("language", "en"), ANSWER_WORDS["en"]) if worded else ""
+        content = words + answer
     reply = {"role": "assistant", "reasoning_content": parts.reasoning.strip("\n"), "content": content}
     return {"messages": [{"role": "user", "content": example["prompt"]}, reply]}
 

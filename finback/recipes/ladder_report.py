@@ -58,16 +58,21 @@ def ladder_table(run: Run) -> str:
     return comparison_table(measured(run))
 
 
-def comparison_table(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """A Markdown table of every model on every set, with 95% intervals over problems."""
+def comparison_table(models: Mapping[str, Mapping[str, Any]], flops: Mapping[str, float] | None = None) -> str:
+    """A Markdown table of every model on every set, with 95% intervals over problems; with `flops`, what some took stands behind."""
     header = "| model | problems | pass@1, T 0.6 | greedy | cons@k | pass@k | form | mixed thoughts | tokens |"
     lines = [header, "|---|---|---:|---:|---:|---:|---:|---:|---:|"]
+    if flops is not None:
+        lines = [f"{lines[0]} FLOPs |", f"{lines[1]}---:|"]
     for name, results in models.items():
         for title, n in results.items():
-            lines.append(
+            line = (
                 f"| {name} | {title} | {_interval(n['pass_at_1'])} | {_interval(n['greedy'])} | {n['cons'][0]:.1%} | "
                 f"{n['pass_at_k'][0]:.1%} | {n['format_rate']:.0%} | {n['mixing_rate']:.0%} | {n['mean_tokens']:.0f} |"
             )
+            if flops is not None:
+                line += f" {flops[name]:.3g} |" if name in flops else " |"
+            lines.append(line)
     return "\n".join(lines)
 
 

@@ -15,14 +15,16 @@ from finback.data.tokenizer import load_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
 from finback.recipes.sampling_config import RejectConfig
+from finback.recipes.stages import file_hash
 from finback.rewards.pool import RewardPool
 from finback.rewards.reward import load_rewards
 from finback.rl.prompts import read_prompts
-from finback.rl.rejection import Check, Funnel, kept_rows, rejection_sample
+from finback.rl.rejection import Check, Funnel, Journal, rejection_sample
 
 
 def reject(config: RejectConfig) -> Funnel:
-    """Sample, keep, print the funnel, write `config.out` and its lineage; returns the funnel.
+    """Sample, keep, print the funnel, write `config.out` and its lineage; returns the funnel. Finished prompts are kept in OUT.sampling
+    until then: the same config goes on with the others.
 
     Raises InputError, before the model is loaded where that can be, if a field or row is wrong, `out` exists, or nothing passed.
     """
@@ -34,26 +36,45 @@ def reject(config: RejectConfig) -> Funnel:
         raise InputError(f"max_tokens is {config.max_tokens}, the model's context is {llm.max_model_len}; lower it")
     files = [str(file) for file in config.data]
     prompts = read_prompts(files, tokenizer, config.template, longest=llm.max_model_len - config.max_tokens)
+    source = model_hash(config.model)
+    journal = Journal(config.out.with_name(config.out.name + ".sampling"), _settings(config) | {"model": source})
+    if journal.finished:
+        print(f"{len(journal.finished):,} prompts are finished already")
     params = SamplingParams(temperature=config.temperature, max_tokens=config.max_tokens, skip_special_tokens=False)
-    with RewardPool([reward for check in checks for reward in check.rewards], deadline=config.reward_deadline) as pool:
-        kept, funnel = rejection_sample(
-            llm,
-            pool,
-            prompts[: config.max_prompts],
-            checks,
-            params,
-            num_samples=config.num_samples,
-            keep_per_prompt=config.keep,
-            seed=config.seed,
-        )
+    try:
+        with RewardPool([reward for check in checks for reward in check.rewards], deadline=config.reward_deadline) as pool:
+            found, funnel = rejection_sample(
+                llm,
+                pool,
+                prompts[: config.max_prompts],
+                checks,
+                params,
+                num_samples=config.num_samples,
+                keep_per_prompt=config.keep,
+                seed=config.seed,
+                journal=journal,
+            )
+    except KeyboardInterrupt:
+        print(f"\nStopped. {len(journal.finished):,} prompts are finished and kept; the same words go on from there.")
+        raise
     print("\n".join(funnel.lines()))
-    if not kept:
+    if not found:
+        journal.path.unlink()
         raise InputError(f"no sample passed, so {config.out} is not written; lower a threshold, or sample a better model")
-    rows = [conversation(row) for row in kept_rows(kept)]
+    rows = [conversation(row) for row in found]
     write_rows(config.out, rows)
-    write_lineage(config.out, "reject", asdict(config), {"model": model_hash(config.model)}, funnel.stages)
+    write_lineage(config.out, "reject", asdict(config), {"model": source}, funnel.stages)
+    journal.path.unlink()
     print(f"\n{len(rows):,} conversations are in {config.out}; learn from them: finback sft MODEL --data {config.out} --out DIR")
     return funnel
+
+
+def _settings(config: RejectConfig) -> dict[str, Any]:
+    """What decides about the samples: the fields, the rows, and rewards that stand in a file."""
+    fields = {name: value for name, value in asdict(config).items() if name not in ("model", "data", "out")}
+    code = (Path(spec.partition(":")[0]) for spec in config.reward)
+    files = [*config.data, *(file for file in code if file.is_file())]
+    return fields | {"files": [file_hash(file) for file in files]}
 
 
 def load_checks(specs: Sequence[str]) -> list[Check]:
@@ -70,7 +91,7 @@ def load_checks(specs: Sequence[str]) -> list[Check]:
 
 
 def conversation(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of `kept_rows` as a conversation: the prompt's messages, then the sample, its thought apart."""
+    """A row of `rejection_sample` as a conversation: the prompt's messages, then the sample, its thought apart."""
     prompt = row["example"]["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     opened = opens_thought(row["prompt"])

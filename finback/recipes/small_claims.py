@@ -42,7 +42,7 @@ def claims(stages: Mapping[str, Any]) -> list[Verdict]:
             "reasoning RL is above the cold start", "reasoning-rl", found["reasoning-rl"], {"cold-start": found["cold-start"]}
         ),
         _above("the last model is the best of all", "all-scenario-rl", found["all-scenario-rl"], {"base": base, **found}),
-        _distillation(student_base, found["student"], found["student-rl"], *flops),
+        distillation_verdict(student_base, found["student"], found["student-rl"], *flops),
         _language(found["r1-zero"], found["r1-zero-language"]),
     ]
 
@@ -87,7 +87,10 @@ def _above(claim: str, name: str, numbers: Numbers, others: Mapping[str, Numbers
     )
 
 
-def _distillation(before: Numbers, distilled: Numbers, alone: Numbers, rl_flops: float, distillation_flops: float) -> Verdict:
+def distillation_verdict(
+    before: Numbers, distilled: Numbers, alone: Numbers, rl_flops: float, distillation_flops: float
+) -> Verdict:
+    """A small model learns more from a teacher's traces than by reinforcement learning of its own."""
     return Verdict(
         "the distilled student is above the same student under RL alone, which had at least as much compute",
         f"distilled {_estimate(distilled)}, RL alone {_estimate(alone)}, before {_estimate(before)}; RL had "

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import tyro
 
 from finback.config import InputError, nearest
 
+Config = TypeVar("Config", bound="GRPOConfig")
 Objective = Literal["token", "sequence", "global-token"]
 RLPrecision = Literal["fp32", "bf16"]
 DEFAULT_GAP = {"fp32": 0.02, "bf16": 0.05}
@@ -24,6 +25,8 @@ R1_ZERO_TEMPLATE = (
 class GRPOConfig:
     """One GRPO run (DeepSeekMath section 4.1; R1). Names are TRL's where it has one; defaults are R1's where they are published, but
     for `lr`, `epsilon` (R1 clips at 10) and the lengths, which suit smaller models."""
+
+    verb: ClassVar[str] = "grpo"
 
     model: Annotated[str, tyro.conf.Positional]
     """Directory of the policy to start from, any that finback loads. On the command line it comes first."""
@@ -147,7 +150,7 @@ class GRPOConfig:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "GRPOConfig":
+    def from_dict(cls: type[Config], data: Mapping[str, Any]) -> Config:
         """What `to_dict` gives. InputError for a field that is unknown, missing or of the wrong kind."""
         names = [field.name for field in fields(cls)]
         for name in data:
@@ -157,6 +160,42 @@ class GRPOConfig:
             raise InputError("field model is missing; it must be a directory")
         values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
         return cls(**values)
+
+
+@dataclass(frozen=True)
+class PPOConfig(GRPOConfig):
+    """One run of PPO with a critic (Schulman et al., 2017), the baseline that DeepSeekMath section 4.1 argues against. Of GRPO's fields
+    all hold but those that are refused; the divergence from the reference is in the reward."""
+
+    verb: ClassVar[str] = "ppo"
+
+    loss: Objective = "global-token"
+    """The objective; PPO's is the mean over all tokens."""
+    freeze_mtp: bool = True
+    """PPO leaves the MTP modules as they are."""
+    gamma: float = 1.0
+    """Discount per token."""
+    gae_lambda: float = 1.0
+    """Of generalised advantage estimation: R1 found 1 close to GRPO and 0.95 clearly worse (R1 in Nature, supplement A.3)."""
+    value_epsilon: float = 0.2
+    """A value may move by this much from what it was at rollout; beyond, the loss has no gradient."""
+    critic_lr: float = 1e-4
+    """Learning rate of the critic."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"field {name} is {getattr(self, name)!r}, it must be from 0 to 1")
+        for name in ("value_epsilon", "critic_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"field {name} is {getattr(self, name)!r}, it must be a number above 0")
+        if self.loss != "global-token" or not self.freeze_mtp:
+            raise InputError("PPO's loss is the mean over tokens, and its MTP modules are frozen; leave loss and freeze_mtp out")
+        if self.reward_model or self.process_reward or self.replay_experts:
+            raise InputError(
+                "PPO learns from the field reward alone; give rewards, and leave reward_model, process_reward and replay_experts out"
+            )
 
 
 _INTEGERS = {

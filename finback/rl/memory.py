@@ -2,7 +2,7 @@
 
 import torch
 
-from finback.config import InputError, ModelConfig
+from finback.config import InputError, ModelConfig, count_params
 from finback.rl.config import GRPOConfig
 from finback.train.config import PretrainConfig
 from finback.train.memory import estimate_memory
@@ -26,6 +26,11 @@ def needed_bytes(config: GRPOConfig, model: ModelConfig, longest: int, micro_bat
     )
     estimate = estimate_memory(training)
     return estimate.on_device + (estimate.parameters if config.beta else 0) + beside
+
+
+def critic_bytes(model: ModelConfig) -> int:
+    """Of PPO's critic: weights, gradients and both moments in float32 of a model of the policy's size, without its head."""
+    return 16 * (count_params(model).total - model.vocab_size * model.hidden_size)
 
 
 def check_memory(

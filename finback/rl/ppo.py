@@ -1,39 +1,12 @@
-"""PPO's advantages and value loss as pure functions (Schulman et al., 2017), and its settings: the baseline that DeepSeekMath section
-4.1 argues against.
+"""PPO's advantages and value loss as pure functions (Schulman et al., 2017): the baseline that DeepSeekMath section 4.1 argues against.
 
 The policy's loss is GRPO's clipped surrogate over advantages of tokens (`finback.rl.grpo.global_token_loss`); what differs is where
 those come from: a critic, a second model that learns what each state is worth.
 """
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-
-from finback.config import InputError
-
-
-@dataclass(frozen=True)
-class PPOSettings:
-    """What PPO is told besides the fields of a GRPO run."""
-
-    gamma: float = 1.0
-    """Discount per token."""
-    gae_lambda: float = 1.0
-    """Of generalised advantage estimation: R1 found 1 close to GRPO and 0.95 clearly worse (R1 in Nature, supplement A.3)."""
-    value_epsilon: float = 0.2
-    """A value may move by this much from what it was at rollout; beyond, the loss has no gradient."""
-    critic_lr: float = 1e-4
-    """Learning rate of the critic."""
-
-    def __post_init__(self) -> None:
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"field {name} is {getattr(self, name)!r}, it must be from 0 to 1")
-        for name in ("value_epsilon", "critic_lr"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"field {name} is {getattr(self, name)!r}, it must be above 0")
 
 
 def token_rewards(

@@ -22,6 +22,7 @@ _TABLE = (
     ("zero_variance", "share of groups with equal rewards", "{:.1%}"),
     ("reflection", "share of samples with words of reflection", "{:.1%}"),
     ("logprob_gap", "distance of trainer and engine, nats per token", "{:.4f}"),
+    ("value_loss", "loss of the critic", "{:.4f}"),
     ("mtp_acceptance", "share of MTP drafts that the model agrees with", "{:.1%}"),
     ("grad_norm", "gradient norm", "{:.3f}"),
     ("rollout_tokens_per_second", "tokens per second of sampling", "{:,.0f}"),
@@ -38,8 +39,8 @@ _PANELS = (
 _COLOURS = (BLUE, ORANGE, GREEN, RED, GREY, PALE_BLUE)
 
 
-def write_report(run_directory: str | Path) -> None:
-    """Write `report.md` and the plots of the run.
+def write_report(run_directory: str | Path, verb: str = "grpo") -> None:
+    """Write `report.md` and the plots of the run, which `verb` goes on with.
 
     Raises:
         InputError: a record is missing or broken.
@@ -57,7 +58,9 @@ def write_report(run_directory: str | Path) -> None:
     if samples:
         parts.append("## Samples\n\n" + "\n\n".join(_sample(sample) for sample in _first_and_last_step(samples)))
     again = (
-        f"finback grpo --resume {run}" if rows and rows[-1]["step"] < config["steps"] else f"finback chat {_last_checkpoint(run)}"
+        f"finback {verb} --resume {run}"
+        if rows and rows[-1]["step"] < config["steps"]
+        else f"finback chat {_last_checkpoint(run)}"
     )
     parts.append(f"## Go on\n\n```\n{again}\n```")
     write_atomic(run / REPORT_FILE, "\n\n".join(parts) + "\n")

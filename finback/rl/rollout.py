@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -61,20 +61,38 @@ def roll_out(
     seed: int,
     step: int,
 ) -> Rollout:
-    """`num_generations` samples of each prompt and their scores.
+    """`num_generations` samples of each prompt and their scores, as `sample_groups` draws them."""
+    start = sampled = time.perf_counter()
+    groups = [[Completion(prompt) for _ in range(num_generations)] for prompt in prompts]
+    for sampling in sample_groups(llm, pool, dict(enumerate(groups)), params, seed=seed, step=step):
+        if sampling:
+            sampled = time.perf_counter()
+    end = time.perf_counter()
+    return Rollout(groups, end - start, end - sampled)
+
+
+def sample_groups(
+    llm: LLM,
+    pool: RewardPool | None,
+    groups: Mapping[int, Sequence[Completion]],
+    params: SamplingParams,
+    *,
+    seed: int,
+    step: int,
+) -> Iterator[bool]:
+    """Fill in the samples and their scores, `groups` being place -> empty samples of the prompt there. Yields after each step of the
+    engine, and then (False) after each wait for scores, so that others can take what is finished.
 
     A sample's draws depend on (seed, step, its prompt's place, its own place) and nothing else. Finished samples go to the
     reward processes at once; one that no reward can score by its deadline comes back with 0 and the reason, so that none
     is waited for without end. A sample that the engine itself cannot finish counts as it is. Without a `pool` all have score 0.
     """
-    start = time.perf_counter()
-    groups = [[Completion(prompt) for _ in range(num_generations)] for prompt in prompts]
     places: dict[int, tuple[int, int]] = {}
     try:
-        for i, prompt in enumerate(prompts):
-            for j in range(num_generations):
+        for i, group in groups.items():
+            for j, completion in enumerate(group):
                 drawn = SamplingParams(**(vars(params) | {"seed": sample_seed(seed, step, i, j), "logprobs": 0}))
-                places[llm.add(prompt.token_ids, drawn)] = (i, j)
+                places[llm.add(completion.prompt.token_ids, drawn)] = (i, j)
         unfinished = set(places)
         while unfinished:
             for increment in llm.step():
@@ -93,17 +111,16 @@ def roll_out(
                         pool.submit((i, j), completion.prompt.text, completion.text, completion.prompt.example)
             if pool is not None:
                 _collect(pool, groups, wait=False)
+            yield True
     finally:
         for request_id in places:
             llm.abort(request_id)
-    sampled = time.perf_counter()
     while pool is not None and pool.outstanding:
         _collect(pool, groups, wait=True)
-    end = time.perf_counter()
-    return Rollout(groups, end - start, end - sampled)
+        yield False
 
 
-def _collect(pool: RewardPool, groups: list[list[Completion]], *, wait: bool) -> None:
+def _collect(pool: RewardPool, groups: Mapping[int, Sequence[Completion]], *, wait: bool) -> None:
     for key, score in pool.collect(wait=wait):
         assert isinstance(key, tuple)
         i, j = key

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from finback.config import InputError
 from finback.data.files import read_json, write_atomic
 from finback.data.stream import permute
-from finback.model.checkpoint import load
+from finback.model.checkpoint import load, save
 from finback.model.transformer import Transformer
-from finback.rl.config import GRPOConfig
+from finback.rl.config import Config, GRPOConfig
 from finback.rl.model_rewards import absolute_spec
 from finback.rl.prompts import Prompt
 from finback.train.checkpoint import TrainingState, list_checkpoints, new_state, restore_state
@@ -56,18 +56,26 @@ def minibatch_order(config: GRPOConfig, count: int, step: int) -> list[list[int]
     return [sorted(part.tolist()) for part in np.array_split(order, config.minibatches)]
 
 
-def read_run_config(directory: str | Path) -> GRPOConfig:
-    """The resolved config of the run in `directory`; InputError if there is none."""
+def read_run_config(directory: str | Path, kind: type[Config]) -> Config:
+    """The resolved config of the run in `directory`; InputError if there is none of this kind."""
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
-        raise InputError(f"{directory} holds no run (no {CONFIG_FILE}); start one with finback grpo MODEL --data FILE --out DIR")
+        raise InputError(
+            f"{directory} holds no run (no {CONFIG_FILE}); start one with finback {kind.verb} MODEL --data FILE --out DIR"
+        )
+    data = read_json(path)
+    own = {field.name for field in fields(kind)} - {field.name for field in fields(GRPOConfig)}
+    if not own <= data.keys():
+        raise InputError(
+            f"{directory} holds a run of another kind, not of finback {kind.verb}; its report.md says how to resume it"
+        )
     try:
-        return GRPOConfig.from_dict(read_json(path))
+        return kind.from_dict(data)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def resolve_config(config: GRPOConfig, directory: Path, resume: bool) -> GRPOConfig:
+def resolve_config(config: Config, directory: Path, resume: bool) -> Config:
     """`config` with absolute paths, checked against what is in `directory`."""
     if not config.reward and not config.reward_model and config.process_reward is None:
         raise InputError("field reward is empty; give module:function[:weight], such as finback.rewards.answers:exact")
@@ -83,10 +91,10 @@ def resolve_config(config: GRPOConfig, directory: Path, resume: bool) -> GRPOCon
         raise InputError(f"{directory} is a file; give a directory for the run")
     if not resume:
         if (directory / CONFIG_FILE).exists():
-            again = f"continue it with finback grpo --resume {directory}"
+            again = f"continue it with finback {config.verb} --resume {directory}"
             raise InputError(f"{directory} already holds a run; {again}, or give another --out")
         return absolute
-    before, now = read_run_config(directory).to_dict(), absolute.to_dict()
+    before, now = read_run_config(directory, type(config)).to_dict(), absolute.to_dict()
     for name, value in before.items():
         if now[name] != value:
             raise InputError(
@@ -125,6 +133,13 @@ def reference_directory(run: Path, step: int) -> Path:
 def reference_step(config: GRPOConfig, step: int) -> int:
     """The step whose policy is the reference after step `step`; 0: the model that the run started from."""
     return step // config.reference_steps * config.reference_steps
+
+
+def refresh_reference(config: GRPOConfig, run: Path, step: int, model: Transformer, reference: Transformer | None) -> None:
+    """Every so many steps the reference becomes the policy, and is kept for a run that is resumed."""
+    if reference is not None and step % config.reference_steps == 0:
+        reference.load_state_dict(model.state_dict())
+        save(model, reference_directory(run, step), tokenizer_from=config.model)
 
 
 def prune_references(config: GRPOConfig, run: Path, step: int) -> None:

@@ -12,7 +12,6 @@ from finback.config import InputError, count_params
 from finback.data.tokenizer import load_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
-from finback.model.checkpoint import save
 from finback.model.transformer import Transformer
 from finback.ops.memory import available_memory
 from finback.rewards.pool import RewardPool
@@ -31,7 +30,7 @@ from finback.rl.session import (
     load_reference,
     new_policy,
     prune_references,
-    reference_directory,
+    refresh_reference,
     resolve_config,
     write_run_config,
 )
@@ -43,7 +42,7 @@ from finback.train.session import choose_device, cpu_threads, deferred_interrupt
 
 _ENGINE_BLOCK = 16  # tokens: prompts of a few dozen are shared by a group's samples, too
 _HINT_AFTER = 3  # steps in a row that teach nothing
-_MOST_NONFINITE = 3
+MOST_NONFINITE = 3
 
 
 def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> Path:
@@ -159,10 +158,7 @@ def train(
         if drafting and step == config.steps:
             drafting["mtp_acceptance_after"] = draft_acceptance(state.model, rollout, config)["mtp_acceptance"]
 
-        # the reference follows every so many steps, and is kept for a run that is resumed
-        if reference is not None and step % config.reference_steps == 0:
-            reference.load_state_dict(state.model.state_dict())
-            save(state.model, reference_directory(run, step), tokenizer_from=config.model)
+        refresh_reference(config, run, step, state.model, reference)
 
         # count and log
         progress.step, progress.tokens = step, progress.tokens + sum(len(c.token_ids) for c in rollout.completions)
@@ -172,9 +168,9 @@ def train(
         metrics.log_samples(step, kept_samples(rollout, config.samples_per_step))
         if not totals.finite:
             progress.nonfinite_steps += 1
-            metrics.say(not_applied(step, totals.grad_norm, _MOST_NONFINITE))
-            if progress.nonfinite_steps >= _MOST_NONFINITE:
-                raise InputError(diverged(step, config.lr, _MOST_NONFINITE))
+            metrics.say(not_applied(step, totals.grad_norm, MOST_NONFINITE))
+            if progress.nonfinite_steps >= MOST_NONFINITE:
+                raise InputError(diverged(step, config.lr, MOST_NONFINITE))
         else:
             progress.nonfinite_steps = 0
         useless = 0 if bool(advantages.spread.any()) else useless + 1

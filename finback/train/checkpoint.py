@@ -129,7 +129,7 @@ def save_checkpoint(
             save(_averaged_model(state.model, state.average), temporary / _AVERAGE, tokenizer_from=tokenizer_from)
         if write_more is not None:
             write_more(temporary)
-        _write_tensors(temporary / _TENSORS, adam_tensors(state.adam))
+        write_tensors(temporary / _TENSORS, adam_tensors(state.adam))
         trainer = {
             "format": 1,
             "progress": asdict(state.progress),
@@ -155,7 +155,8 @@ def _averaged_model(model: Transformer, average: MovingAverage) -> Transformer:
     return averaged
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file of them."""
     specs = [TensorSpec(name, tuple(tensor.shape), _DTYPE_NAMES[tensor.dtype]) for name, tensor in tensors.items()]
     write_safetensors(path, specs, iter(tensors.items()))
 
@@ -237,7 +238,7 @@ def load_checkpoint(
 def restore_state(checkpoint: Path, state: TrainingState[Any]) -> None:
     """Everything that `save_checkpoint` wrote but the weights, into a state whose model has them. Sets torch's random states, too."""
     trainer = read_json(checkpoint / _STATE)
-    _read_tensors(checkpoint / _TENSORS, adam_tensors(state.adam))
+    read_tensors(checkpoint / _TENSORS, adam_tensors(state.adam))
     if state.average is not None:
         # The stacked experts are filled through views, one expert of the file at a time.
         averaged = _averaged_model(state.model, state.average)
@@ -251,7 +252,8 @@ def restore_state(checkpoint: Path, state: TrainingState[Any]) -> None:
     _set_random_states(trainer["random"])
 
 
-def _read_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def read_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` from what `write_tensors` wrote; InputError if the file holds others."""
     catalog = read_header(path)
     if catalog.keys() != tensors.keys():
         raise InputError(f"{path} holds other tensors than this run has; resume with the run's own fields")

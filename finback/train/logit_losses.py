@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finback.model.transformer import Transformer
+from finback.train.config import Precision, Recompute
 from finback.train.samples import SampleRows
 
 _LOGITS_AT_ONCE = 1 << 22
@@ -42,6 +43,8 @@ def accumulate_logit_gradients(
     temperature: float,
     top_k: int | None,
     balance_loss_coef: float,
+    precision: Precision = "fp32",
+    recompute: Recompute = "none",
 ) -> float:
     """Add the gradient of the mean KL over the batch's completion tokens (and of the balance loss) to the student's `.grad`; returns
     that mean. The MTP modules take no part. Logits exist a part at a time, their gradient reaches the hidden states at once."""
@@ -49,19 +52,23 @@ def accumulate_logit_gradients(
     samples = sum(rows.num_samples for rows in batch)
     vocabulary = student.lm_head.weight.shape[0]
     total = 0.0
+    device = student.lm_head.weight.device
     for rows in batch:
-        rows = rows.to(student.lm_head.weight.device)
+        rows = rows.to(device)
         learnt = rows.learnt(1).flatten().nonzero().squeeze(1)
-        output = rows.forward(student, mtp=False)
-        with torch.no_grad():
-            known = rows.forward(teacher, mtp=False).hidden.flatten(0, 1).index_select(0, learnt)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            output = rows.forward(student, recompute=recompute, mtp=False)
+            with torch.no_grad():
+                known = rows.forward(teacher, mtp=False).hidden.flatten(0, 1).index_select(0, learnt)
         hidden = output.hidden.flatten(0, 1).index_select(0, learnt)
         cut = hidden.detach().requires_grad_()
         for start in range(0, len(learnt), size := max(1, _LOGITS_AT_ONCE // vocabulary)):
             part = slice(start, start + size)
-            with torch.no_grad():
-                told = known[part] @ teacher.lm_head.weight.T
-            loss = teacher_kl(told, cut[part] @ student.lm_head.weight.T, temperature=temperature, top_k=top_k) / tokens
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                with torch.no_grad():
+                    told = known[part] @ teacher.lm_head.weight.T
+                logits = cut[part] @ student.lm_head.weight.T
+            loss = teacher_kl(told, logits, temperature=temperature, top_k=top_k) / tokens
             loss.backward()
             total += float(loss.detach())
         ends, slopes = [hidden], [cut.grad]

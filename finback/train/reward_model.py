@@ -1,10 +1,8 @@
 """Training of a reward model: a language model with a scalar head, on pairs or on labels; one loop, to be read downward."""
 
-import math
-import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +50,9 @@ from finback.train.session import (
     write_run_config,
 )
 from finback.train.sft import keep_tokenizer_files
-from finback.train.sft_config import LONGEST_DEFAULT
 from finback.train.sft_loop import TOKENIZER_DIRECTORY
 
 _START = "finback reward-model MODEL_DIR --data FILE --kind pairwise|pointwise --out DIR"
-_WARMUP_SHARE = 0.03
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def train_reward_model(base: str | Path, config: RewardModelConfig, directory: s
         raise InputError("field data is empty; give .jsonl or .parquet files to train on")
     device = choose_device(config.device)
     model_config = ModelConfig.from_dict(read_config_file(run, start=_START)["model"]) if resume else open_checkpoint(base).config
-    config = _resolve(config, model_config)
+    config = config.resolved(model_config)
     kept = run / TOKENIZER_DIRECTORY
     tokenizer = load_tokenizer(kept if resume and kept.is_dir() else base)
     assert config.sequence_length is not None
@@ -92,9 +88,8 @@ def train_reward_model(base: str | Path, config: RewardModelConfig, directory: s
     if largest >= model_config.vocab_size:
         raise InputError(f"the tokenizer gives token id {largest}, above the model's vocab_size ({model_config.vocab_size})")
     training, held_out = balanced_split(rated, config.held_out_fraction, config.seed)
-    total_steps = config.epochs * -(-len(training) // config.global_batch_size)
-    if config.warmup_steps is None:
-        config = replace(config, warmup_steps=math.ceil(_WARMUP_SHARE * total_steps))
+    total_steps = config.total_steps(len(training))
+    config = config.with_warmup(total_steps)
     fields = config.to_dict() | {"base": str(base.resolve()), "model": model_config.to_dict()}
     if resume:
         check_same_fields(run, read_config_file(run, start=_START), fields)
@@ -140,19 +135,6 @@ def read_reward_run(directory: str | Path) -> tuple[str, RewardModelConfig]:
     base: str = data.pop("base")
     data.pop("model", None)
     return base, RewardModelConfig.from_dict(data)
-
-
-def _resolve(config: RewardModelConfig, model: ModelConfig) -> RewardModelConfig:
-    context = model.max_position_embeddings
-    length = min(context, LONGEST_DEFAULT) if config.sequence_length is None else config.sequence_length
-    if length > context:
-        raise InputError(f"field sequence_length is {length}, above the model's max_position_embeddings ({context}); lower it")
-    return replace(
-        config,
-        data=tuple(os.path.abspath(path) for path in config.data),
-        sequence_length=length,
-        min_lr=config.lr / 10 if config.min_lr is None else config.min_lr,
-    )
 
 
 def _open_model(directory: Path, device: torch.device, *, has_head: bool) -> tuple[Transformer, RewardHead]:

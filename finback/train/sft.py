@@ -1,6 +1,5 @@
 """Supervised fine-tuning on completions: from files (`sft`) or from samples in memory (`finetune`). The loop is in `sft_loop`."""
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -34,11 +33,10 @@ from finback.train.session import (
     read_machine,
     write_run_config,
 )
-from finback.train.sft_config import LONGEST_DEFAULT, SFTConfig
+from finback.train.sft_config import SFTConfig
 from finback.train.sft_loop import TOKENIZER_DIRECTORY, SFTRun, cut_batch, train_samples
 
 DEFAULT_BIAS_UPDATE_SPEED = 0.001
-_WARMUP_SHARE = 0.03
 _MASK_BYTES = 5  # per pair of positions of a packed row: the mask itself and torch's copy in float32
 
 
@@ -132,10 +130,6 @@ def _stored_model(run: Path) -> ModelConfig:
 
 def resolve_fields(config: SFTConfig, model: ModelConfig) -> SFTConfig:
     """`config` with absolute paths and a value for every field that leaves a choice, checked against the model."""
-    context = model.max_position_embeddings
-    length = min(context, LONGEST_DEFAULT) if config.sequence_length is None else config.sequence_length
-    if length > context:
-        raise InputError(f"field sequence_length is {length}, above the model's max_position_embeddings ({context}); lower it")
     speed = config.bias_update_speed
     if speed and not model.uses_expert_bias:
         raise InputError(f"field bias_update_speed is {speed}, but this model has no router bias; leave it out or set it to 0")
@@ -143,12 +137,8 @@ def resolve_fields(config: SFTConfig, model: ModelConfig) -> SFTConfig:
     if template is not None and template not in PUBLISHED_TEMPLATES:
         template = os.path.abspath(template)
     return replace(
-        config,
-        data=tuple(os.path.abspath(path) for path in config.data),
-        validation=tuple(os.path.abspath(path) for path in config.validation),
+        config.resolved(model),
         chat_template=template,
-        sequence_length=length,
-        min_lr=config.lr / 10 if config.min_lr is None else config.min_lr,
         bias_update_speed=(DEFAULT_BIAS_UPDATE_SPEED if model.uses_expert_bias else 0.0) if speed is None else speed,
     )
 
@@ -216,9 +206,8 @@ def _run(
         raise InputError("there are no samples to train on; give at least one")
     for part in (samples, validation):
         _check_samples(part, config.sequence_length, model_config.vocab_size)
-    total_steps = config.epochs * -(-len(samples) // config.global_batch_size)
-    if config.warmup_steps is None:
-        config = replace(config, warmup_steps=math.ceil(_WARMUP_SHARE * total_steps))
+    total_steps = config.total_steps(len(samples))
+    config = config.with_warmup(total_steps)
     fields = config.to_dict() | {"base": base, "model": model_config.to_dict()}
     if resume:
         check_same_fields(run, read_config_file(run, start="finback sft MODEL_DIR --data FILE --out DIR"), fields)

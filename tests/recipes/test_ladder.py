@@ -24,6 +24,8 @@ def test_a_sample_of_r1_zero_becomes_a_conversation():
     }
     reply = {"role": "assistant", "reasoning_content": "first 9+5\nthen 14", "content": "Answer: 14"}
     assert chat_row(row, answer_tag) == {"messages": [{"role": "user", "content": "What is 4+5+5?"}, reply]}
+    bare = reply | {"content": "14"}  # a reward of one's own judged it
+    assert chat_row(row, answer_tag, worded=False)["messages"][1] == bare
 
 
 def test_a_sample_of_a_chat_model_begins_inside_its_thought():

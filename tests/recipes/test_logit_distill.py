@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from finback.model.checkpoint import load, save
 from finback.train.logit_losses import accumulate_logit_gradients, teacher_kl
 from finback.train.samples import micro_batches
 from tests.checkpoint_samples import BASE, build
+from tests.train.runs import read_rows
 
 
 def test_the_loss_is_the_one_worked_out_by_hand() -> None:
@@ -88,8 +93,53 @@ def test_the_verb_brings_the_student_closer(models: Path, tmp_path: Path) -> Non
     losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0] / 2
     load(out / "student")
-    assert len(json.loads((out / "lineage.json").read_text())["teacher"]) == 64
-    assert cli.main(["logit-distill", str(models / "teacher"), str(models / "student"), *words]) == 2  # out exists
+    assert len(json.loads((out / "lineage.json").read_text())["sha256"]["teacher"]) == 64
+    assert cli.main(["logit-distill", str(models / "teacher"), str(models / "student"), *words]) == 2  # a run is there
+
+
+def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(models / "student", tmp_path / "student")
+    words = ["--data", str(models / "traces.jsonl"), "--epochs", "3", "--lr", "0.003", "--global-batch-size", "4"]
+    words += ["--save-every", "2", "--keep-checkpoints", "0", "--balance-loss-coef", "0.01"]
+    for name in ("whole", "cut"):
+        start = ["logit-distill", str(models / "teacher"), str(tmp_path / "student"), "--out", str(tmp_path / name)]
+        assert cli.main([*start, *words]) == 0
+    for step in (6, 4):  # the run as it was when it was killed after step 3, in the middle of an epoch
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step-{step}")
+    shutil.rmtree(tmp_path / "cut" / "student")
+    capsys.readouterr()
+    assert cli.main(["logit-distill", "--resume", str(tmp_path / "cut")]) == 0
+    assert "continuing" in capsys.readouterr().out
+    assert read_rows(tmp_path / "whole") == read_rows(tmp_path / "cut")
+    weights = [(tmp_path / name / "student" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert weights[0] == weights[1]
+    assert weights[0] != (tmp_path / "student" / "model.safetensors").read_bytes()
+
+    (tmp_path / "student" / "generation_config.json").write_text('{"do_sample": true}')  # another model than it began with
+    assert cli.main(["logit-distill", "--resume", str(tmp_path / "cut")]) == 2
+    assert "field sha256 is" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_step_and_saves(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    words = ["logit-distill", str(models / "teacher"), str(models / "student"), "--data", str(models / "traces.jsonl")]
+
+    def pressed(*arguments: Any, **more: Any) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        return accumulate_logit_gradients(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finback.recipes.logit_distill.accumulate_logit_gradients", pressed)
+        assert cli.main([*words, "--out", str(out)]) == 130
+    assert f"stopped after step 1; continue with: finback logit-distill --resume {out}" in capsys.readouterr().out
+    assert not (out / "student").exists()
+    assert cli.main(["logit-distill", "--resume", str(out)]) == 0
+    assert [row["step"] for row in read_rows(out)] == [1, 2]
+    assert (out / "student" / "tokenizer.json").is_file()
 
 
 def test_another_vocabulary_is_refused(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

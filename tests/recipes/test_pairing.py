@@ -4,7 +4,6 @@ import io
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,8 @@ import pytest
 from finback import cli
 from finback.commands.paired import PairedConversation
 from finback.config import InputError
-from finback.data.chat import published_template
-from finback.data.tokenizer import Tokenizer, save_tokenizer, train_tokenizer
 from finback.engine.config import SamplingParams
-from finback.model.checkpoint import save
 from finback.recipes.pairing import EndpointSpeaker, LocalSpeaker, Pair, plan_and_write, plan_and_write_steps
-from tests.checkpoint_samples import BASE, build
 
 PARAMS = SamplingParams(max_tokens=16)
 Deltas = list[dict[str, str]]
@@ -123,19 +118,9 @@ def test_an_answer_that_is_left_early_stays(serve: Any) -> None:
     assert writer.requests == []
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    trained = train_tokenizer(["The fox saw the grapes. 狐狸看见葡萄。"] * 50, 300)
-    tokenizer = Tokenizer(trained.backend, trained.config, published_template("deepseek_r1"))
-    save_tokenizer(tokenizer, root / "tokenizer")
-    save(build(replace(BASE, vocab_size=tokenizer.vocab_size)), root / "model", tokenizer_from=root / "tokenizer")
-    return root / "model"
-
-
-def test_a_writer_that_thinks_continues_behind_the_plan(directory: Path, serve: Any) -> None:
+def test_a_writer_that_thinks_continues_behind_the_plan(chat_models: Path, serve: Any) -> None:
     planner = serve(lambda _: [{"reasoning_content": "grapes"}])
-    writer = LocalSpeaker(directory)
+    writer = LocalSpeaker(chat_models / "deepseek_r1")
     greedy = SamplingParams(temperature=0.0, max_tokens=8)
     steps = list(
         plan_and_write_steps(Pair(EndpointSpeaker(planner.url, "p"), writer), [{"role": "user", "content": "fox"}], greedy)

@@ -1,8 +1,12 @@
 """`finback r1` on a base of one's own: here one that was fine-tuned for a moment on the form of the answers."""
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +16,10 @@ from finback.data.chains import ChainSettings, clean_thought, generate_chains
 from finback.recipes.config import DistillConfig, R1Config
 from finback.recipes.distill import distill
 from finback.recipes.r1 import r1
+from finback.rl.config import GRPOConfig
+from finback.rl.rollout import Rollout, roll_out
+from finback.rl.session import read_run_config
+from finback.rl.train import grpo
 from finback.train.metrics import read_metrics
 from finback.train.sft import sft
 from finback.train.sft_config import SFTConfig
@@ -182,6 +190,7 @@ def test_a_reward_of_ones_own_judges_in_every_stage(own: Path, tmp_path: Path) -
     assert manifest["r1-zero"]["results"]["held out"]["pass_at_1"][0] > 0.5  # without an "answer" the exact one judges nothing
     learnt = [json.loads(line)["messages"][1]["content"] for line in (run / "data" / "cold-start.jsonl").read_text().splitlines()]
     assert all("7" in content for content in learnt)
+    assert not any("<" in content for content in learnt)  # R1-Zero's tags stay behind: chat turns have none
     for stage in ("r1-zero", "reasoning-rl", "all-scenario-rl"):
         rows = read_metrics(run / "training" / stage / "metrics.jsonl")
         assert all("reward/wanted" in row for row in rows)
@@ -191,28 +200,76 @@ def test_a_reward_of_ones_own_judges_in_every_stage(own: Path, tmp_path: Path) -
     assert any("reward/helpful" in row for row in rows)
 
 
-def test_a_reward_of_ones_own_decides_what_a_student_learns(own: Path, tmp_path: Path) -> None:
+def test_distillation_beside_rl_alone_by_a_reward_of_ones_own_goes_on_where_it_was_interrupted(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
     config = DistillConfig(
         teacher=str(own / "teacher"),
         student=str(own / "student"),
         data=str(own / "own-data.jsonl"),
         held_out=str(own / "own-held-out.jsonl"),
         reward=(f"{own / 'own_rewards.py'}:wanted",),
-        out=str(tmp_path / "run"),
+        out=str(run),
         template=TEMPLATE,
         prompts=40,
         max_completion_length=48,
         eval_problems=4,
         eval_samples=4,
+        compare_rl=True,
+        prompts_per_step=4,
+        num_generations=4,
+        beta=0.0,
+        rl_lr=1e-3,
     )
+    with monkeypatch.context() as patch:
+        patch.setattr("finback.rl.train.roll_out", _interrupted_in_step(2))
+        with pytest.raises(KeyboardInterrupt):
+            distill(config)
+    assert list(json.loads((run / "manifest.json").read_text())["stages"]) == ["teacher", "student"]
+    assert "The same command goes on from here" in capsys.readouterr().out
     distill(config)
-    facts = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
+    printed = capsys.readouterr().out
+    assert "Distillation: done before" in printed
+    facts = json.loads((run / "manifest.json").read_text())["stages"]
     assert facts["teacher"]["results"]["held out"]["pass_at_1"][0] > 0
     assert [name for name, _ in facts["student"]["funnel"]][2] == "wanted"
     assert facts["student"]["rows"] >= 20
+
+    assert (run / "training" / "teacher-samples.jsonl").read_text().count('"place"') == 40  # none of them is sampled again
+
+    alone, training = facts["student-rl"], run / "training" / "student-rl"
+    assert [row["step"] for row in read_metrics(training / "metrics.jsonl")] == list(range(1, alone["steps"] + 1))
+    uninterrupted = grpo(read_run_config(training, GRPOConfig), tmp_path / "whole")
+    assert (uninterrupted / "model.safetensors").read_bytes() == (run / "student-rl" / "model.safetensors").read_bytes()
+
+    report = (run / "report.md").read_text()
+    assert f"| {alone['distillation_flops']:.3g} |\n" in report
+    assert f"| {alone['rl_flops']:.3g} |\n" in report
+    (claim,) = facts["report"]["claims"]
+    assert f"RL had {alone['rl_flops'] / alone['distillation_flops']:.2f} times the FLOPs | " in report
+    distilled = facts["student"]["results"]["held out"]["pass_at_1"]
+    above = distilled[1] > alone["results"]["held out"]["pass_at_1"][2]
+    assert claim["holds"] is (above and alone["rl_flops"] >= alone["distillation_flops"])
+    table = report[report.index("| model |") : report.index("verified traces")]
+    assert table.strip().rpartition("\n")[0].strip() in printed
+
     with pytest.raises(InputError, match=r"own_rewards\.py has no function 'wante'; did you mean 'wanted'"):
         distill(replace(config, reward=(f"{own / 'own_rewards.py'}:wante",), out=str(tmp_path / "other")))
+    with pytest.raises(InputError, match="field num_generations is 1"):
+        distill(replace(config, num_generations=1, out=str(tmp_path / "other")))
     assert not (tmp_path / "other").exists()
+
+
+def _interrupted_in_step(number: int) -> Callable[..., Rollout]:
+    """A rollout during which Ctrl-C is pressed, in one step."""
+
+    def rolled(*words: Any, step: int, **more: Any) -> Rollout:
+        if step == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return roll_out(*words, step=step, **more)
+
+    return rolled
 
 
 @pytest.mark.parametrize(

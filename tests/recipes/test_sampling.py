@@ -3,7 +3,6 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,15 @@ from typing import Any
 import pytest
 
 from finback import cli
-from finback.data.chat import published_template
-from finback.data.tokenizer import Tokenizer, save_tokenizer, train_tokenizer
-from finback.model.checkpoint import save
 from finback.recipes.sampling import conversation, load_checks
-from tests.checkpoint_samples import BASE, build
+from finback.rl.rollout import sample_groups
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models")
-    trained = train_tokenizer(["The fox saw the grapes. 狐狸看见葡萄。"] * 50, 300)
-    tokenizer = Tokenizer(trained.backend, trained.config, published_template("deepseek_v3"))
-    save_tokenizer(tokenizer, root / "tokenizer")
-    save(build(replace(BASE, vocab_size=tokenizer.vocab_size)), root / "model", tokenizer_from=root / "tokenizer")
-    return root / "model"
+@pytest.fixture
+def model(chat_models: Path) -> Path:
+    return chat_models / "deepseek_v3"
 
 
 @pytest.fixture
@@ -226,6 +217,56 @@ def test_reject_writes_what_passes_with_its_lineage(tmp_path: Path, run: Run, mo
     assert lineage["funnel"][-1][1] == len(rows)
     assert len(lineage["sources"]["model"]) == 64
     assert "exists" in run("reject", model, "--data", data, "--reward", f"{rule}:any", "--out", out)[2]
+
+
+WATCHED = """
+def watched(prompt, completion, example):
+    with open({log!r}, "a") as file:
+        file.write(example["prompt"] + "\\n")
+    return 1.0
+"""
+
+
+def test_reject_goes_on_where_it_was_interrupted(tmp_path: Path, run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, rule, out = tmp_path / "log", tmp_path / "rule.py", tmp_path / "out.jsonl"
+    journal = tmp_path / "out.jsonl.sampling"
+    rule.write_text(WATCHED.format(log=str(log)))
+    data = rows_file(tmp_path / "in.jsonl", [{"prompt": f"fox {i}"} for i in range(14)])
+    words = ("reject", model, "--data", data, "--reward", f"{rule}:watched", "--num-samples", 4, "--max-tokens", 60)
+    words = (*words, "--temperature", 5)
+
+    def interrupted(*arguments: Any, **more: Any) -> Iterator[bool]:
+        for sampling in sample_groups(*arguments, **more):
+            yield sampling
+            if journal.read_bytes().count(b"\n") > 5:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finback.rl.rejection.sample_groups", interrupted)
+        code, text, _ = run(*words, "--out", out)
+    assert code == 130
+    assert "the same words go on from there" in text
+    assert not out.exists()
+    finished = {f"fox {row['place']}" for row in read(journal)[1:]}
+    assert 5 <= len(finished) < 14
+    with journal.open("ab") as file:
+        file.write(b'{"place": 13, "cou')  # what a process leaves that is killed while it writes
+    before = journal.read_bytes()
+    assert "with other settings" in run(*words, "--seed", 1, "--out", out)[2]
+    assert journal.read_bytes().startswith(before[: before.rindex(b"\n")])
+
+    log.unlink()
+    code, text, err = run(*words, "--out", out)
+    assert (code, err) == (0, "")
+    assert f"{len(finished)} prompts are finished already" in text
+    asked = log.read_text().splitlines()
+    assert len(asked) == 4 * (14 - len(finished))
+    assert not finished & set(asked)
+    assert not journal.exists()
+    lineage, whole = json.loads((tmp_path / "out.jsonl.lineage.json").read_text()), tmp_path / "whole.jsonl"
+    assert lineage["funnel"][0] == ["sampled", 56]
+    assert run(*words, "--out", whole)[0] == 0
+    assert read(whole) == read(out)
 
 
 def test_a_sample_becomes_a_conversation() -> None:
