@@ -10,14 +10,17 @@ from finback.planner.layout import (
     Memory,
     Recompute,
     ScheduleName,
+    busiest_rank,
     check_layout,
-    parameters_per_device,
+    stages,
     training_memory,
 )
 from finback.planner.step import Step, per_token, step_time, useful_flops
 
 USABLE_MEMORY = 0.92  # the rest is the driver's, the communication library's and fragmentation
 SIMULATED = 6  # layouts of a search
+MODELLED = "data parallelism with ZeRO-1; pipelines of uneven stages; experts over devices; tensor parallelism inside a node"
+NOT_MODELLED = "context parallelism (a sequence stays whole); weights cut by ZeRO-2, ZeRO-3 or FSDP; offloading"
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
@@ -62,10 +65,12 @@ def bill(device_hours: float, devices: int, hardware: Hardware, prices: Prices) 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout with what it gives. `why_worse` compares it with the best one; empty for the best."""
+    """One layout with what it gives. `stage_layers` are the decoder layers of each pipeline stage; `why_worse` compares it with the
+    best one, and is empty for the best."""
 
     layout: Layout
     description: str
+    stage_layers: tuple[int, ...]
     step: Step
     memory: Memory
     memory_gb: float
@@ -93,6 +98,8 @@ class TrainPlan:
     dense: DenseComparison | None
     unknown_figures: list[str]
     efficiency_source: str
+    modelled: str = MODELLED
+    not_modelled: str = NOT_MODELLED
 
 
 def evaluate(
@@ -100,10 +107,11 @@ def evaluate(
 ) -> Candidate:
     """Time and memory of one layout."""
     step = step_time(c, hardware, layout, precision, sequence_length, global_batch_size)
-    memory = training_memory(c, layout, precision, sequence_length, step.live_microbatches)
+    memory = training_memory(c, layout, precision, sequence_length, step.live_activations)
     return Candidate(
         layout=layout,
         description=layout.text(),
+        stage_layers=tuple(stage.layers for stage in stages(c, layout)),
         step=step,
         memory=memory,
         memory_gb=memory.total_bytes / 1e9,
@@ -137,7 +145,7 @@ def _quick_seconds(
         "dualpipe_v": max(0.0, (pp - 1) * (pair + backward - 3 * weight) / 2),
     }[layout.schedule]
     microbatches = batch // (layout.dp * layout.micro_batch_size)
-    return (microbatches * pair + bubble) * layout.micro_batch_size * sequence_length / pp
+    return (microbatches * pair * busiest_rank(c, layout) + bubble) * layout.micro_batch_size * sequence_length / pp
 
 
 def candidates(
@@ -150,7 +158,7 @@ def candidates(
     batch: int,
 ) -> list[Layout]:
     """Layouts that divide: the fields in `free` vary, the others are those of `fixed`. Tensor parallelism stays inside a node, and
-    pipelines are even."""
+    whole layers are shared out over the stages as evenly as they go."""
     pps = (
         [pp for pp in _powers(min(64, c.num_hidden_layers, fixed.devices)) if fixed.devices % pp == 0]
         if "pp" in free
@@ -184,12 +192,16 @@ def candidates(
     return found
 
 
-def _live_by_table(layout: Layout) -> float:
-    """Micro-batches held at once: V3's table, interleaved by Megatron's warm-up."""
-    pp = layout.pp
+def live_by_table(layout: Layout) -> list[float]:
+    """Activations of a micro-batch on a stage that each rank holds at once: V3's table, interleaved by Megatron's warm-up."""
+    pp, parts = layout.pp, layout.stages_per_rank
     if pp == 1:
-        return 1.0
-    return {"one_f_one_b": pp, "zb1p": pp, "interleaved": pp * 1.25, "dualpipe": pp + 1, "dualpipe_v": pp + 0.5}[layout.schedule]
+        return [1.0]
+    if layout.schedule == "interleaved":
+        return [min(2.0 * (pp - rank - 1) + (parts - 1) * pp + 1, 1.25 * pp * parts) for rank in range(pp)]
+    if layout.schedule in ("one_f_one_b", "zb1p"):
+        return [float(pp - rank) if layout.schedule == "one_f_one_b" else float(pp) for rank in range(pp)]
+    return [float(layout.num_stages + 1)] * pp
 
 
 def search(
@@ -210,7 +222,7 @@ def search(
         )
     limit = USABLE_MEMORY * hardware.memory_bytes
     needs = {
-        layout: training_memory(c, layout, precision, sequence_length, _live_by_table(layout)).total_bytes for layout in layouts
+        layout: training_memory(c, layout, precision, sequence_length, live_by_table(layout)).total_bytes for layout in layouts
     }
     fitting = [layout for layout in layouts if needs[layout] <= limit]
     if not fitting:
@@ -306,4 +318,4 @@ def plan_train(
     )
 
 
-__all__ = ["Bill", "Candidate", "Prices", "TrainPlan", "bill", "evaluate", "parameters_per_device", "plan_train", "search"]
+__all__ = ["Bill", "Candidate", "Prices", "TrainPlan", "bill", "evaluate", "plan_train", "search"]
