@@ -28,9 +28,10 @@ from finback.data.files import write_atomic
 from finback.parallel.schedule import SCHEDULES, Action, Costs, interleaved, simulate
 from finback.planner import drawing
 from finback.planner.fit import fit_table
-from finback.planner.hardware import ROWS, Hardware, Precision, find_hardware
+from finback.planner.hardware import ROWS, Hardware, Precision
 from finback.planner.inference import Unit, weight_bytes_per_device
 from finback.planner.layout import Layout
+from finback.planner.measured import hardware_of
 from finback.planner.model import plan_model
 from finback.planner.rl import RECIPES, plan_rl
 from finback.planner.serve import Tariff, Traffic, plan_serve
@@ -134,7 +135,7 @@ def _model(fields: ModelFields) -> None:
 
 def _train(fields: TrainFields) -> None:
     _check_positive(fields, "devices", "tokens", "usd_per_device_hour", "pue", "kg_co2_per_kwh", "expert_imbalance")
-    model, hardware = find_model(fields.model), find_hardware(fields.hardware, fields.ceilings)
+    model, hardware = find_model(fields.model), hardware_of(fields.hardware, fields.ceilings, fields.precision)
     free = frozenset(name for name in ("pp", "ep", "tp", "schedule", "recompute") if getattr(fields, name) is None)
     schedule = fields.schedule or "one_f_one_b"
     layout = Layout(
@@ -167,7 +168,7 @@ def _train(fields: TrainFields) -> None:
 
 
 def _rl(fields: RLFields) -> None:
-    model, hardware = find_model(fields.model), find_hardware(fields.hardware, fields.ceilings)
+    model, hardware = find_model(fields.model), hardware_of(fields.hardware, fields.ceilings, fields.precision)
     _check_positive(fields, "devices", "usd_per_device_hour")
     names = ("steps", "batch_size", "outputs_per_rollout", "mean_tokens", "longest_tokens")
     changed: dict[str, Any] = {name: getattr(fields, name) for name in names if getattr(fields, name) is not None}
@@ -185,7 +186,7 @@ def _rl(fields: RLFields) -> None:
 
 
 def _serve(fields: ServeFields) -> None:
-    model, hardware = find_model(fields.model), find_hardware(fields.hardware, fields.ceilings)
+    model, hardware = find_model(fields.model), hardware_of(fields.hardware, fields.ceilings, fields.precision)
     precision = _precision(fields.precision, hardware)
     _check_positive(fields, "usd_per_device_hour")
     plan = plan_serve(
@@ -233,7 +234,7 @@ def _unit(
 def _fit(fields: FitFields) -> None:
     if fields.context < 1:
         raise InputError(f"--context is {fields.context}, it must be at least 1")
-    hardware = find_hardware(fields.hardware, fields.ceilings)
+    hardware = hardware_of(fields.hardware, fields.ceilings, None)
     rows = fit_table(hardware, fields.context)
     _show(fields, {"hardware": hardware.title, "rows": [asdict(row) for row in rows]}, lambda: print_fit(hardware, rows), None)
 
@@ -304,7 +305,7 @@ def _hardware(fields: HardwareFields) -> None:
 
 
 def _validate(fields: ValidateFields) -> None:
-    models = {name: PRESETS[name]().model for name in ("v3-671b", "tiny", "nano")}
+    models = {name: PRESETS[name]().model for name in ("v3-671b", "tiny")}
     rows = validation_rows(models, fields.results)
     if fields.out is not None:
         write_atomic(fields.out, markdown(rows))

@@ -9,7 +9,13 @@ from finback.parallel.schedule import SCHEDULES, Costs, Simulation, interleaved,
 from finback.planner.communication import all_to_all
 from finback.planner.hardware import GIGA, Hardware, Precision
 from finback.planner.layout import INTERLEAVED_CHUNKS, Layout, ScheduleName, parameters_of_ranks, stages
-from finback.planner.model import absorbed_core_flops, attention_core_flops, shape, training_flops_per_token
+from finback.planner.model import (
+    absorbed_core_flops,
+    attention_core_flops,
+    attention_matrices,
+    shape,
+    training_flops_per_token,
+)
 from finback.planner.stages import scales
 
 __all__ = ["PerToken", "Step", "absorbed_core_flops", "per_token", "step_time"]
@@ -44,6 +50,8 @@ class PerToken:
     """One direction (forward or backward): dispatch and combine of all layers."""
     all_to_all_network: float
     all_to_all_links: float
+    head_forward: float
+    """The output head's part of `forward`, its loss included."""
     tensor_parallel: float
     """Gathers and scatters of a split attention, forward."""
 
@@ -54,12 +62,10 @@ def per_token(c: ModelConfig, hardware: Hardware, layout: Layout, precision: Pre
     mtp = c.num_nextn_predict_layers
     layers = c.num_hidden_layers + mtp
     uneven = layout.expert_imbalance if layout.ep > 1 else 1.0
-    picked = (uneven * c.num_experts_per_tok + c.n_shared_experts) * s.expert + s.router if c.n_routed_experts else 0
     moe_layers = c.num_moe_layers + (mtp if c.n_routed_experts else 0)
-    weights = layers * s.attention + c.first_k_dense_replace * s.dense + moe_layers * picked + mtp * 2 * c.hidden_size**2
-    product = 2.0 * weights / hardware.matmul_flops(precision)
+    product = product_seconds(c, hardware, precision, layers, moe_layers, uneven)
     head_precision: Precision = "fp32" if precision == "fp32" else "bf16"
-    head = 2.0 * (1 + mtp) * s.embedding / hardware.matmul_flops(head_precision)
+    head = 2.0 * (1 + mtp) * s.embedding / hardware.matmul_flops(head_precision, min(c.hidden_size, c.vocab_size))
     core = layers * attention_core_flops(c, (sequence_length + 1) / 2) / hardware.peak_flops(head_precision)
     traffic = layers * elementwise_bytes(c, precision) / hardware.bytes_per_second
     logits = 4.0 * (1 + mtp) * c.vocab_size * 2 / hardware.bytes_per_second
@@ -83,8 +89,30 @@ def per_token(c: ModelConfig, hardware: Hardware, layout: Layout, precision: Pre
         all_to_all=moe_layers * max(network, links) / divide,
         all_to_all_network=moe_layers * network / divide,
         all_to_all_links=moe_layers * links / divide,
+        head_forward=(head + logits) / divide,
         tensor_parallel=split / divide,
     )
+
+
+def product_seconds(
+    c: ModelConfig, hardware: Hardware, precision: Precision, layers: int, moe_layers: int, uneven: float
+) -> float:
+    """One token's forward products but the head's, each at the rate of its narrower side: `layers` with attention, `moe_layers` with
+    experts, whose load is `uneven`; the MTP layers' projections besides."""
+    s, width = shape(c), c.hidden_size
+
+    def seconds(parameters: float, narrow: int, *, experts: bool = False) -> float:
+        return 2.0 * parameters / hardware.matmul_flops(precision, narrow, experts=experts)
+
+    total = layers * sum(seconds(inner * outer, min(inner, outer)) for inner, outer in attention_matrices(c))
+    total += seconds(
+        c.first_k_dense_replace * s.dense + c.num_nextn_predict_layers * 2 * width**2, min(width, c.intermediate_size)
+    )
+    if moe_layers:
+        narrow = min(width, c.moe_intermediate_size)
+        total += moe_layers * seconds(uneven * c.num_experts_per_tok * s.expert, narrow, experts=True)
+        total += moe_layers * (seconds(c.n_shared_experts * s.expert, narrow) + seconds(s.router, min(width, c.n_routed_experts)))
+    return total
 
 
 @dataclass(frozen=True)
@@ -188,6 +216,10 @@ def step_time(
     sync, optimizer = _after_step(c, hardware, layout, precision)
     steady = compute + 2 * exchange - hidden
     full = work * steady / busy
+    launches = 0.0
+    if hardware.small_work is not None:
+        layers = c.num_hidden_layers + c.num_nextn_predict_layers
+        launches = microbatches * layers / layout.pp * hardware.small_work.training_layer_seconds
     spent, live = pipeline(layout, microbatches, costs) if layout.pp > 1 else (full, (1,))
     return Step(
         compute_seconds=work * (compute - times.recompute - 2 * times.tensor_parallel),
@@ -195,7 +227,7 @@ def step_time(
         exposed_all_to_all_seconds=work * (2 * exchange - hidden),
         tensor_parallel_seconds=work * 2 * times.tensor_parallel,
         bubble_seconds=spent - full,
-        idle_seconds=work * steady * (1 / busy - 1),
+        idle_seconds=full - work * steady + launches,
         gradient_sync_seconds=sync,
         optimizer_seconds=optimizer,
         hidden_all_to_all_seconds=work * hidden,

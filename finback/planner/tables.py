@@ -378,10 +378,11 @@ def print_validation(rows: Sequence[Row]) -> None:
                 f"{row.planner:,.6g}",
                 f"{row.error:+.1%}",
                 f"{row.target:.2%}",
-                "" if row.met else "above",
+                "other machine" if row.other_machine else "" if row.met else "above",
             )
             for row in rows
         ],
         text_columns=3,
     )
-    _say(*(f"{row.name}: {row.note}." for row in rows if not row.met))
+    _say(*(f"{row.name}: {row.note}." for row in rows if not row.met and not row.other_machine))
+    _say(*(f"Other machine: {clause}." for clause in dict.fromkeys(row.other_machine for row in rows) if clause))
