@@ -102,7 +102,7 @@ class Hardware:
     @property
     def unknown(self) -> list[str]:
         """Fields without a published figure."""
-        return [f.name for f in fields(self) if getattr(self, f.name) is None]
+        return [f.name for f in fields(self) if getattr(self, f.name) is None and f.name != "small_work"]
 
     def need(self, name: str) -> float:
         """A figure, or InputError where there is none."""

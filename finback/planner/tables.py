@@ -17,7 +17,7 @@ from finback.planner.model import ModelPlan
 from finback.planner.rl import RLPlan
 from finback.planner.serve import ServePlan
 from finback.planner.train import Bill, TrainPlan
-from finback.planner.validation import Row
+from finback.planner.yardsticks import Row
 
 UNKNOWN = "?"
 _PIPE_WIDTH = 160

@@ -216,10 +216,7 @@ def search(
     """The best layouts that fit, fastest first: all are sorted by table, the first few are simulated."""
     layouts = candidates(c, hardware, fixed, free, precision, sequence_length, batch)
     if not layouts:
-        check_layout(c, fixed, batch)  # says what does not divide
-        raise InputError(
-            f"--devices {fixed.devices}: no layout divides both the devices and the batch; change --global-batch-size"
-        )
+        raise _nothing_divides(c, hardware, fixed, free, precision, sequence_length, batch)
     limit = USABLE_MEMORY * hardware.memory_bytes
     needs = {
         layout: training_memory(c, layout, precision, sequence_length, live_by_table(layout)).total_bytes for layout in layouts
@@ -227,10 +224,13 @@ def search(
     fitting = [layout for layout in layouts if needs[layout] <= limit]
     if not fitting:
         least = min(layouts, key=lambda layout: needs[layout])
+        enough = _devices_that_fit(c, hardware, precision)
+        remedy = f"take about {enough} devices or more"
+        if enough <= fixed.devices:
+            remedy = "what it keeps for the backward is too much; shorten --sequence-length or raise --tp, which splits it"
         raise InputError(
             f"--devices {fixed.devices}: the smallest layout ({least.text()}) needs {needs[least] / 1e9:.0f} GB on each device, of "
-            f"which {hardware.name} has {limit / 1e9:.0f} usable; take about "
-            f"{_devices_that_fit(c, hardware, precision)} devices or more"
+            f"which {hardware.name} has {limit / 1e9:.0f} usable; {remedy}"
         )
     fitting.sort(key=lambda layout: _quick_seconds(c, hardware, layout, precision, sequence_length, batch))
     done = [evaluate(c, hardware, layout, precision, sequence_length, batch) for layout in fitting[:SIMULATED]]
@@ -238,6 +238,30 @@ def search(
     if not done:
         return [evaluate(c, hardware, min(fitting, key=lambda layout: needs[layout]), precision, sequence_length, batch)]
     return [done[0], *(replace(one, why_worse=explain(done[0], one)) for one in done[1:6])]
+
+
+def _nothing_divides(
+    c: ModelConfig,
+    hardware: Hardware,
+    fixed: Layout,
+    free: frozenset[str],
+    precision: Precision,
+    sequence_length: int,
+    batch: int,
+) -> InputError:
+    """The nearest number of devices with a layout, if the number is what stands in the way; else what does not divide."""
+    sizes = sorted(_powers(4 * fixed.devices), key=lambda size: abs(size - fixed.devices))
+    for devices in sizes if fixed.devices not in sizes and "pp" in free else []:
+        if candidates(c, hardware, replace(fixed, devices=devices), free, precision, sequence_length, batch):
+            return InputError(
+                f"--devices is {fixed.devices}, over which no layout of the search shares out --global-batch-size {batch}; the nearest "
+                f"that does is {devices}"
+            )
+    try:
+        check_layout(c, fixed, batch)
+    except InputError as error:
+        return error
+    return InputError(f"--devices {fixed.devices}: no layout divides both the devices and the batch; change --global-batch-size")
 
 
 def _devices_that_fit(c: ModelConfig, hardware: Hardware, precision: Precision) -> int:
@@ -285,6 +309,11 @@ def plan_train(
     for name, value in (("tokens", tokens), ("sequence_length", sequence_length), ("global_batch_size", global_batch_size)):
         if value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
+    if sequence_length > c.max_position_embeddings:
+        raise InputError(
+            f"--sequence-length is {sequence_length}, above the model's max_position_embeddings; use at most "
+            f"{c.max_position_embeddings}"
+        )
     if precision == "fp8" and hardware.fp8_tflops is None:
         raise InputError(f"--precision is fp8, but {hardware.name} has no FP8 units; use bf16")
     if free:

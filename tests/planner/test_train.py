@@ -259,3 +259,18 @@ def test_experts_of_a_dense_model_and_precisions_that_are_missing() -> None:
 def test_too_few_devices_say_how_many() -> None:
     with pytest.raises(InputError, match="usable; take about 256 devices or more"):
         search(V3, H800, Layout(64), SEARCHED, "fp8", 4096, 15360)
+
+
+def test_a_number_of_devices_without_a_layout_names_the_nearest_with_one() -> None:
+    with pytest.raises(
+        InputError, match="over which no layout of the search shares out --global-batch-size 15360; the nearest that does is 2048"
+    ):
+        search(V3, H800, Layout(2047), SEARCHED, "fp8", 4096, 15360)
+
+
+def test_a_sequence_that_does_not_fit_is_not_answered_with_more_devices() -> None:
+    longer = replace(V3, max_position_embeddings=1_000_000)
+    with pytest.raises(InputError, match="shorten --sequence-length or raise --tp"):
+        search(longer, H800, Layout(2048), SEARCHED, "fp8", 1_000_000, 15360)
+    with pytest.raises(InputError, match="use at most 163840"):
+        plan_train(V3, H800, PAPER, frozenset(), tokens=1e12, sequence_length=1_000_000)
