@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from finback.config import InputError
+from finback.config import InputError, nearest
 
 Fields = TypeVar("Fields")
 
@@ -124,8 +124,8 @@ def _unknown_word(word: str, flags: list[str]) -> str:
             ratios.append(likeness.ratio())
         return max(ratios)
 
-    nearest = max(flags, key=score, default=None)
-    return f"unknown field {word.partition('=')[0]}" + (f"; the nearest is {nearest}" if nearest else "")
+    likest = max(flags, key=score, default=None)
+    return f"unknown field {word.partition('=')[0]}" + (f"; the nearest is {likest}" if likest else "")
 
 
 def _sentence(box: str) -> str:
@@ -139,6 +139,11 @@ def _sentence(box: str) -> str:
     if lines and lines[0].strip().startswith("Missing from "):
         return _missing(lines[1:])
     sentence = " ".join(" ".join(lines).split()).rstrip(".")
+    choice = re.fullmatch(r"(invalid choice '(.*)' for argument '.*'\. Expected one of )\((.*)\)", sentence, re.IGNORECASE)
+    if choice:  # tyro lists None, which nobody types, and then in any order
+        choices = [known for known in re.findall(r"'([^']*)'", choice[3]) if known != "None"]
+        choices = sorted(choices) if "'None'" in choice[3] else choices
+        return f"{choice[1]}({', '.join(map(repr, choices))}){nearest(choice[2], choices)}"
     # Of a whole dataclass tyro tells its own path; the sentence, from the dataclass's own check, names the field.
     return re.sub(r"^Error parsing [\w.]+: ", "", sentence)
 

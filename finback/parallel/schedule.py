@@ -107,7 +107,7 @@ def interleaved(num_stages: int, num_microbatches: int, chunks: int = 2) -> Sche
     if num_microbatches % num_stages:
         raise ValueError(
             f"interleaved: num_microbatches is {num_microbatches}, it must be a multiple of num_stages ({num_stages}); "
-            f"the nearest is {_nearest_multiple(num_microbatches, num_stages)}"
+            f"the nearest is {nearest_multiple(num_microbatches, num_stages)}"
         )
     total = num_microbatches * chunks
 
@@ -250,10 +250,12 @@ def _eight_steps(writer: _Writer, outward: int, inward: int, steady: int, middle
 
 @dataclass(frozen=True)
 class Costs:
-    """How long actions take, in any one unit of time; the same on every stage.
+    """How long actions take, in any one unit of time.
 
     A full backward is `backward_input + backward_weight`. `overlapped` is the time of a pair; None means that overlapping gains
     nothing, and a pair takes as long as its parts. `send` is added between an action and what waits for its output on another rank.
+    All stages take as long as each other, or `stage_scale` has a factor for each: 61 layers on 16 stages are not even. A pair of two
+    stages is stretched by what its parts are stretched by together.
     """
 
     forward: float = 1.0
@@ -261,6 +263,7 @@ class Costs:
     backward_weight: float = 1.0
     overlapped: float | None = None
     send: float = 0.0
+    stage_scale: tuple[float, ...] | None = None
 
     @property
     def backward(self) -> float:
@@ -280,6 +283,17 @@ class Costs:
                 return self.backward_weight
             case Kind.OVERLAPPED:
                 return self.forward + self.backward if self.overlapped is None else self.overlapped
+
+    def of_action(self, action: Action) -> float:
+        """The time of one action on its stage."""
+        even = self.of(action.kind)
+        if self.stage_scale is None:
+            return even
+        if action.backward is None:
+            return even * self.stage_scale[action.stage]
+        ahead, behind = (self.stage_scale[part.stage] for part in action.parts)
+        parts = self.forward + self.backward
+        return even * (self.forward * ahead + self.backward * behind) / parts if parts else 0.0
 
 
 @dataclass(frozen=True)
@@ -316,8 +330,8 @@ def simulate(schedule: Sequence[Sequence[Action]], costs: Costs | None = None) -
     gradients) must be asked for in the order in which it is sent, as point-to-point messages arrive.
 
     Raises:
-        ValueError: an action missing or done twice, a stage on several ranks for one micro-batch, messages crossing, or a deadlock
-            (ranks that wait for each other), with the rank and the action.
+        ValueError: factors that are not one for each stage, an action missing or done twice, a stage on several ranks for one
+            micro-batch, messages crossing, or a deadlock (ranks that wait for each other), with the rank and the action.
     """
     costs = costs or Costs()
     gives = [[[key for part in action.parts for key in _gives(part)] for action in actions] for actions in schedule]
@@ -325,7 +339,9 @@ def simulate(schedule: Sequence[Sequence[Action]], costs: Costs | None = None) -
     stages = 1 + max(key[2] for key in produced)
     needs = [[[key for part in action.parts for key in _needs(part, stages)] for action in actions] for actions in schedule]
     _check_message_order(gives, needs, produced)
-    times = {kind: costs.of(kind) for kind in Kind}
+    if costs.stage_scale is not None and len(costs.stage_scale) != stages:
+        raise ValueError(f"costs: stage_scale has {len(costs.stage_scale)} factors for {stages} stages; give one for each")
+    times = [[costs.of_action(action) for action in actions] for actions in schedule]
     finished: dict[Key, float] = {}
     position = [0] * len(schedule)
     timeline: list[list[tuple[float, float]]] = [[] for _ in schedule]
@@ -342,7 +358,7 @@ def simulate(schedule: Sequence[Sequence[Action]], costs: Costs | None = None) -
                 break
             arrivals = [finished[key] + (costs.send if produced[key] != rank else 0.0) for key in needed]
             start = max([timeline[rank][-1][1] if timeline[rank] else 0.0, *arrivals])
-            end = start + times[schedule[rank][place].kind]
+            end = start + times[rank][place]
             timeline[rank].append((start, end))
             position[rank] += 1
             for key in gives[rank][place]:
@@ -487,7 +503,8 @@ def _check_enough(schedule: str, num_microbatches: int, least: int, formula: str
         )
 
 
-def _nearest_multiple(size: int, unit: int) -> int:
+def nearest_multiple(size: int, unit: int) -> int:
+    """The multiple of `unit` that is nearest to `size`, at least `unit` itself: what an error offers where a size does not divide."""
     return max(unit, round(size / unit) * unit)
 
 

@@ -5,9 +5,9 @@ peak that real kernels reach. A row's set holds for every question asked of it, 
 V3 went into it: the shares come from kernel benchmarks, and where there is none the note says that it is assumed.
 """
 
-import json
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from itertools import pairwise
+from math import log
 from typing import Literal
 
 from finback.config import InputError, nearest
@@ -37,6 +37,41 @@ class Efficiencies:
     communication_cores: float = 20 / 132
 
 
+Curve = tuple[tuple[float, float], ...]
+
+
+def on_curve(curve: Curve, size: float) -> float:
+    """The value at `size` of points (size, value) in rising order: lines over the logarithm of the size, level beyond the ends."""
+    if size <= curve[0][0]:
+        return curve[0][1]
+    for (left, low), (right, high) in pairwise(curve):
+        if size <= right:
+            return low + (high - low) * log(size / left) / log(right / left)
+    return curve[-1][1]
+
+
+@dataclass(frozen=True)
+class SmallWork:
+    """What small models cost where it was measured; a data sheet knows nothing of it. Shares are those of the matrix peak that
+    products of so narrow a matrix reach in training, of experts with their fewer rows. What a step takes without any work is Python,
+    dispatch and bookkeeping."""
+
+    product_shares: Curve
+    expert_shares: Curve
+    decode_shares: Curve
+    """By the rows of a step, of matrices that are not narrow."""
+    read_bytes_per_second: Curve
+    """By the bytes that are read again and again: what fits a cache is read faster."""
+    training_layer_seconds: float
+    engine_step_seconds: float
+    engine_row_seconds: float
+    engine_layer_seconds: float
+    engine_layer_row_seconds: float
+    greedy_value_seconds: float
+    """Of each logit of each row."""
+    sampled_value_seconds: float
+
+
 @dataclass(frozen=True)
 class Hardware:
     """One device, and how it is connected; None where no figure is published."""
@@ -61,11 +96,13 @@ class Hardware:
     exchange_latency_us: float = 10.0
     """Fixed part of one exchange between devices, besides its bytes: some network latencies of 3 us (V3 hardware paper) and a
     launch."""
+    small_work: SmallWork | None = None
+    """Measured hardware only."""
 
     @property
     def unknown(self) -> list[str]:
         """Fields without a published figure."""
-        return [f.name for f in fields(self) if getattr(self, f.name) is None]
+        return [f.name for f in fields(self) if getattr(self, f.name) is None and f.name != "small_work"]
 
     def need(self, name: str) -> float:
         """A figure, or InputError where there is none."""
@@ -84,15 +121,31 @@ class Hardware:
             return self.fp8_tflops * TERA
         return bf16 / 2 if precision == "fp32" else bf16
 
-    def matmul_flops(self, precision: Precision) -> float:
-        """FLOP per second that matrix products really reach."""
+    def matmul_flops(self, precision: Precision, width: float = float("inf"), *, experts: bool = False) -> float:
+        """FLOP per second that matrix products really reach; on measured hardware those of matrices as narrow as `width`, of `experts`
+        with a part of the rows each."""
+        if self.small_work is not None:
+            curve = self.small_work.expert_shares if experts else self.small_work.product_shares
+            return self.peak_flops(precision) * on_curve(curve, width)
         share = self.efficiencies.fp8_matmul if precision == "fp8" and self.fp8_tflops is not None else self.efficiencies.matmul
         return self.peak_flops(precision) * share
+
+    def decode_flops(self, precision: Precision, rows: float) -> float:
+        """The same of the engine's products for `rows` rows."""
+        if self.small_work is not None:
+            return self.peak_flops(precision) * on_curve(self.small_work.decode_shares, rows)
+        return self.matmul_flops(precision)
 
     @property
     def bytes_per_second(self) -> float:
         """Bytes per second that memory really gives."""
         return self.need("memory_gb_per_second") * GIGA * self.efficiencies.memory
+
+    def read_bytes_per_second(self, touched: float) -> float:
+        """The same where the same `touched` bytes are read again and again: those that fit a measured cache come faster."""
+        if self.small_work is None:
+            return self.bytes_per_second
+        return max(self.bytes_per_second, on_curve(self.small_work.read_bytes_per_second, touched))
 
     @property
     def memory_bytes(self) -> float:
@@ -193,77 +246,14 @@ def _first_with(name: str) -> str:
     return next(row.name for row in ROWS if getattr(row, name) is not None)
 
 
-def find_hardware(name: str, ceilings: Path) -> Hardware:
-    """A row by its name; "measured" is this machine by the file of ceilings that its benchmark wrote.
+def find_hardware(name: str) -> Hardware:
+    """A row by its name.
 
     Raises:
-        InputError: an unknown name (with the nearest), or a file that is missing or holds no ceilings.
+        InputError: an unknown name, with the nearest.
     """
-    if name == "measured":
-        return measured(ceilings)
     if name not in HARDWARE:
         known = [*HARDWARE, "measured"]
         hint = nearest(name.lower(), known) or f"; known are {', '.join(known)}"
         raise InputError(f"--hardware is {name!r}, which is unknown{hint}")
     return HARDWARE[name]
-
-
-_MEASURED_SET = Efficiencies(matmul=0.75, attention_forward=0.5, attention_backward=0.4, memory=1.0, network=1.0, busy=0.85)
-_MEASURED_NOTE = (
-    "of measured ceilings: memory 1, for that rate was reached; matmul 0.75, for a model's products are smaller than those that reach "
-    "the ceiling; attention and busy about as on GPUs; assumed"
-)
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What `make bench` found this machine to reach."""
-
-    fp32_gflop_per_second: float
-    bf16_gflop_per_second: float
-    read_gb_per_second: float
-    memory_total_bytes: float
-    cores: int
-
-
-def read_ceilings(path: Path) -> Ceilings:
-    """The ceilings in the file that `make bench` writes; InputError if it is missing or of another form."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; run make bench first, or name the file with --ceilings")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        rows = {row["name"]: row for row in data["rows"]}
-        best = {
-            precision: max(
-                row["gflop_per_second"] for name, row in rows.items() if f" {precision} " in name and "gflop_per_second" in row
-            )
-            for precision in ("fp32", "bf16")
-        }
-        device = data["device"]
-        read = float(rows["memory, read"]["gb_per_second"])
-        return Ceilings(float(best["fp32"]), float(best["bf16"]), read, float(device["memory_total_bytes"]), int(device["cores"]))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        raise InputError(f"{path} is not a file of ceilings; write it again with make bench") from None
-
-
-def measured(path: Path, precision: Precision = "bf16") -> Hardware:
-    """This machine as a row: matrix rate (of `precision`) and bandwidth as measured, memory as the system has it."""
-    found = read_ceilings(path)
-    rate = found.bf16_gflop_per_second if precision != "fp32" else 2 * found.fp32_gflop_per_second  # fp32 runs at half of it
-    return Hardware(
-        name="measured",
-        title=f"this machine, {found.cores} cores",
-        memory_gb=found.memory_total_bytes / GIGA,
-        memory_gb_per_second=found.read_gb_per_second,
-        bf16_tflops=rate / 1000,
-        fp8_tflops=None,
-        scale_up_gb_per_second=None,
-        devices_per_node=1,
-        scale_out_gb_per_second=None,
-        power_watts=None,
-        usd_per_hour=None,
-        source=f"measured by make bench, {path.name}",
-        efficiencies=_MEASURED_SET,
-        efficiency_source=_MEASURED_NOTE,
-        exchange_latency_us=0.0,
-    )

@@ -1,12 +1,12 @@
 """The time of prefill and of a decode step on one device of a serving unit, by component."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finback.config import InputError, ModelConfig, count_params
 from finback.planner.communication import all_to_all, distinct
 from finback.planner.hardware import GIGA, Hardware, Precision
 from finback.planner.model import WEIGHT_BYTES, absorbed_core_flops, attention_core_flops, cache_bytes_per_token, shape
-from finback.planner.step import elementwise_bytes
+from finback.planner.step import elementwise_bytes, product_seconds
 
 RESERVED = 0.10  # of memory: activations, communication buffers, graphs
 
@@ -59,11 +59,8 @@ def plain_parameters(c: ModelConfig) -> int:
 
 def weight_bytes_per_device(c: ModelConfig, unit: Unit, precision: Precision) -> float:
     """Bytes of weights on one device: products' weights in `precision`, embedding and head in bf16."""
-    s = shape(c)
-    size, ends = (
-        WEIGHT_BYTES[precision],
-        (1 if c.tie_word_embeddings else 2) * s.embedding * min(2.0, WEIGHT_BYTES[precision] * 2),
-    )
+    s, size = shape(c), WEIGHT_BYTES[precision]
+    ends = (1 if c.tie_word_embeddings else 2) * s.embedding * (size if precision == "fp32" else min(2.0, 2 * size))
     experts = c.num_moe_layers * (c.n_routed_experts + unit.redundant_experts) / unit.ep * s.expert if c.n_routed_experts else 0
     return (plain_parameters(c) * size + ends) / unit.tp + experts * size / (unit.tp if unit.ep == 1 else 1)
 
@@ -93,6 +90,7 @@ class DecodeStep:
     exchange_ms: float
     exposed_exchange_ms: float
     idle_ms: float
+    """Between kernels, and what the engine and sampling take where that was measured."""
     tpot_ms: float
     tokens_per_second_per_request: float
     tokens_per_second_per_device: float
@@ -110,6 +108,7 @@ def decode_step(
     *,
     cache_value_bytes: float = 2.0,
     mtp_acceptance: float = 0.0,
+    greedy: bool = False,
 ) -> DecodeStep:
     """One step: each part takes the longer of its memory traffic and its products. Two half batches hide the exchange behind the
     other's computing where that gains, though weights are then read twice (V3 section 3.4.2). With `mtp_acceptance` each request
@@ -126,7 +125,7 @@ def decode_step(
     weights, cache = (2 * half_weights, 2 * half_cache) if overlapped else (whole_weights, cache)
     kernels = min(plain, halved) if batch > 1 else plain
     draft = kernels / max(1, c.num_hidden_layers) if mtp_acceptance else 0.0
-    step = (kernels + draft) / hardware.efficiencies.busy
+    step = (kernels + draft) / hardware.efficiencies.busy + _engine_seconds(c, hardware, rows, greedy)
     tpot = step / (1 + mtp_acceptance)
     return DecodeStep(
         batch=batch,
@@ -144,6 +143,17 @@ def decode_step(
     )
 
 
+def _engine_seconds(c: ModelConfig, hardware: Hardware, rows: int, greedy: bool) -> float:
+    """What a step takes besides the model: scheduling, bookkeeping and choosing tokens. Only measured hardware tells."""
+    small = hardware.small_work
+    if small is None:
+        return 0.0
+    value = small.greedy_value_seconds if greedy else small.sampled_value_seconds
+    layers = c.num_hidden_layers
+    step = small.engine_step_seconds + layers * small.engine_layer_seconds
+    return step + rows * (small.engine_row_seconds + layers * small.engine_layer_row_seconds + c.vocab_size * value)
+
+
 def _decode_compute(
     c: ModelConfig,
     hardware: Hardware,
@@ -154,34 +164,36 @@ def _decode_compute(
     context: float,
     value_bytes: float,
 ) -> tuple[float, float]:
-    """Seconds of products with weights, and of attention over the cache."""
-    s, size, memory = shape(c), WEIGHT_BYTES[precision], hardware.bytes_per_second
-    rate = hardware.matmul_flops(precision) if hardware.bf16_tflops is not None else float("inf")
-    plain = plain_parameters(c) / unit.tp
-    weights = max(plain * size / memory, 2.0 * rows * plain / rate)
-    head = s.embedding / unit.tp
-    weights += max(head * min(2.0, 2 * size) / memory, 2.0 * rows * head / rate)
+    """Seconds of products with weights, and of attention over the cache. What is read again at every step comes from a cache where all
+    of it fits one that was measured."""
+    s, size = shape(c), WEIGHT_BYTES[precision]
+    known = hardware.bf16_tflops is not None
+
+    def seconds(parameters: float, together: float) -> float:
+        """Of products of all rows, `together` of them by one matrix."""
+        return 2.0 * rows * parameters / hardware.decode_flops(precision, together) if known else 0.0
+
+    alone = unit.tp if unit.ep == 1 else 1  # devices that share an expert
+    plain, head = plain_parameters(c) / unit.tp, s.embedding / unit.tp
+    parts = [
+        (plain * size, seconds(plain, rows)),
+        (head * (size if precision == "fp32" else min(2.0, 2 * size)), seconds(head, rows)),
+    ]
     if c.n_routed_experts:
-        tokens = rows * unit.ep
-        hit = distinct(c.n_routed_experts, c.num_experts_per_tok * tokens) / c.n_routed_experts
-        local = (
-            c.num_moe_layers
-            * (c.n_routed_experts + unit.redundant_experts)
-            / unit.ep
-            * s.expert
-            / (unit.tp if unit.ep == 1 else 1)
-        )
+        hit = distinct(c.n_routed_experts, c.num_experts_per_tok * rows * unit.ep) / c.n_routed_experts
+        local = c.num_moe_layers * (c.n_routed_experts + unit.redundant_experts) / unit.ep * s.expert / alone
         uneven = unit.expert_imbalance if unit.ep > 1 else 1.0
-        products = 2.0 * rows * uneven * c.num_moe_layers * c.num_experts_per_tok * s.expert / (unit.tp if unit.ep == 1 else 1)
-        weights += max(local * hit * size / memory, products / rate)
+        products = uneven * c.num_moe_layers * c.num_experts_per_tok * s.expert / alone
+        together = c.num_experts_per_tok * rows * unit.ep / (c.n_routed_experts * hit)
+        parts.append((local * hit * size, seconds(products, together)))
+    cached = batch * context * cache_bytes_per_token(c, bytes_per_value=value_bytes) / _cache_split(c, unit)
+    memory = hardware.read_bytes_per_second(cached + sum(read for read, _ in parts))
+    weights = sum(max(read / memory, computed) for read, computed in parts)
     weights += c.num_hidden_layers * rows * elementwise_bytes(c, precision) / unit.tp / memory
-    split = _cache_split(c, unit)
-    read = batch * context * cache_bytes_per_token(c, bytes_per_value=value_bytes) / split / memory
     scores = c.num_hidden_layers * rows * absorbed_core_flops(c, context) / unit.tp
-    score_rate = (
-        hardware.peak_flops("fp32" if precision == "fp32" else "bf16") if hardware.bf16_tflops is not None else float("inf")
-    )
-    return weights, max(read, scores / (score_rate * hardware.efficiencies.attention_forward))
+    wide: Precision = "fp32" if precision == "fp32" else "bf16"
+    rate = hardware.peak_flops(wide) * hardware.efficiencies.attention_forward if known else float("inf")
+    return weights, max(cached / memory, scores / rate)
 
 
 def _exchange_seconds(c: ModelConfig, hardware: Hardware, unit: Unit, rows: int) -> float:
@@ -223,11 +235,9 @@ def prefill(c: ModelConfig, hardware: Hardware, unit: Unit, precision: Precision
     exchange (V3 section 3.4.1)."""
     if not 0 <= hit_share < 1:
         raise InputError(f"--hit-share is {hit_share}, it must be at least 0 and below 1")
-    s = shape(c)
     layers, moe = c.num_hidden_layers, c.num_moe_layers
     uneven = unit.expert_imbalance if unit.ep > 1 else 1.0
-    routed = uneven * moe * c.num_experts_per_tok * s.expert if c.n_routed_experts else 0.0
-    products = 2.0 * (plain_parameters(c) + routed) / hardware.matmul_flops(precision) / unit.tp
+    products = product_seconds(replace(c, num_nextn_predict_layers=0), hardware, precision, layers, moe, uneven) / unit.tp
     seen = prompt * (hit_share + (1 - hit_share) / 2)
     wide: Precision = "fp32" if precision == "fp32" else "bf16"
     core_rate = hardware.peak_flops(wide) * hardware.efficiencies.attention_forward

@@ -1,11 +1,13 @@
 """How a training run is laid out over devices, and the memory that each takes for it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from finback.config import InputError, ModelConfig, count_params
+from finback.config import InputError, ModelConfig
+from finback.parallel.schedule import nearest_multiple
 from finback.planner.hardware import Precision
-from finback.planner.model import shape
+from finback.planner.stages import Stage, scales, stages_of
 
 ScheduleName = Literal["one_f_one_b", "interleaved", "zb1p", "dualpipe", "dualpipe_v"]
 Recompute = Literal["none", "selective", "full"]
@@ -14,8 +16,9 @@ INTERLEAVED_CHUNKS = 4
 
 @dataclass(frozen=True)
 class Layout:
-    """`devices` = dp x pp x tp; experts are spread over `ep` devices inside dp x tp. `schedule` says how a pipeline of pp stages runs
-    (DualPipeV runs twice as many stages). Micro-batches have `micro_batch_size` sequences."""
+    """`devices` = dp x pp x tp; experts are spread over `ep` devices inside dp x tp. `schedule` says how a pipeline of pp ranks runs:
+    DualPipeV has two stages on each, interleaved 1F1B four. Micro-batches have `micro_batch_size` sequences. Sequences are not cut
+    over devices (context parallelism): a long one must fit with recomputation, or with tp, which splits its activations."""
 
     devices: int
     pp: int = 1
@@ -29,6 +32,28 @@ class Layout:
     expert_imbalance: float = 1.2
     """Load of the busiest device's experts over the mean: 1 where routing is forced to be even, as in most published benchmarks; 1.2
     is assumed for real routing, for which nobody publishes it."""
+    stage_layers: tuple[int, ...] | None = None
+    """Decoder layers of each stage from the embedding to the head; None: as even in time as whole layers allow, the head counted."""
+
+    @property
+    def stages_per_rank(self) -> int:
+        """How many parts of the model a rank holds in one direction of the pipeline."""
+        if self.pp == 1:
+            return 1
+        return {"dualpipe_v": 2, "interleaved": INTERLEAVED_CHUNKS}.get(self.schedule, 1)
+
+    @property
+    def num_stages(self) -> int:
+        """Parts that the model is cut into."""
+        return self.pp * self.stages_per_rank
+
+    @property
+    def ranks(self) -> list[tuple[int, ...]]:
+        """The stages that each of the pp ranks holds, DualPipe's with both directions."""
+        last, each = self.num_stages - 1, range(self.pp)
+        if self.pp > 1 and self.schedule in ("dualpipe", "dualpipe_v"):
+            return [(rank, last - rank) for rank in each]
+        return [tuple(range(rank, self.num_stages, self.pp)) for rank in each]
 
     @property
     def dp(self) -> int:
@@ -38,7 +63,7 @@ class Layout:
     @property
     def stages_held(self) -> int:
         """Copies of a stage's parameters on each device: DualPipe keeps both directions (V3 table 2)."""
-        return 2 if self.schedule == "dualpipe" else 1
+        return 2 if self.schedule == "dualpipe" and self.pp > 1 else 1
 
     def text(self) -> str:
         """A short name for tables."""
@@ -53,12 +78,18 @@ def check_layout(c: ModelConfig, layout: Layout, global_batch_size: int) -> None
         if getattr(layout, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(layout, name)}, it must be at least 1")
     if layout.devices % group:
-        near = _nearest_multiple(layout.devices, group)
+        near = nearest_multiple(layout.devices, group)
         raise InputError(f"--devices is {layout.devices}, it must be a multiple of pp x tp = {group}; the nearest is {near}")
     if layout.pp > c.num_hidden_layers:
         raise InputError(
             f"--pp is {layout.pp}, above the model's {c.num_hidden_layers} layers; use at most {c.num_hidden_layers}"
         )
+    if layout.num_stages > c.num_hidden_layers + 1:
+        raise InputError(
+            f"--schedule {layout.schedule} with pp {layout.pp} makes {layout.num_stages} stages of {c.num_hidden_layers} layers; "
+            f"use at most --pp {(c.num_hidden_layers + 1) // layout.stages_per_rank}"
+        )
+    stages(c, layout)
     if layout.ep > 1 and not c.n_routed_experts:
         raise InputError(f"--ep is {layout.ep}, but the model is dense; use 1")
     for what, size in (("n_routed_experts", c.n_routed_experts), ("dp x tp", layout.dp * layout.tp)):
@@ -72,7 +103,7 @@ def check_layout(c: ModelConfig, layout: Layout, global_batch_size: int) -> None
         )
     unit = layout.dp * layout.micro_batch_size
     if global_batch_size % unit:
-        near = _nearest_multiple(global_batch_size, unit)
+        near = nearest_multiple(global_batch_size, unit)
         raise InputError(
             f"--global-batch-size is {global_batch_size}, it must be a multiple of dp x micro_batch_size = {unit}; the "
             f"nearest is {near}"
@@ -94,15 +125,11 @@ def _check_microbatches(layout: Layout, microbatches: int, unit: int) -> None:
             f"pp {pp + pp % 2} and --global-batch-size {(microbatches + microbatches % 2) * unit}"
         )
     if layout.schedule == "interleaved" and microbatches % pp:
-        near = _nearest_multiple(microbatches, pp)
+        near = nearest_multiple(microbatches, pp)
         raise InputError(
             f"--schedule interleaved needs a multiple of pp ({pp}) micro-batches per replica and has {microbatches}; the nearest "
             f"--global-batch-size is {near * unit}"
         )
-
-
-def _nearest_multiple(size: int, unit: int) -> int:
-    return max(unit, round(size / unit) * unit)
 
 
 def _nearest_divisor(size: int, value: int) -> int:
@@ -158,15 +185,27 @@ class Memory:
         )
 
 
-def parameters_per_device(c: ModelConfig, layout: Layout) -> tuple[float, float]:
-    """Non-expert and expert parameters of one stage on one device, MTP's layer counted with one embedding and head (V3 section
-    3.2.3)."""
-    s, experts = shape(c), float(c.n_routed_experts)
-    layers_with_experts = c.num_moe_layers + (c.num_nextn_predict_layers if experts else 0)
-    expert = layers_with_experts * experts * s.expert
-    mtp = c.num_nextn_predict_layers * (s.attention + s.router + c.n_shared_experts * s.expert + 2 * c.hidden_size**2)
-    rest = count_params(c).total - c.num_moe_layers * experts * s.expert + mtp
-    return rest / (layout.pp * layout.tp), expert / (layout.pp * layout.ep)
+def stages(c: ModelConfig, layout: Layout) -> tuple[Stage, ...]:
+    """The parts of the model, from the embedding to the head."""
+    return stages_of(c, layout.num_stages, layout.stage_layers)
+
+
+def busiest_rank(c: ModelConfig, layout: Layout) -> float:
+    """Work of the busiest rank by the mean, 1 where all have the same."""
+    by_stage = scales(stages(c, layout))
+    return max(sum(by_stage[stage] for stage in held) / len(held) for held in layout.ranks)
+
+
+def parameters_of_ranks(c: ModelConfig, layout: Layout) -> list[tuple[float, float]]:
+    """Non-expert and expert parameters that a device of each rank holds, the MTP layer with the last stage (V3 section 3.2.3)."""
+    parts = stages(c, layout)
+    return [
+        (
+            sum(parts[stage].rest_parameters for stage in held) / layout.tp,
+            sum(parts[stage].expert_parameters for stage in held) / layout.ep,
+        )
+        for held in layout.ranks
+    ]
 
 
 def training_memory(
@@ -174,30 +213,32 @@ def training_memory(
     layout: Layout,
     precision: Precision,
     sequence_length: int,
-    live_microbatches: float,
+    live_activations: Sequence[float],
     moments_bytes: float = 2.0,
 ) -> Memory:
-    """ZeRO-1: weights in bf16 and gradients in fp32 whole, master copy and both moments shared out over the replicas of each part.
+    """The device that holds most. ZeRO-1: weights in bf16 and gradients in fp32 whole, master copy and both moments shared out over the
+    replicas of each part.
 
-    `live_microbatches` counts micro-batches of one stage held at once, from the schedule's simulation.
+    `live_activations` has for each rank how many activations of one micro-batch on one stage it holds at once, from the schedule's
+    simulation.
     """
-    rest, expert = parameters_per_device(c, layout)
-    copies = layout.stages_held
-    state = 4.0 + 2 * moments_bytes
-    replicas = max(1, layout.dp * layout.tp // layout.ep)
+    parts, kept = stages(c, layout), activation_bytes_per_layer(c, precision, layout.recompute)
     tokens = layout.micro_batch_size * sequence_length / layout.tp
-    layers = (c.num_hidden_layers + c.num_nextn_predict_layers) / layout.pp
-    activations = live_microbatches * layers * tokens * activation_bytes_per_layer(c, precision, layout.recompute)
-    weight = 4.0 if precision == "fp32" else 2.0
-    gradient = 4.0
-    held = copies * (rest + expert)
-    master = 0.0 if precision == "fp32" else 4.0
-    per_token_logits = 2.0 * weight * c.vocab_size / layout.tp
-    return Memory(
-        weights_bytes=held * weight,
-        gradients_bytes=held * gradient,
-        optimizer_bytes=(rest / layout.dp + expert / replicas) * (state - 4.0 + master),
-        activations_bytes=activations,
-        logits_bytes=tokens * layout.tp * per_token_logits,
-        buffers_bytes=0.05 * held * weight + 4 * tokens * c.hidden_size * 2.0 * max(1, c.num_experts_per_tok),
-    )
+    weight, master = (4.0, 0.0) if precision == "fp32" else (2.0, 4.0)
+    replicas = max(1, layout.dp * layout.tp // layout.ep)
+    logits = tokens * 2.0 * weight * c.vocab_size
+    found = []
+    for held, live, (rest, expert) in zip(layout.ranks, live_activations, parameters_of_ranks(c, layout), strict=True):
+        layers = sum(parts[stage].layers_in_all for stage in held) / len(held)
+        owned = (rest / layout.dp + expert / replicas) / layout.stages_held
+        found.append(
+            Memory(
+                weights_bytes=(rest + expert) * weight,
+                gradients_bytes=(rest + expert) * 4.0,
+                optimizer_bytes=owned * (2 * moments_bytes + master),
+                activations_bytes=live * layers * tokens * kept,
+                logits_bytes=logits if layout.num_stages - 1 in held else 0.0,
+                buffers_bytes=0.05 * (rest + expert) * weight + 4 * tokens * c.hidden_size * 2.0 * max(1, c.num_experts_per_tok),
+            )
+        )
+    return max(found, key=lambda memory: memory.total_bytes)

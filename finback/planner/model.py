@@ -38,20 +38,26 @@ class Shape:
     embedding: int
 
 
+def attention_matrices(c: ModelConfig) -> list[tuple[int, int]]:
+    """Inner and outer width of each of attention's projections in one layer; of MLA, those that expand latents stand last."""
+    heads, width = c.num_attention_heads, c.hidden_size
+    if not c.kv_lora_rank:
+        keys = c.num_key_value_heads * c.head_dim
+        return [(width, heads * c.head_dim), (width, keys), (width, keys), (heads * c.head_dim, width)]
+    plain = [(width, c.kv_lora_rank + c.qk_rope_head_dim), (heads * c.v_head_dim, width)]
+    expand = [(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))]
+    if c.q_lora_rank is None:
+        return [(width, heads * c.qk_head_dim), *plain, *expand]
+    return [(width, c.q_lora_rank), *plain, (c.q_lora_rank, heads * c.qk_head_dim), *expand]
+
+
 def shape(c: ModelConfig) -> Shape:
     """Matrix parameters of one layer, norms and biases left out."""
-    heads, width = c.num_attention_heads, c.hidden_size
-    if c.kv_lora_rank:
-        query_width = heads * c.qk_head_dim
-        query = width * query_width if c.q_lora_rank is None else c.q_lora_rank * (width + query_width)
-        expand_kv = c.kv_lora_rank * heads * (c.qk_nope_head_dim + c.v_head_dim)
-        expand = expand_kv + (0 if c.q_lora_rank is None else c.q_lora_rank * query_width)
-        attention = query + width * (c.kv_lora_rank + c.qk_rope_head_dim) + expand_kv + heads * c.v_head_dim * width
-    else:
-        attention, expand = 2 * width * c.head_dim * (heads + c.num_key_value_heads), 0
+    width, matrices = c.hidden_size, attention_matrices(c)
+    expanding = 0 if not c.kv_lora_rank else 1 if c.q_lora_rank is None else 2
     return Shape(
-        attention=attention,
-        attention_expand=expand,
+        attention=sum(inner * outer for inner, outer in matrices),
+        attention_expand=sum(inner * outer for inner, outer in matrices[len(matrices) - expanding :]),
         dense=3 * width * c.intermediate_size,
         expert=3 * width * c.moe_intermediate_size,
         router=width * c.n_routed_experts,

@@ -19,7 +19,7 @@ from finback.planner.inference import Unit, decode_step, prefill, weight_bytes_p
 from finback.planner.layout import Layout, training_memory
 from finback.planner.model import WEIGHT_BYTES
 from finback.planner.serve import HIT_SHARES, Tariff, Traffic
-from finback.planner.train import RECOMPUTES, USABLE_MEMORY, Prices, evaluate
+from finback.planner.train import RECOMPUTES, USABLE_MEMORY, Prices, evaluate, live_by_table
 
 DEVICES = (512, 1024, 2048, 4096)
 CONTEXTS = (1_000, 4_989, 16_000, 64_000)
@@ -44,7 +44,7 @@ def layout_on_page(c: ModelConfig, hardware: Hardware, devices: int) -> Layout:
     else:
         ep = min(64, devices // 16)
         layout = Layout(devices, pp=16, ep=ep, schedule="dualpipe", overlap=True)
-    live = layout.pp + 1.0 if layout.pp > 1 else 1.0
+    live = live_by_table(layout)
     for recompute in RECOMPUTES:
         layout = replace(layout, recompute=recompute)
         memory = training_memory(c, layout, precision_of(hardware), SEQUENCE, live)

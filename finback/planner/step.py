@@ -8,8 +8,15 @@ from finback.config import ModelConfig
 from finback.parallel.schedule import SCHEDULES, Costs, Simulation, interleaved, simulate
 from finback.planner.communication import all_to_all
 from finback.planner.hardware import GIGA, Hardware, Precision
-from finback.planner.layout import INTERLEAVED_CHUNKS, Layout, ScheduleName, parameters_per_device
-from finback.planner.model import absorbed_core_flops, attention_core_flops, shape, training_flops_per_token
+from finback.planner.layout import INTERLEAVED_CHUNKS, Layout, ScheduleName, parameters_of_ranks, stages
+from finback.planner.model import (
+    absorbed_core_flops,
+    attention_core_flops,
+    attention_matrices,
+    shape,
+    training_flops_per_token,
+)
+from finback.planner.stages import scales
 
 __all__ = ["PerToken", "Step", "absorbed_core_flops", "per_token", "step_time"]
 
@@ -43,6 +50,8 @@ class PerToken:
     """One direction (forward or backward): dispatch and combine of all layers."""
     all_to_all_network: float
     all_to_all_links: float
+    head_forward: float
+    """The output head's part of `forward`, its loss included."""
     tensor_parallel: float
     """Gathers and scatters of a split attention, forward."""
 
@@ -53,12 +62,10 @@ def per_token(c: ModelConfig, hardware: Hardware, layout: Layout, precision: Pre
     mtp = c.num_nextn_predict_layers
     layers = c.num_hidden_layers + mtp
     uneven = layout.expert_imbalance if layout.ep > 1 else 1.0
-    picked = (uneven * c.num_experts_per_tok + c.n_shared_experts) * s.expert + s.router if c.n_routed_experts else 0
     moe_layers = c.num_moe_layers + (mtp if c.n_routed_experts else 0)
-    weights = layers * s.attention + c.first_k_dense_replace * s.dense + moe_layers * picked + mtp * 2 * c.hidden_size**2
-    product = 2.0 * weights / hardware.matmul_flops(precision)
+    product = product_seconds(c, hardware, precision, layers, moe_layers, uneven)
     head_precision: Precision = "fp32" if precision == "fp32" else "bf16"
-    head = 2.0 * (1 + mtp) * s.embedding / hardware.matmul_flops(head_precision)
+    head = 2.0 * (1 + mtp) * s.embedding / hardware.matmul_flops(head_precision, min(c.hidden_size, c.vocab_size))
     core = layers * attention_core_flops(c, (sequence_length + 1) / 2) / hardware.peak_flops(head_precision)
     traffic = layers * elementwise_bytes(c, precision) / hardware.bytes_per_second
     logits = 4.0 * (1 + mtp) * c.vocab_size * 2 / hardware.bytes_per_second
@@ -82,13 +89,37 @@ def per_token(c: ModelConfig, hardware: Hardware, layout: Layout, precision: Pre
         all_to_all=moe_layers * max(network, links) / divide,
         all_to_all_network=moe_layers * network / divide,
         all_to_all_links=moe_layers * links / divide,
+        head_forward=(head + logits) / divide,
         tensor_parallel=split / divide,
     )
 
 
+def product_seconds(
+    c: ModelConfig, hardware: Hardware, precision: Precision, layers: int, moe_layers: int, uneven: float
+) -> float:
+    """One token's forward products but the head's, each at the rate of its narrower side: `layers` with attention, `moe_layers` with
+    experts, whose load is `uneven`; the MTP layers' projections besides."""
+    s, width = shape(c), c.hidden_size
+
+    def seconds(parameters: float, narrow: int, *, experts: bool = False) -> float:
+        return 2.0 * parameters / hardware.matmul_flops(precision, narrow, experts=experts)
+
+    total = layers * sum(seconds(inner * outer, min(inner, outer)) for inner, outer in attention_matrices(c))
+    total += seconds(
+        c.first_k_dense_replace * s.dense + c.num_nextn_predict_layers * 2 * width**2, min(width, c.intermediate_size)
+    )
+    if moe_layers:
+        narrow = min(width, c.moe_intermediate_size)
+        total += moe_layers * seconds(uneven * c.num_experts_per_tok * s.expert, narrow, experts=True)
+        total += moe_layers * (seconds(c.n_shared_experts * s.expert, narrow) + seconds(s.router, min(width, c.n_routed_experts)))
+    return total
+
+
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one optimizer step by component; `seconds` is their sum. A part that is hidden behind another is not counted twice."""
+    """Seconds of one optimizer step by component; `seconds` is their sum. A part that is hidden behind another is not counted twice.
+    Bubbles are all that the pipeline takes beyond a full one's work evenly shared: filling and emptying it, pairs that find no
+    partner, and waiting for the busiest stage. `live_activations` counts for each rank activations of one micro-batch on one stage."""
 
     compute_seconds: float
     recompute_seconds: float
@@ -103,7 +134,7 @@ class Step:
     all_to_all_links_seconds: float
     p2p_seconds: float
     microbatches: int
-    live_microbatches: float
+    live_activations: tuple[int, ...]
     bubble_fraction: float
 
     @property
@@ -120,28 +151,29 @@ class Step:
         )
 
 
-def pipeline(layout: Layout, microbatches: int, costs: Costs) -> tuple[float, float]:
-    """The largest bubble of a layout's schedule, and the most micro-batches of one of pp stages that a rank holds at once.
+def pipeline(layout: Layout, microbatches: int, costs: Costs) -> tuple[float, tuple[int, ...]]:
+    """Seconds from the first action of a layout's schedule to the last, and for each rank the most activations (of one micro-batch on
+    one stage) that it holds at once. `costs` are those of 1/pp of the model, with a factor for each stage.
 
-    Once the pipeline is full, a micro-batch more adds the same as the one before (nothing, unless sending takes time), so a long run
-    is simulated at two short lengths, and the line through them is followed.
+    Once the pipeline is full, a micro-batch more adds the same as the one before, so a long run is simulated at two short lengths, and
+    the line through them is followed.
     """
-    pp = layout.pp
-    parts = {"dualpipe_v": 2, "interleaved": INTERLEAVED_CHUNKS}.get(layout.schedule, 1)
+    pp, parts = layout.pp, layout.stages_per_rank
     cut = Costs(
         costs.forward / parts,
         costs.backward_input / parts,
         costs.backward_weight / parts,
         None if costs.overlapped is None else costs.overlapped / parts,
         costs.send,
+        costs.stage_scale,
     )
     near, far = 2 * pp + microbatches % pp % 2, 3 * pp + microbatches % pp % 2
     if microbatches <= far:
         result = _simulated(layout.schedule, pp, microbatches, cut)
-        return max(result.bubbles), max(result.peak_live_activations) / parts
+        return result.makespan, tuple(result.peak_live_activations)
     short, long = (_simulated(layout.schedule, pp, length, cut) for length in (near, far))
-    slope = (max(long.bubbles) - max(short.bubbles)) / (far - near)
-    return max(long.bubbles) + slope * (microbatches - far), max(long.peak_live_activations) / parts
+    each = (long.makespan - short.makespan) / (far - near)
+    return long.makespan + each * (microbatches - far), tuple(long.peak_live_activations)
 
 
 @lru_cache(maxsize=256)  # many layouts and clusters differ in what does not concern the pipeline
@@ -178,22 +210,24 @@ def step_time(
         backward_weight=weight * scale / busy,
         overlapped=None if pair is None else pair * scale / busy,
         send=_send_seconds(c, hardware, layout, tokens),
+        stage_scale=scales(stages(c, layout)),
     )
-    if layout.pp > 1:
-        bubble, live = pipeline(layout, microbatches, costs)
-    else:
-        bubble, live = 0.0, 1.0
     work = microbatches * scale
     sync, optimizer = _after_step(c, hardware, layout, precision)
     steady = compute + 2 * exchange - hidden
-    spent = work * steady / busy + bubble
+    full = work * steady / busy
+    launches = 0.0
+    if hardware.small_work is not None:
+        layers = c.num_hidden_layers + c.num_nextn_predict_layers
+        launches = microbatches * layers / layout.pp * hardware.small_work.training_layer_seconds
+    spent, live = pipeline(layout, microbatches, costs) if layout.pp > 1 else (full, (1,))
     return Step(
         compute_seconds=work * (compute - times.recompute - 2 * times.tensor_parallel),
         recompute_seconds=work * times.recompute,
         exposed_all_to_all_seconds=work * (2 * exchange - hidden),
         tensor_parallel_seconds=work * 2 * times.tensor_parallel,
-        bubble_seconds=bubble,
-        idle_seconds=work * steady * (1 / busy - 1),
+        bubble_seconds=spent - full,
+        idle_seconds=full - work * steady + launches,
         gradient_sync_seconds=sync,
         optimizer_seconds=optimizer,
         hidden_all_to_all_seconds=work * hidden,
@@ -201,8 +235,8 @@ def step_time(
         all_to_all_links_seconds=work * 2 * times.all_to_all_links,
         p2p_seconds=2 * microbatches * costs.send,
         microbatches=microbatches,
-        live_microbatches=live,
-        bubble_fraction=bubble / spent,
+        live_activations=live,
+        bubble_fraction=1 - full / spent,
     )
 
 
@@ -216,13 +250,13 @@ def _send_seconds(c: ModelConfig, hardware: Hardware, layout: Layout, tokens: in
 
 def _after_step(c: ModelConfig, hardware: Hardware, layout: Layout, precision: Precision) -> tuple[float, float]:
     """Gradients summed and weights sent out again (ring, ZeRO-1), and AdamW's pass over what a device owns."""
-    rest, expert = parameters_per_device(c, layout)
+    rest, expert = max(parameters_of_ranks(c, layout), key=sum)
     copies = layout.stages_held
     replicas = max(1, layout.dp * layout.tp // layout.ep)
     sync = 0.0
-    for size, ways in ((rest, layout.dp * copies), (expert, replicas * copies)):
+    for held, ways in ((rest, layout.dp * copies), (expert, replicas * copies)):
         if ways > 1:
-            moved = (4.0 + 2.0) * size * copies * (ways - 1) / ways
+            moved = (4.0 + 2.0) * held * (ways - 1) / ways
             link = (
                 hardware.scale_out_gb_per_second
                 if layout.devices > hardware.devices_per_node
@@ -233,7 +267,7 @@ def _after_step(c: ModelConfig, hardware: Hardware, layout: Layout, precision: P
             sync += moved / (link * GIGA * hardware.efficiencies.network)
     state = 4.0 if precision == "fp32" else 2.0
     touched = 2 * (4.0 + 2 * state) + 4.0 + state
-    owned = rest / layout.dp + expert / replicas
+    owned = (rest / layout.dp + expert / replicas) / copies
     return sync, owned * touched / hardware.bytes_per_second
 
 

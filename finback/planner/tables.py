@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import groupby
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,7 @@ from finback.planner.model import ModelPlan
 from finback.planner.rl import RLPlan
 from finback.planner.serve import ServePlan
 from finback.planner.train import Bill, TrainPlan
-from finback.planner.validation import Row
+from finback.planner.yardsticks import Row
 
 UNKNOWN = "?"
 _PIPE_WIDTH = 160
@@ -115,6 +116,7 @@ def print_train(name: str, plan: TrainPlan) -> None:
         ("", "", ""),
         [
             ("layout", best.description, ""),
+            *([("layers by stage", _runs(best.stage_layers), "")] if best.layout.pp > 1 else []),
             ("step", _number(best.step_seconds, 2), "s"),
             ("speed", _number(best.tokens_per_second_per_device, 0), "tokens/s per device"),
             ("MFU, of bf16", _number(100 * plan.mfu), "%"),
@@ -161,7 +163,14 @@ def print_train(name: str, plan: TrainPlan) -> None:
             f"tokens, {dense.cheapest_dense_over_moe_training:.1f} times at its own best size "
             f"({dense.cheapest_dense_parameters / 1e9:,.0f}B, {dense.cheapest_dense_tokens / 1e12:,.1f}T tokens). Law: {dense.law}.",
         )
+    _say(f"Modelled: {plan.modelled}. Not modelled: {plan.not_modelled}.")
     _say(*_unknown_line(plan.unknown_figures), f"Efficiencies: {plan.efficiency_source}.")
+
+
+def _runs(counts: Sequence[int]) -> str:
+    """15 x 4, 1 instead of fifteen fours and a one."""
+    runs = [(count, len(list(same))) for count, same in groupby(counts)]
+    return ", ".join(str(count) if times == 1 else f"{times} x {count}" for count, times in runs)
 
 
 def print_rl(name: str, plan: RLPlan) -> None:
@@ -369,10 +378,11 @@ def print_validation(rows: Sequence[Row]) -> None:
                 f"{row.planner:,.6g}",
                 f"{row.error:+.1%}",
                 f"{row.target:.2%}",
-                "" if row.met else "above",
+                "other machine" if row.other_machine else "" if row.met else "above",
             )
             for row in rows
         ],
         text_columns=3,
     )
-    _say(*(f"{row.name}: {row.note}." for row in rows if not row.met))
+    _say(*(f"{row.name}: {row.note}." for row in rows if not row.met and not row.other_machine))
+    _say(*(f"Other machine: {clause}." for clause in dict.fromkeys(row.other_machine for row in rows) if clause))

@@ -10,14 +10,17 @@ from finback.planner.layout import (
     Memory,
     Recompute,
     ScheduleName,
+    busiest_rank,
     check_layout,
-    parameters_per_device,
+    stages,
     training_memory,
 )
 from finback.planner.step import Step, per_token, step_time, useful_flops
 
 USABLE_MEMORY = 0.92  # the rest is the driver's, the communication library's and fragmentation
 SIMULATED = 6  # layouts of a search
+MODELLED = "data parallelism with ZeRO-1; pipelines of uneven stages; experts over devices; tensor parallelism inside a node"
+NOT_MODELLED = "context parallelism (a sequence stays whole); weights cut by ZeRO-2, ZeRO-3 or FSDP; offloading"
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
@@ -62,10 +65,12 @@ def bill(device_hours: float, devices: int, hardware: Hardware, prices: Prices) 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout with what it gives. `why_worse` compares it with the best one; empty for the best."""
+    """One layout with what it gives. `stage_layers` are the decoder layers of each pipeline stage; `why_worse` compares it with the
+    best one, and is empty for the best."""
 
     layout: Layout
     description: str
+    stage_layers: tuple[int, ...]
     step: Step
     memory: Memory
     memory_gb: float
@@ -93,6 +98,8 @@ class TrainPlan:
     dense: DenseComparison | None
     unknown_figures: list[str]
     efficiency_source: str
+    modelled: str = MODELLED
+    not_modelled: str = NOT_MODELLED
 
 
 def evaluate(
@@ -100,10 +107,11 @@ def evaluate(
 ) -> Candidate:
     """Time and memory of one layout."""
     step = step_time(c, hardware, layout, precision, sequence_length, global_batch_size)
-    memory = training_memory(c, layout, precision, sequence_length, step.live_microbatches)
+    memory = training_memory(c, layout, precision, sequence_length, step.live_activations)
     return Candidate(
         layout=layout,
         description=layout.text(),
+        stage_layers=tuple(stage.layers for stage in stages(c, layout)),
         step=step,
         memory=memory,
         memory_gb=memory.total_bytes / 1e9,
@@ -137,7 +145,7 @@ def _quick_seconds(
         "dualpipe_v": max(0.0, (pp - 1) * (pair + backward - 3 * weight) / 2),
     }[layout.schedule]
     microbatches = batch // (layout.dp * layout.micro_batch_size)
-    return (microbatches * pair + bubble) * layout.micro_batch_size * sequence_length / pp
+    return (microbatches * pair * busiest_rank(c, layout) + bubble) * layout.micro_batch_size * sequence_length / pp
 
 
 def candidates(
@@ -150,7 +158,7 @@ def candidates(
     batch: int,
 ) -> list[Layout]:
     """Layouts that divide: the fields in `free` vary, the others are those of `fixed`. Tensor parallelism stays inside a node, and
-    pipelines are even."""
+    whole layers are shared out over the stages as evenly as they go."""
     pps = (
         [pp for pp in _powers(min(64, c.num_hidden_layers, fixed.devices)) if fixed.devices % pp == 0]
         if "pp" in free
@@ -184,12 +192,16 @@ def candidates(
     return found
 
 
-def _live_by_table(layout: Layout) -> float:
-    """Micro-batches held at once: V3's table, interleaved by Megatron's warm-up."""
-    pp = layout.pp
+def live_by_table(layout: Layout) -> list[float]:
+    """Activations of a micro-batch on a stage that each rank holds at once: V3's table, interleaved by Megatron's warm-up."""
+    pp, parts = layout.pp, layout.stages_per_rank
     if pp == 1:
-        return 1.0
-    return {"one_f_one_b": pp, "zb1p": pp, "interleaved": pp * 1.25, "dualpipe": pp + 1, "dualpipe_v": pp + 0.5}[layout.schedule]
+        return [1.0]
+    if layout.schedule == "interleaved":
+        return [min(2.0 * (pp - rank - 1) + (parts - 1) * pp + 1, 1.25 * pp * parts) for rank in range(pp)]
+    if layout.schedule in ("one_f_one_b", "zb1p"):
+        return [float(pp - rank) if layout.schedule == "one_f_one_b" else float(pp) for rank in range(pp)]
+    return [float(layout.num_stages + 1)] * pp
 
 
 def search(
@@ -204,21 +216,21 @@ def search(
     """The best layouts that fit, fastest first: all are sorted by table, the first few are simulated."""
     layouts = candidates(c, hardware, fixed, free, precision, sequence_length, batch)
     if not layouts:
-        check_layout(c, fixed, batch)  # says what does not divide
-        raise InputError(
-            f"--devices {fixed.devices}: no layout divides both the devices and the batch; change --global-batch-size"
-        )
+        raise _nothing_divides(c, hardware, fixed, free, precision, sequence_length, batch)
     limit = USABLE_MEMORY * hardware.memory_bytes
     needs = {
-        layout: training_memory(c, layout, precision, sequence_length, _live_by_table(layout)).total_bytes for layout in layouts
+        layout: training_memory(c, layout, precision, sequence_length, live_by_table(layout)).total_bytes for layout in layouts
     }
     fitting = [layout for layout in layouts if needs[layout] <= limit]
     if not fitting:
         least = min(layouts, key=lambda layout: needs[layout])
+        enough = _devices_that_fit(c, hardware, precision)
+        remedy = f"take about {enough} devices or more"
+        if enough <= fixed.devices:
+            remedy = "what it keeps for the backward is too much; shorten --sequence-length or raise --tp, which splits it"
         raise InputError(
             f"--devices {fixed.devices}: the smallest layout ({least.text()}) needs {needs[least] / 1e9:.0f} GB on each device, of "
-            f"which {hardware.name} has {limit / 1e9:.0f} usable; take about "
-            f"{_devices_that_fit(c, hardware, precision)} devices or more"
+            f"which {hardware.name} has {limit / 1e9:.0f} usable; {remedy}"
         )
     fitting.sort(key=lambda layout: _quick_seconds(c, hardware, layout, precision, sequence_length, batch))
     done = [evaluate(c, hardware, layout, precision, sequence_length, batch) for layout in fitting[:SIMULATED]]
@@ -226,6 +238,30 @@ def search(
     if not done:
         return [evaluate(c, hardware, min(fitting, key=lambda layout: needs[layout]), precision, sequence_length, batch)]
     return [done[0], *(replace(one, why_worse=explain(done[0], one)) for one in done[1:6])]
+
+
+def _nothing_divides(
+    c: ModelConfig,
+    hardware: Hardware,
+    fixed: Layout,
+    free: frozenset[str],
+    precision: Precision,
+    sequence_length: int,
+    batch: int,
+) -> InputError:
+    """The nearest number of devices with a layout, if the number is what stands in the way; else what does not divide."""
+    sizes = sorted(_powers(4 * fixed.devices), key=lambda size: abs(size - fixed.devices))
+    for devices in sizes if fixed.devices not in sizes and "pp" in free else []:
+        if candidates(c, hardware, replace(fixed, devices=devices), free, precision, sequence_length, batch):
+            return InputError(
+                f"--devices is {fixed.devices}, over which no layout of the search shares out --global-batch-size {batch}; the nearest "
+                f"that does is {devices}"
+            )
+    try:
+        check_layout(c, fixed, batch)
+    except InputError as error:
+        return error
+    return InputError(f"--devices {fixed.devices}: no layout divides both the devices and the batch; change --global-batch-size")
 
 
 def _devices_that_fit(c: ModelConfig, hardware: Hardware, precision: Precision) -> int:
@@ -273,6 +309,11 @@ def plan_train(
     for name, value in (("tokens", tokens), ("sequence_length", sequence_length), ("global_batch_size", global_batch_size)):
         if value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
+    if sequence_length > c.max_position_embeddings:
+        raise InputError(
+            f"--sequence-length is {sequence_length}, above the model's max_position_embeddings; use at most "
+            f"{c.max_position_embeddings}"
+        )
     if precision == "fp8" and hardware.fp8_tflops is None:
         raise InputError(f"--precision is fp8, but {hardware.name} has no FP8 units; use bf16")
     if free:
@@ -306,4 +347,4 @@ def plan_train(
     )
 
 
-__all__ = ["Bill", "Candidate", "Prices", "TrainPlan", "bill", "evaluate", "parameters_per_device", "plan_train", "search"]
+__all__ = ["Bill", "Candidate", "Prices", "TrainPlan", "bill", "evaluate", "plan_train", "search"]

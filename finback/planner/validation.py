@@ -3,51 +3,25 @@
 `docs/plan-validation.md` is this table. Predicted rows use the hardware row's one set of efficiencies; nothing is fitted to a row.
 """
 
-import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
 
-from finback.config import InputError, ModelConfig
-from finback.planner.hardware import HARDWARE, Hardware, Precision, measured
+from finback.config import ModelConfig
+from finback.planner.hardware import HARDWARE, Precision
 from finback.planner.inference import Unit, decode_step, network_limit_ms, prefill
 from finback.planner.layout import Layout
 from finback.planner.model import cache_bytes_per_token, cache_table, plan_model
+from finback.planner.own_results import measured_rows
 from finback.planner.rl import R1_ZERO, plan_rl
 from finback.planner.serve import Tariff, Traffic, daily_cost_usd, margin, revenue_usd
 from finback.planner.step import step_time
-from finback.planner.yardsticks import CLUSTERS, COMPARED, SERVINGS, SMOLLM2
+from finback.planner.yardsticks import CLUSTERS, SERVINGS, Row, told
 
 H800_HOURS_PER_TRILLION = 180e3
 V3_LAYOUT = Layout(2048, pp=16, ep=64, schedule="dualpipe", overlap=True)
 V3_BATCH = 15360
 ROLLOUT_UNIT = 32  # devices of one rollout unit: the prefill unit's EP, the smallest that leaves room for long answers
 RL_LAYOUT = Layout(512, pp=16, ep=32)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure: what is published or measured, what the planner says, and how far it is off. `target` is the largest error that is
-    asked for; `note` tells the likely cause where the error is above it."""
-
-    name: str
-    kind: Literal["exact", "predicted", "measured"]
-    unit: str
-    reference: float
-    planner: float
-    target: float
-    source: str
-    note: str = ""
-
-    @property
-    def error(self) -> float:
-        """Relative to the reference."""
-        return self.planner / self.reference - 1
-
-    @property
-    def met(self) -> bool:
-        return abs(self.error) <= self.target + 1e-12
 
 
 def exact_rows(v3: ModelConfig) -> list[Row]:
@@ -134,7 +108,7 @@ def predicted_rows(v3: ModelConfig) -> Iterator[Row]:
         precision: Precision = "fp8" if cluster.precision == "fp8" else "bf16"
         seconds = step_time(v3, hardware, cluster.layout, precision, 4096, cluster.global_batch_size).seconds
         rate = cluster.global_batch_size * 4096 / seconds / cluster.layout.devices
-        yield _told(
+        yield told(
             Row(cluster.name, "predicted", "tokens/s/GPU", cluster.tokens_per_second_per_device, rate, 0.30, cluster.source),
             cluster.if_off,
         )
@@ -147,114 +121,20 @@ def predicted_rows(v3: ModelConfig) -> Iterator[Row]:
         else:
             rate = decode_step(v3, hardware, serving.unit, "fp8", serving.batch, serving.tokens).tokens_per_second_per_device
         rate *= hardware.devices_per_node if serving.per_node else 1
-        yield _told(
+        yield told(
             Row(serving.name, "predicted", "tokens/s", serving.tokens_per_second, rate, 0.30, serving.source), serving.if_off
         )
     zero = plan_rl(v3, h800, RL_LAYOUT, Unit(ep=ROLLOUT_UNIT), R1_ZERO)
-    yield _told(
+    yield told(
         Row("R1-Zero on 512 H800", "predicted", "K hours", 101, zero.bill.device_hours / 1e3, 0.30, "R1 paper v2, table 7"),
         "the average length of answers is not published",
     )
 
 
-def _told(row: Row, cause: str) -> Row:
-    """The row, with the likely cause where it is off by more than asked."""
-    return row if row.met else replace(row, note=cause)
-
-
-def measured_rows(models: Mapping[str, ModelConfig], results: Path) -> list[Row]:
-    """Our own results on the machine of `results`, a directory of the benchmark's files, against its measured ceilings. `models` holds
-    the presets `tiny` and `nano`."""
-    ceilings = results / "ceilings.json"
-    by_precision: dict[Precision, Hardware] = {"bf16": measured(ceilings, "bf16"), "fp32": measured(ceilings, "fp32")}
-    rows: list[Row] = []
-    for precision, hardware in by_precision.items():
-        rows += [
-            _train_row(
-                f"training {precision}", COMPARED, hardware, precision, 16, _rate(results, "train", f"training {precision}")
-            ),
-            _train_row(f"tiny {precision}", models["tiny"], hardware, precision, 8, _rate(results, "tiny", f"tiny {precision}")),
-        ]
-        for batch in (1, 16):
-            name = f"generate {precision}, batch {batch}"
-            value = 2.0 if precision == "bf16" else 4.0
-            step = decode_step(COMPARED, hardware, Unit(), precision, batch, 96, cache_value_bytes=value)
-            rows.append(_own(name, _rate(results, "decode", name), step.tokens_per_second_per_device, "decode.json"))
-    for batch in (1, 8, 32):
-        name = f"decode, {batch} sequence" + "s" * (batch > 1)
-        step = decode_step(SMOLLM2, by_precision["bf16"], Unit(), "bf16", batch, 96)
-        rows.append(
-            _own(f"SmolLM2-135M {name}", _rate(results, "engine", name), step.tokens_per_second_per_device, "engine.json")
-        )
-    rows.append(_grpo_row(models["nano"], by_precision))
-    return rows
-
-
-def _train_row(name: str, c: ModelConfig, hardware: Hardware, precision: Precision, sequences: int, reference: float) -> Row:
-    layout = Layout(1, recompute="none", micro_batch_size=sequences)
-    seconds = step_time(c, hardware, layout, precision, 256, sequences).seconds
-    file = "train.json" if name.startswith("training") else "tiny.json"
-    return _own(f"train step: {name}", reference, sequences * 256 / seconds, file)
-
-
-_OWN_CAUSES = {
-    "training fp32": "the fp32 ceiling is that of a 1x1 convolution, twice as fast as plain products; attention "
-    "and the library's part stay below",
-    "generate fp32, batch 1": "the model's 22 MB lie in the last cache, which is read faster than memory",
-    "generate bf16, batch 1": "the model's 11 MB lie in the last cache, which is read faster than memory",
-}
-
-
-def _own(name: str, reference: float, planner: float, file: str, unit: str = "tokens/s") -> Row:
-    row = Row(name, "measured", unit, reference, planner, 0.30, f"bench/results/{file}")
-    return _told(row, next((cause for key, cause in _OWN_CAUSES.items() if name.endswith(key)), "not explained"))
-
-
-# The R1-Zero stage of the quickstart recorded in README.md: 32 x 16 samples of about 37 tokens, 49 steps in 106 s.
-_GRPO_SECONDS, _GRPO_SAMPLES, _GRPO_TOKENS, _GRPO_PROMPT, _GRPO_ROWS = 106 / 49, 512, 37.0, 24.0, 128
-
-
-def _grpo_row(nano: ModelConfig, hardware: Mapping[Precision, Hardware]) -> Row:
-    """Sampling in fp32, 128 rows at a time, then the reference's and the policy's forward, then forward and backward in bf16."""
-    step = decode_step(nano, hardware["fp32"], Unit(), "fp32", _GRPO_ROWS, _GRPO_PROMPT + _GRPO_TOKENS / 2, cache_value_bytes=4.0)
-    rollout = _GRPO_SAMPLES * _GRPO_TOKENS / step.tokens_per_second_per_device
-    model = replace(nano, num_nextn_predict_layers=0)
-    length = int(_GRPO_PROMPT + _GRPO_TOKENS)
-    layout = Layout(1, recompute="none", micro_batch_size=_GRPO_SAMPLES)
-    training = step_time(model, hardware["bf16"], layout, "bf16", length, _GRPO_SAMPLES).seconds
-    row = Row(
-        "GRPO step of the quickstart (32 x 16 samples)",
-        "measured",
-        "s",
-        _GRPO_SECONDS,
-        rollout + training * 5 / 3,
-        0.30,
-        "README.md",
-    )
-    return _told(
-        row, "sampling, rewards and Python between short steps are not in the formulas, and small products stay below the ceiling"
-    )
-
-
-def _rate(results: Path, file: str, name: str) -> float:
-    """Tokens per second of the first row of that name."""
-    return float(_find(results / f"{file}.json", lambda row: row.get("name") == name)["tokens_per_second"])
-
-
-def _find(path: Path, matches: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any]:
-    try:
-        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-        return next(row for row in rows if matches(row))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; run make bench first") from None
-    except (json.JSONDecodeError, KeyError, StopIteration, TypeError):
-        raise InputError(f"{path} holds no such row; write it again with make bench") from None
-
-
 def validation_rows(models: Mapping[str, ModelConfig], results: Path) -> list[Row]:
-    """The whole table; `models` holds the presets `v3-671b`, `tiny` and `nano`."""
+    """The whole table; `models` holds the presets `v3-671b` and `tiny`."""
     v3 = models["v3-671b"]
-    return [*exact_rows(v3), *predicted_rows(v3), *measured_rows(models, results)]
+    return [*exact_rows(v3), *predicted_rows(v3), *measured_rows(models["tiny"], results)]
 
 
 def markdown(rows: list[Row]) -> str:
@@ -277,15 +157,21 @@ def markdown(rows: list[Row]) -> str:
             "|---|---|---:|---:|---:|---:|---|",
         ]
         for row in (row for row in rows if row.kind == kind):
-            asked = "exact" if row.target < 0.005 and kind == "exact" else f"{row.target:.0%}"
-            mark = "" if row.met else " (above)"
+            asked = "exact" if row.target < 0.005 and kind == "exact" else f"{100 * row.target:g}%"
+            mark = " (other machine)" if row.other_machine else "" if row.met else " (above)"
             lines.append(
                 f"| {row.name} | {row.unit} | {_number(row.reference)} | {_number(row.planner)} | {row.error:+.1%}{mark} | {asked} "
                 f"| {row.source} |"
             )
         lines.append("")
-        causes = [row for row in rows if row.kind == kind and not row.met]
-        lines += [f"- {row.name}, {row.error:+.0%}: {row.note}." for row in causes] + ([""] if causes else [])
+        comparable = [row for row in rows if row.kind == kind and not row.other_machine]
+        causes = [f"- {row.name}, {row.error:+.0%}: {row.note}." for row in comparable if not row.met]
+        causes += [
+            f"- Other machine: {clause}."
+            for clause in dict.fromkeys(row.other_machine for row in rows if row.kind == kind)
+            if clause
+        ]
+        lines += [*causes, ""] if causes else []
     return "\n".join(lines)
 
 

@@ -1,10 +1,42 @@
 """Published and measured results that the planner is held against, each with its source. What a source leaves out is said here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from finback.config import ModelConfig
 from finback.planner.inference import Unit
 from finback.planner.layout import Layout
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: what is published or measured, what the planner says, and how far it is off. `target` is the largest error that is
+    asked for; `note` tells the likely cause where the error is above it."""
+
+    name: str
+    kind: Literal["exact", "predicted", "measured"]
+    unit: str
+    reference: float
+    planner: float
+    target: float
+    source: str
+    note: str = ""
+    other_machine: str = ""
+    """Measured rows: why the ceilings are not those of the machine that the figure is of, in one clause; empty where they are."""
+
+    @property
+    def error(self) -> float:
+        """Relative to the reference."""
+        return self.planner / self.reference - 1
+
+    @property
+    def met(self) -> bool:
+        return abs(self.error) <= self.target + 1e-12
+
+
+def told(row: Row, cause: str) -> Row:
+    """The row, with the likely cause where it is off by more than asked."""
+    return row if row.met else replace(row, note=cause)
 
 
 @dataclass(frozen=True)

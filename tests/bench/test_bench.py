@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import ceilings, checkpoint, cli, decode, engine, grpo, llama, report, serve, speculation, tiny, train
+from bench import ceilings, checkpoint, cli, decode, engine, grpo, llama, report, serve, small, speculation, tiny, train
 from bench.contest import Turn, alternate, in_a_fresh_process, summarize
 from bench.machine import describe_device, peak_memory_bytes, read_commit
 from bench.peers import COMPARED, SETTINGS, our_model, their_model
@@ -40,6 +40,7 @@ SMALL = replace(
 )
 TOY: dict[str, Any] = {
     "ceilings": ceilings.TOY,
+    "small": small.TOY,
     "train": train.Size(SMALL, sequences=2, tokens=8, warm_up=1, turns=2, separate=False),
     "tiny": tiny.Size(
         replace(SMALL, num_nextn_predict_layers=1), sequences=2, tokens=8, steps=1, warm_up=1, turns=2, separate=False

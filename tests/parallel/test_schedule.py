@@ -183,6 +183,28 @@ def test_interleaving_divides_the_bubble_by_the_chunks() -> None:
         assert result.makespan < whole
 
 
+def test_a_slow_stage_sets_the_pace() -> None:
+    """1F1B's last stage alternates forward and backward without waiting, once filled: with factor 3 it is busy throughout."""
+    costs = Costs(1.0, 1.0, 1.0, stage_scale=(1.0, 1.0, 3.0))
+    result = simulate(one_f_one_b(3, 10), costs)
+    assert result.busy == [30.0, 30.0, 90.0]
+    assert result.bubbles[2] == pytest.approx(2 * (1.0 + 2.0))  # two stages before it on the way in, and after it on the way out
+    assert simulate(one_f_one_b(3, 10), Costs(stage_scale=(1.0,) * 3)) == simulate(one_f_one_b(3, 10))
+
+
+def test_a_pair_is_stretched_by_both_of_its_stages() -> None:
+    pair = Action(Kind.OVERLAPPED, 0, 1, 0, Action(Kind.BACKWARD, 1, 0))
+    costs = Costs(1.0, 1.0, 1.0, overlapped=2.5, stage_scale=(3.0, 1.5))
+    assert costs.of_action(pair) == pytest.approx(2.5 * (1.0 * 1.5 + 2.0 * 3.0) / 3.0)
+    assert costs.of_action(pair.parts[1]) == 6.0
+    assert Costs(1.0, 1.0, 1.0, overlapped=2.5).of_action(pair) == 2.5
+
+
+def test_a_factor_for_each_stage() -> None:
+    with pytest.raises(ValueError, match="stage_scale has 2 factors for 3 stages; give one for each"):
+        simulate(one_f_one_b(3, 4), Costs(stage_scale=(1.0, 2.0)))
+
+
 def test_a_deadlock_is_found() -> None:
     schedule = one_f_one_b(2, 2)
     schedule[0] = [schedule[0][2], *schedule[0][:2], *schedule[0][3:]]  # rank 0 wants a gradient before its first forward

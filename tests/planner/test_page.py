@@ -201,9 +201,20 @@ def test_it_is_readable_on_a_phone_and_in_both_languages(tab: Any) -> None:
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert tab.evaluate("document.querySelectorAll('svg rect').length") > 100
     assert tab.locator("h2").first.inner_text() == "Train"
+    for box in tab.evaluate(
+        "[...document.querySelectorAll('#fit-rows td, thead th')].map(cell => cell.getBoundingClientRect().right)"
+    ):
+        assert box <= 390  # the whole table, without scrolling it
     tab.locator("#language").click()
     assert tab.locator("h2").first.inner_text() == "训练"
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_on_a_wide_screen_nothing_is_cut_off(tab: Any) -> None:
+    tab.set_viewport_size({"width": 1280, "height": 900})
+    inside = "element => element.getBoundingClientRect().right <= element.closest('section').getBoundingClientRect().right"
+    assert tab.locator("#schedule-drawing svg").evaluate(inside)
+    assert tab.locator("#fit-rows").evaluate(inside)
 
 
 def test_nonsense_in_a_control_gives_no_number(tab: Any) -> None:

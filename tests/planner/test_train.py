@@ -1,6 +1,7 @@
 """Training plans: traffic and memory by hand, what must grow with what, and impossible layouts."""
 
 from dataclasses import replace
+from itertools import combinations_with_replacement, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,9 @@ from finback.parallel.schedule import SCHEDULES, Costs, interleaved, simulate
 from finback.planner.communication import all_to_all, distinct
 from finback.planner.dense import cheapest, chinchilla_loss, compare_with_dense, dense_equivalent
 from finback.planner.hardware import HARDWARE
-from finback.planner.layout import Layout, activation_bytes_per_layer, check_layout, parameters_per_device, training_memory
+from finback.planner.layout import Layout, activation_bytes_per_layer, check_layout, parameters_of_ranks, stages, training_memory
+from finback.planner.model import modules
+from finback.planner.stages import balanced
 from finback.planner.step import pipeline, step_time
 from finback.planner.train import Prices, bill, evaluate, plan_train, search
 from finback.presets import tiny_dense, v2_lite_16b, v3_671b
@@ -46,15 +49,67 @@ def test_without_groups_more_nodes_are_reached() -> None:
 
 
 def test_memory_of_v3_by_hand() -> None:
-    """PP 16, EP 64, DP 128, ZeRO-1, bf16 moments, both directions of DualPipe."""
-    memory = training_memory(V3, PAPER, "fp8", 4096, live_microbatches=17)
-    experts = 59 * 256 * 44_040_192 / (16 * 64)
-    rest = (671_026_419_200 - 58 * 256 * 44_040_192 + 187_107_328 + 44_040_192 + 256 * 7168 + 2 * 7168**2) / 16
-    assert parameters_per_device(V3, PAPER) == (pytest.approx(rest, rel=1e-4), pytest.approx(experts))
-    assert memory.weights_bytes == pytest.approx(2 * 2 * (rest + experts), rel=1e-4)
+    """PP 16, EP 64, DP 128, ZeRO-1, bf16 moments. DualPipe's ranks hold a stage of each direction: those in the middle 8 MoE layers,
+    the ends the first stage (embedding, 3 dense layers, 1 MoE layer) and the last (1 layer, head, MTP's layer and projection)."""
+    memory = training_memory(V3, PAPER, "fp8", 4096, [17] * 16)
+    expert, router = 44_040_192, 256 * 7168
+    attention = sum(part.rest_parameters for part in stages(V3, PAPER)[1:2]) / 4 - expert - router
+    assert attention == pytest.approx(187_107_328, rel=2e-5)
+    middle_rest, middle_experts = 8 * (attention + expert + router), 8 * 256 * expert / 64
+    ends_rest = 6 * attention + 3 * 3 * 7168 * 18432 + 3 * (expert + router) + 2 * 129_280 * 7168 + 2 * 7168**2
+    assert parameters_of_ranks(V3, PAPER)[7] == (pytest.approx(middle_rest), pytest.approx(middle_experts))
+    assert parameters_of_ranks(V3, PAPER)[0] == (pytest.approx(ends_rest), pytest.approx(3 * 256 * expert / 64))
+    assert memory.weights_bytes == pytest.approx(2 * (middle_rest + middle_experts))
     assert memory.gradients_bytes == 2 * memory.weights_bytes
-    assert memory.optimizer_bytes == pytest.approx(8 * (rest / 128 + experts / 2), rel=1e-4)
+    assert memory.optimizer_bytes == pytest.approx(8 * (middle_rest / 128 + middle_experts / 2) / 2)
+    assert memory.activations_bytes == 17 * 4 * 4096 * activation_bytes_per_layer(V3, "fp8", "selective")
     assert memory.total_bytes < 80e9  # it did run
+
+
+def test_stages_hold_every_parameter_of_the_model_once() -> None:
+    for model in (V3, v2_lite_16b().model, tiny_dense().model):
+        for count in (1, 2, 4):
+            parts = stages(model, Layout(count, pp=count))
+            held = sum(part.rest_parameters + part.expert_parameters for part in parts)
+            listed = [m.parameters for m in modules(model, 1024)]
+            assert held == pytest.approx(sum(listed), rel=1e-12)
+            flops = sum(m.forward_flops_per_token for m in modules(model, 4096))
+            assert sum(part.forward_flops for part in parts) == pytest.approx(flops, rel=1e-6)
+
+
+def test_the_most_even_stages_of_v3_are_those_that_frameworks_write_down() -> None:
+    """Megatron-Bridge's layouts of V3, by pipeline stages: the last one has the head and MTP, and few layers or none."""
+    assert balanced(V3, 16) == (4,) * 15 + (1,)
+    assert balanced(V3, 8) == (8,) * 7 + (5,)
+    assert sorted(balanced(V3, 32)) == [0, 1] + [2] * 30
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 9), st.integers(2, 12))
+def test_no_other_cut_has_a_busiest_stage_with_less(num_stages: int, layers: int) -> None:
+    """Against all cuts, where every stage but the last has a layer."""
+    num_stages = min(num_stages, layers, 5)
+    model = replace(V3, num_hidden_layers=layers, first_k_dense_replace=min(3, layers - 1))
+
+    def busiest(counts: tuple[int, ...]) -> float:
+        return max(part.forward_flops for part in stages(model, Layout(num_stages, pp=num_stages, stage_layers=counts)))
+
+    cuts = combinations_with_replacement(range(layers + 1), num_stages - 1)
+    counts = [tuple(b - a for a, b in pairwise((0, *cut, layers))) for cut in cuts]
+    least = min(busiest(one) for one in counts if all(one[:-1]))
+    assert busiest(balanced(model, num_stages)) == pytest.approx(least, rel=1e-12)
+
+
+def test_uneven_stages_take_what_the_busiest_takes() -> None:
+    even = step_time(V3, H800, Layout(8, pp=4, stage_layers=(16, 16, 16, 13)), "fp8", 4096, 1024)
+    uneven = step_time(V3, H800, Layout(8, pp=4, stage_layers=(10, 10, 31, 10)), "fp8", 4096, 1024)
+    parts = [
+        [part.forward_flops for part in stages(V3, Layout(8, pp=4, stage_layers=counts))]
+        for counts in ((16, 16, 16, 13), (10, 10, 31, 10))
+    ]
+    work = [step.compute_seconds + step.idle_seconds + step.recompute_seconds + step.bubble_seconds for step in (even, uneven)]
+    assert work[1] / work[0] == pytest.approx(max(parts[1]) / max(parts[0]), rel=0.01)  # 512 micro-batches, hardly any filling
+    assert uneven.compute_seconds == even.compute_seconds
 
 
 @pytest.mark.parametrize("precision", ["fp8", "bf16", "fp32"])
@@ -97,18 +152,20 @@ def test_twice_the_batch_is_less_than_twice_the_time(pp: int, ep: int, factor: i
     assert one < two <= 2 * one + 1e-9
 
 
+@pytest.mark.parametrize("uneven", [False, True])
 @pytest.mark.parametrize("name", ["one_f_one_b", "interleaved", "zb1p", "dualpipe", "dualpipe_v"])
-def test_a_long_pipeline_is_followed_from_two_short_ones(name: str) -> None:
+def test_a_long_pipeline_is_followed_from_two_short_ones(name: str, uneven: bool) -> None:
     """Against the simulation of the whole, where sending takes time and so every micro-batch adds something."""
     layout = Layout(4, pp=4, schedule=name)
-    costs = Costs(1.0, 1.1, 0.8, overlapped=2.6, send=0.1)
-    bubble, live = pipeline(layout, 64, costs)
+    scale = tuple(1.0 + 0.1 * (stage % 3) for stage in range(layout.num_stages)) if uneven else None
+    costs = Costs(1.0, 1.1, 0.8, overlapped=2.6, send=0.1, stage_scale=scale)
+    seconds, live = pipeline(layout, 64, costs)
     parts = {"dualpipe_v": 2, "interleaved": 4}.get(name, 1)
-    cut = Costs(1.0 / parts, 1.1 / parts, 0.8 / parts, overlapped=2.6 / parts, send=0.1)
+    cut = Costs(1.0 / parts, 1.1 / parts, 0.8 / parts, overlapped=2.6 / parts, send=0.1, stage_scale=scale)
     whole = interleaved(4, 64, 4) if name == "interleaved" else SCHEDULES[name](8 if name == "dualpipe_v" else 4, 64)
     result = simulate(whole, cut)
-    assert bubble == pytest.approx(max(result.bubbles), rel=1e-9)
-    assert live == max(result.peak_live_activations) / parts
+    assert seconds == pytest.approx(result.makespan, rel=2e-3 if uneven else 1e-9)
+    assert live == tuple(result.peak_live_activations)
 
 
 def test_the_search_finds_nothing_slower_than_the_paper() -> None:
@@ -173,6 +230,14 @@ def test_chinchilla_by_hand_and_the_published_pair() -> None:
         (Layout(9, pp=1, tp=3), 9, "--tp is 3, it must divide num_attention_heads"),
         (Layout(0), 8, "--devices is 0, it must be at least 1"),
         (Layout(64, pp=4, schedule="interleaved"), 96, "needs a multiple of pp"),
+        (Layout(64, pp=32, schedule="interleaved"), 96, "makes 128 stages of 61 layers; use at most --pp 15"),
+        (
+            Layout(16, pp=4, stage_layers=(20, 20, 21)),
+            96,
+            "has 3 numbers for 4 stages; the most even is --stage-layers 16 16 16 13",
+        ),
+        (Layout(16, pp=4, stage_layers=(20, 20, 20, 2)), 96, "must be 61 layers in all and is 62; the most even is"),
+        (Layout(16, pp=4, stage_layers=(41, -20, 20, 20)), 96, "--stage-layers holds -20, a stage has at least 0 layers"),
     ],
 )
 def test_layouts_that_do_not_divide(layout: Layout, batch: int, words: str) -> None:
@@ -194,3 +259,18 @@ def test_experts_of_a_dense_model_and_precisions_that_are_missing() -> None:
 def test_too_few_devices_say_how_many() -> None:
     with pytest.raises(InputError, match="usable; take about 256 devices or more"):
         search(V3, H800, Layout(64), SEARCHED, "fp8", 4096, 15360)
+
+
+def test_a_number_of_devices_without_a_layout_names_the_nearest_with_one() -> None:
+    with pytest.raises(
+        InputError, match="over which no layout of the search shares out --global-batch-size 15360; the nearest that does is 2048"
+    ):
+        search(V3, H800, Layout(2047), SEARCHED, "fp8", 4096, 15360)
+
+
+def test_a_sequence_that_does_not_fit_is_not_answered_with_more_devices() -> None:
+    longer = replace(V3, max_position_embeddings=1_000_000)
+    with pytest.raises(InputError, match="shorten --sequence-length or raise --tp"):
+        search(longer, H800, Layout(2048), SEARCHED, "fp8", 1_000_000, 15360)
+    with pytest.raises(InputError, match="use at most 163840"):
+        plan_train(V3, H800, PAPER, frozenset(), tokens=1e12, sequence_length=1_000_000)

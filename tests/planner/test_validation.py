@@ -1,19 +1,28 @@
 """The table of published and measured figures: exact rows are exact, causes are told, and the page is the table."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.peers import COMPARED
 from finback.config import InputError
-from finback.planner.hardware import HARDWARE, ROWS, find_hardware, measured, read_ceilings
-from finback.planner.validation import Row, exact_rows, markdown, validation_rows
+from finback.planner.hardware import HARDWARE, ROWS, find_hardware, on_curve
+from finback.planner.inference import Unit, decode_step
+from finback.planner.layout import Layout
+from finback.planner.measured import hardware_of, measured
+from finback.planner.own_results import measured_rows
+from finback.planner.step import step_time
+from finback.planner.validation import exact_rows, markdown, validation_rows
 from finback.planner.yardsticks import COMPARED as OURS
+from finback.planner.yardsticks import SMOLLM2, Row
 from finback.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
-MODELS = {name: PRESETS[name]().model for name in ("v3-671b", "tiny", "nano")}
+MODELS = {name: PRESETS[name]().model for name in ("v3-671b", "tiny")}
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +45,7 @@ def test_the_training_cost_of_v3_is_predicted_to_a_quarter(rows: list[Row]) -> N
 def test_whatever_is_off_has_its_cause_told(rows: list[Row]) -> None:
     for row in rows:
         assert row.met == (not row.note), row.name
+        assert row.kind == "measured" or not row.other_machine
         assert len(row.note.split()) != 1
     predicted = [row for row in rows if row.kind == "predicted"]
     assert sum(row.met for row in predicted) >= 9
@@ -44,7 +54,7 @@ def test_whatever_is_off_has_its_cause_told(rows: list[Row]) -> None:
 
 def test_our_own_figures_are_there(rows: list[Row]) -> None:
     names = " ".join(row.name for row in rows if row.kind == "measured")
-    assert all(word in names for word in ("train step", "generate", "decode", "GRPO step"))
+    assert all(word in names for word in ("train step: training", "train step: tiny", "generate", "decode"))
 
 
 def test_the_page_is_the_table(rows: list[Row]) -> None:
@@ -75,24 +85,150 @@ def test_hopper_fp8_efficiency_is_that_of_deepgemms_table() -> None:
     assert mean / 1979 == pytest.approx(HARDWARE["h800"].efficiencies.fp8_matmul, abs=0.005)
 
 
+CEILINGS = RESULTS / "ceilings.json"
+
+
 def test_measured_hardware_is_what_the_benchmark_found() -> None:
-    found = read_ceilings(RESULTS / "ceilings.json")
-    row = measured(RESULTS / "ceilings.json")
-    assert row.bf16_tflops == pytest.approx(found.bf16_gflop_per_second / 1000)
-    assert row.peak_flops("bf16") == pytest.approx(found.bf16_gflop_per_second * 1e9)
-    assert measured(RESULTS / "ceilings.json", "fp32").peak_flops("fp32") == pytest.approx(found.fp32_gflop_per_second * 1e9)
-    assert row.bytes_per_second == pytest.approx(found.read_gb_per_second * 1e9)
+    found = {row["name"]: row for row in json.loads(CEILINGS.read_text())["rows"]}
+    for precision in ("bf16", "fp32"):
+        peak = max(
+            row["gflop_per_second"]
+            for name, row in found.items()
+            if f" {precision} " in name and name.startswith(("matmul", "1x1"))
+        )
+        row = measured(CEILINGS, precision)
+        assert row.peak_flops(precision) == pytest.approx(peak * 1e9)
+        for width in (64, 128, 512):
+            for what in ("training", "expert"):
+                rate = found[f"{what} products {precision}, width {width}"]["gflop_per_second"]
+                assert row.matmul_flops(precision, width, experts=what == "expert") == pytest.approx(rate * 1e9)
+        reached = row.peak_flops(precision) * row.efficiencies.attention_backward
+        assert reached == pytest.approx(found[f"attention {precision}, backward"]["gflop_per_second"] * 1e9)
+        assert row.decode_flops(precision, 8) == pytest.approx(
+            found[f"decode products {precision}, 8 rows"]["gflop_per_second"] * 1e9
+        )
+        assert row.bytes_per_second == pytest.approx(found["memory, read"]["gb_per_second"] * 1e9)
+        cached = found["again and again, 8 MiB, read"]["gb_per_second"] * 1e9
+        assert row.read_bytes_per_second(8 * 2**20) == pytest.approx(max(cached, row.bytes_per_second))
+
+
+def test_steps_without_work_are_given_back() -> None:
+    """Overheads solved from four measured steps give these four again."""
+    small = measured(CEILINGS).small_work
+    assert small is not None
+    found = {row["name"]: row.get("milliseconds") for row in json.loads(CEILINGS.read_text())["rows"]}
+    for rows, layers in ((1, 2), (16, 2), (1, 8), (16, 8)):
+        step = small.engine_step_seconds + layers * small.engine_layer_seconds
+        step += rows * (small.engine_row_seconds + layers * small.engine_layer_row_seconds)
+        name = f"engine step without work, {rows} requests, {layers} layers, vocabulary 64, greedy"
+        assert step == pytest.approx(found[name] / 1e3)
+    assert small.sampled_value_seconds > small.greedy_value_seconds > 0
+    two, six = (found[f"training step without work, {layers} layers"] for layers in (2, 6))
+    assert small.training_layer_seconds == pytest.approx((six - two) / 4e3)
+
+
+def test_curves_are_followed_between_their_points() -> None:
+    curve = ((64.0, 0.2), (256.0, 0.6))
+    assert [on_curve(curve, size) for size in (1, 64, 128, 256, 1e9)] == pytest.approx([0.2, 0.2, 0.4, 0.6, 0.6])
+
+
+def test_a_data_sheet_has_no_overheads() -> None:
+    """Nothing of what is measured here reaches a published row: the rates there do not depend on widths or sizes."""
+    h800 = HARDWARE["h800"]
+    assert h800.matmul_flops("fp8", 64) == h800.matmul_flops("fp8") == h800.decode_flops("fp8", 1)
+    assert h800.read_bytes_per_second(1.0) == h800.bytes_per_second
+    greedy, sampled = (decode_step(SMOLLM2, h800, Unit(), "bf16", 4, 96, greedy=greedy) for greedy in (True, False))
+    assert greedy == sampled
+
+
+def test_overheads_and_narrow_products_slow_a_small_model_down() -> None:
+    row = measured(CEILINGS)
+    assert row.small_work is not None
+    free = replace(
+        row,
+        small_work=replace(
+            row.small_work,
+            product_shares=((64.0, 1.0),),
+            expert_shares=((64.0, 1.0),),
+            training_layer_seconds=0.0,
+            engine_step_seconds=0.0,
+            engine_row_seconds=0.0,
+            engine_layer_seconds=0.0,
+            engine_layer_row_seconds=0.0,
+        ),
+    )
+    layout = Layout(1, recompute="none", micro_batch_size=16)
+    slow, fast = (step_time(OURS, one, layout, "bf16", 256, 16) for one in (row, free))
+    layers = OURS.num_hidden_layers
+    assert slow.idle_seconds - fast.idle_seconds == pytest.approx(layers * row.small_work.training_layer_seconds)
+    assert slow.compute_seconds > 1.1 * fast.compute_seconds
+    steps = [decode_step(OURS, one, Unit(), "bf16", 1, 96) for one in (row, free)]
+    assert steps[0].idle_ms > 0
+    assert steps[0].tpot_ms > steps[1].tpot_ms
+
+
+def results_like(directory: Path, **changes: Any) -> Path:
+    """The stored results as of one run, that of the ceilings, but for `changes` of a file's facts."""
+    facts = json.loads(CEILINGS.read_text())
+    for file in ("ceilings", "train", "tiny", "decode", "engine"):
+        data = json.loads((RESULTS / f"{file}.json").read_text())
+        data |= {"date": facts["date"], "device": facts["device"]} | changes.get(file, {})
+        (directory / f"{file}.json").write_text(json.dumps(data))
+    return directory
+
+
+def test_a_result_of_another_machine_or_day_is_said_to_be(tmp_path: Path) -> None:
+    device = json.loads(CEILINGS.read_text())["device"]
+    old, smaller = {"date": "2020-01-01T00:00:00+00:00"}, {"device": {**device, "cores": 1, "memory_available_bytes": 1}}
+    told = {
+        row.name: row.other_machine for row in measured_rows(MODELS["tiny"], results_like(tmp_path, train=old, decode=smaller))
+    }
+    assert "train.json is of 2020-01-01T00:00, the ceilings of " in told["train step: training bf16"]
+    assert told["train step: training bf16"].endswith("not of one run")
+    assert told["generate fp32, batch 1"].endswith("and cores differ")
+    assert told["train step: tiny bf16"] == told["SmolLM2-135M decode, 8 sequences"] == ""
+
+
+def test_rows_of_another_machine_are_marked_and_their_errors_are_no_misses(tmp_path: Path) -> None:
+    old = {"date": "2020-01-01T00:00:00+00:00"}
+    rows = measured_rows(MODELS["tiny"], results_like(tmp_path, train=old))
+    page = markdown(rows)
+    assert page.count("(other machine)") == 2
+    assert "- Other machine: train.json is of 2020-01-01T00:00" in page
+    assert "- train step: training" not in page
+
+
+def test_a_grpo_step_is_compared_where_it_was_measured(tmp_path: Path) -> None:
+    directory = results_like(tmp_path)
+    facts = json.loads(CEILINGS.read_text())
+    names = ("GRPO step, V3, bf16", "GRPO step, V3, bf16: rollout", "GRPO step, V3, bf16: training")
+    (directory / "grpo.json").write_text(
+        json.dumps(facts | {"bench": "grpo", "rows": [{"name": name, "seconds": 1.0} for name in names]})
+    )
+    rows = {row.name: row for row in measured_rows(MODELS["tiny"], directory)}
+    whole, rollout, training = (rows[name].planner for name in names)
+    assert whole == pytest.approx(rollout + training)
+    assert "GRPO step, SmolLM2-135M, bf16" not in rows
+    assert rows[names[0]].unit == "seconds"
+
+
+def test_ceilings_of_an_older_benchmark_are_refused(tmp_path: Path) -> None:
+    data = json.loads(CEILINGS.read_text())
+    data["rows"] = [row for row in data["rows"] if not row["name"].startswith("attention")]
+    (tmp_path / "ceilings.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="or of an older benchmark; write it again with python -m bench ceilings"):
+        measured(tmp_path / "ceilings.json")
 
 
 def test_unknown_hardware_and_broken_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="'h80', which is unknown; did you mean 'h800'"):
-        find_hardware("h80", tmp_path)
+        find_hardware("h80")
     with pytest.raises(InputError, match=r"known are h800, .*measured"):
-        find_hardware("zzzzz", tmp_path)
+        find_hardware("zzzzz")
     with pytest.raises(InputError, match="run make bench first"):
-        find_hardware("measured", tmp_path / "ceilings.json")
+        hardware_of("measured", tmp_path / "ceilings.json", None)
     (tmp_path / "ceilings.json").write_text('{"rows": []}')
     with pytest.raises(InputError, match="is not a file of ceilings"):
-        find_hardware("measured", tmp_path / "ceilings.json")
+        hardware_of("measured", tmp_path / "ceilings.json", None)
     with pytest.raises(InputError, match="hardware hygon-k100 has no published scale_up_gb_per_second; take"):
         HARDWARE["hygon-k100"].need("scale_up_gb_per_second")

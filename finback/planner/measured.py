@@ -1,0 +1,128 @@
+"""This machine as a hardware row, by the ceilings that its benchmark wrote (`python -m bench ceilings`)."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from finback.config import InputError
+from finback.planner.hardware import GIGA, Curve, Efficiencies, Hardware, Precision, SmallWork, find_hardware
+
+_NOTE = (
+    "measured on this machine, each on shapes of its own: products by their width, experts', attention at 256 tokens, reads by what "
+    "fits a cache, steps without work; memory and busy 1, for the rates are those that were reached and overhead is counted apart"
+)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the benchmark found this machine to reach, rows by their names. `device` and `date` tell which machine, and when."""
+
+    rows: dict[str, float]
+    memory_total_bytes: float
+    cores: int
+
+    def largest(self, pattern: str) -> float:
+        """The largest value of the rows whose names match."""
+        return max(value for name, value in self.rows.items() if re.search(pattern, name))
+
+    def curve(self, pattern: str) -> Curve:
+        """(size, value) of the rows whose names match, by the size that the pattern captures."""
+        found = ((re.search(pattern, name), value) for name, value in self.rows.items())
+        points = sorted((float(match[1]), value) for match, value in found if match)
+        if not points:
+            raise KeyError(pattern)
+        return tuple(points)
+
+
+def read_ceilings(path: Path) -> Ceilings:
+    """The ceilings in the file that the benchmark writes; InputError if it is missing or of another form."""
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; run make bench first, or name the file with --ceilings")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        units = ("gflop_per_second", "gb_per_second", "milliseconds")
+        rows = {row["name"]: float(next(row[unit] for unit in units if unit in row)) for row in data["rows"]}
+        found = Ceilings(rows, float(data["device"]["memory_total_bytes"]), int(data["device"]["cores"]))
+        _row(found, "bf16")
+        return found
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, StopIteration):
+        raise InputError(
+            f"{path} is not a file of ceilings, or of an older benchmark; write it again with python -m bench ceilings"
+        ) from None
+
+
+def measured(path: Path, precision: Precision = "bf16") -> Hardware:
+    """This machine as a row: matrix rates (of `precision`) and bandwidth as measured, memory as the system has it."""
+    return _row(read_ceilings(path), precision)
+
+
+def _row(found: Ceilings, precision: Precision) -> Hardware:
+    kind = "fp32" if precision == "fp32" else "bf16"
+    peak = found.largest(f"^(matmul|1x1 convolution) {kind} ")
+    return Hardware(
+        name="measured",
+        title=f"this machine, {found.cores} cores",
+        memory_gb=found.memory_total_bytes / GIGA,
+        memory_gb_per_second=found.rows["memory, read"],
+        bf16_tflops=(2 * peak if kind == "fp32" else peak) / 1000,  # fp32 runs at half of it
+        fp8_tflops=None,
+        scale_up_gb_per_second=None,
+        devices_per_node=1,
+        scale_out_gb_per_second=None,
+        power_watts=None,
+        usd_per_hour=None,
+        source="measured by python -m bench ceilings",
+        efficiencies=Efficiencies(
+            matmul=found.largest(f"^training products {kind},") / peak,
+            attention_forward=found.rows[f"attention {kind}, forward"] / peak,
+            attention_backward=found.rows[f"attention {kind}, backward"] / peak,
+            memory=1.0,
+            network=1.0,
+            busy=1.0,
+        ),
+        efficiency_source=_NOTE,
+        exchange_latency_us=0.0,
+        small_work=_small_work(found, kind, peak),
+    )
+
+
+def _small_work(found: Ceilings, kind: str, peak: float) -> SmallWork:
+    def shares(what: str) -> Curve:
+        return tuple((width, rate / peak) for width, rate in found.curve(rf"^{what} products {kind}, width (\d+)"))
+
+    def engine(way: str) -> dict[tuple[int, int, int], float]:
+        """Seconds of a step by vocabulary, layers and requests."""
+        pattern = rf"^engine step without work, (\d+) requests, (\d+) layers, vocabulary (\d+), {way}"
+        matches = ((re.search(pattern, name), value) for name, value in found.rows.items())
+        return {(int(match[3]), int(match[2]), int(match[1])): value / 1e3 for match, value in matches if match}
+
+    (fewer, short), *_, (more, long) = found.curve(r"^training step without work, (\d+) layers")
+    greedy, sampled = engine("greedy"), engine("sampled")
+    vocabularies, depths, batches = ((min(sizes), max(sizes)) for sizes in zip(*greedy, strict=True))
+    step = [[greedy[vocabularies[0], layers, batch] for batch in batches] for layers in depths]
+    each = [(by_batch[1] - by_batch[0]) / (batches[1] - batches[0]) for by_batch in step]  # of a row
+    none = [by_batch[0] - batches[0] * row for by_batch, row in zip(step, each, strict=True)]  # without any
+    layer, layer_row = ((pair[1] - pair[0]) / (depths[1] - depths[0]) for pair in (none, each))
+    values = batches[1] * (vocabularies[1] - vocabularies[0])
+    widest = (vocabularies[1], depths[0], batches[1])
+    return SmallWork(
+        product_shares=shares("training"),
+        expert_shares=shares("expert"),
+        decode_shares=tuple((rows, rate / peak) for rows, rate in found.curve(rf"^decode products {kind}, (\d+) rows")),
+        read_bytes_per_second=tuple(
+            (size * 2**20, rate * GIGA) for size, rate in found.curve(r"^again and again, (\d+) MiB, read")
+        ),
+        training_layer_seconds=(long - short) / (more - fewer) / 1e3,
+        engine_step_seconds=none[0] - depths[0] * layer,
+        engine_row_seconds=each[0] - depths[0] * layer_row,
+        engine_layer_seconds=layer,
+        engine_layer_row_seconds=layer_row,
+        greedy_value_seconds=(greedy[widest] - step[0][1]) / values,
+        sampled_value_seconds=(sampled[widest] - step[0][1]) / values,
+    )
+
+
+def hardware_of(name: str, ceilings: Path, precision: Precision | None) -> Hardware:
+    """A row by its name; "measured" is this machine by the file of ceilings, in `precision` (None: bf16)."""
+    return measured(ceilings, precision or "bf16") if name == "measured" else find_hardware(name)
