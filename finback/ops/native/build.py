@@ -31,6 +31,7 @@ from finback.ops.native.training import SUFFIXES, TrainingKernels
 SOURCES = (
     "kernels.c",
     "vectors.h",
+    "codes.h",
     "product.h",
     "operations.h",
     "attention.h",

@@ -17,6 +17,7 @@
 #include <immintrin.h>
 #endif
 
+#include "codes.h"
 #include "vectors.h"
 
 enum {
