@@ -55,7 +55,7 @@ class RotaryArguments(ctypes.Structure):
 
 
 class CacheArguments(ctypes.Structure):
-    """As in attention.h."""
+    """As in rows.h."""
 
     _fields_ = _fields(
         "rows blocks positions cosine sine", "tokens width row_bytes blocks_per_sequence block_rows format coded tile kept"

@@ -34,6 +34,7 @@ SOURCES = (
     "codes.h",
     "product.h",
     "operations.h",
+    "rows.h",
     "attention.h",
     "grouped_query.h",
     "latent.h",

@@ -79,7 +79,8 @@ static void encode_row(const layout *l, const float *from, uint8_t *to) {
       highest = where((magnitude > highest) | (magnitude != magnitude), magnitude, highest);  // nan stays
     }
     float scale = highest[0];
-    for (int lane = 1; lane < LANES; lane++) scale = highest[lane] > scale || highest[lane] != highest[lane] ? highest[lane] : scale;
+    for (int lane = 1; lane < LANES; lane++)
+      if (highest[lane] > scale || highest[lane] != highest[lane]) scale = highest[lane];
     scale /= limit;
     if (scale < FLT_MIN) scale = FLT_MIN;
     memcpy(scales + first / l->tile * sizeof scale, &scale, sizeof scale);
