@@ -9,18 +9,19 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from bench import ceilings, checkpoint, decode, engine, grpo, serve, small, tiny, train
+from bench import cache, ceilings, checkpoint, decode, engine, grpo, serve, small, tiny, train
 from bench.machine import ROOT, describe_device, read_commit, read_load
 from bench.peers import peer_versions
 from bench.results import Row, print_table, write_result
 
-Name = Literal["ceilings", "train", "tiny", "decode", "engine", "serve", "checkpoint", "grpo"]
-NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "engine", "serve", "checkpoint", "grpo")
+Name = Literal["ceilings", "train", "tiny", "decode", "cache", "engine", "serve", "checkpoint", "grpo"]
+NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "cache", "engine", "serve", "checkpoint", "grpo")
 TITLES = {
     "ceilings": "Ceilings of this machine",
     "train": "Training beside transformers",
     "tiny": "Training the preset tiny",
     "decode": "Generation beside transformers",
+    "cache": "The compressed cache beside the plain one",
     "engine": "The engine beside llama.cpp and transformers",
     "serve": "The service beside llama-server and the bare engine",
     "checkpoint": "Checkpoints beside safetensors",
@@ -33,6 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "train": train.FULL,
         "tiny": tiny.FULL,
         "decode": decode.FULL,
+        "cache": cache.FULL,
         "engine": engine.FULL,
         "serve": serve.FULL,
         "checkpoint": checkpoint.FULL,
@@ -44,6 +46,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "train": train.QUICK,
         "tiny": tiny.QUICK,
         "decode": decode.QUICK,
+        "cache": cache.QUICK,
         "engine": engine.QUICK,
         "serve": serve.QUICK,
         "checkpoint": checkpoint.QUICK,
@@ -58,6 +61,7 @@ def main(
     out: Path = ROOT / "bench" / "results",
     llama_bin: Path | None = None,
     mtp_directory: Path | None = None,
+    model: Path | None = None,
 ) -> None:
     """Measure speed beside named peers, print tables, and write one JSON file per benchmark.
 
@@ -67,12 +71,16 @@ def main(
         out: Directory of the JSON files.
         llama_bin: Directory of llama.cpp's programs, for `engine` and `serve`; the PATH if not given.
         mtp_directory: A trained model with an MTP module, for `engine`; runs/quickstart/base if not given.
+        model: A trained model, for `cache`; runs/quickstart/final if not given.
     """
     sizes = dict(SIZES["quick" if quick else "full"])
     if llama_bin is not None:
         sizes |= {name: replace(sizes[name], llama_bin=llama_bin) for name in ("engine", "serve")}
     if mtp_directory is not None:
         sizes["engine"] = replace(sizes["engine"], mtp=replace(sizes["engine"].mtp, directory=mtp_directory))
+    if model is not None:
+        first, *others = sizes["cache"].readings
+        sizes["cache"] = replace(sizes["cache"], readings=(replace(first, directory=model), *others))
     run(names or NAMES, sizes, out, quick=quick)
 
 
@@ -108,6 +116,8 @@ def run(names: tuple[Name, ...], sizes: dict[str, Any], out: Path, *, quick: boo
                 rows, notes, tables = tiny.run(sizes[name], measured)
             case "decode":
                 rows, notes = decode.run(sizes[name], measured)
+            case "cache":
+                rows, notes = cache.run(sizes[name])
             case "engine":
                 rows, notes = engine.run(sizes[name], measured)
             case "serve":

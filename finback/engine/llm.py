@@ -90,9 +90,8 @@ class LLM:
     `num_speculative_tokens` drafts that many tokens with the MTP module and verifies them in one pass; which tokens come out does not
     depend on it. `num_blocks` of `block_size` tokens bound the cache; by default they hold `max_num_seqs` requests of full length, or
     as many as fit into a quarter of the free memory. `kv_cache_dtype` "int8" or "fp8" stores 8-bit codes with a scale for each tile of
-    a token's values, MLA's rotated keys in bfloat16; torch computes then, for the native kernels read plain rows. With
-    `return_experts` finished answers tell the experts that their tokens went to, those of cached prompts, too. Raises InputError for a
-    directory or a number that cannot be used.
+    a token's values, MLA's rotated keys in bfloat16. With `return_experts` finished answers tell the experts that their tokens went
+    to, those of cached prompts, too. Raises InputError for a directory or a number that cannot be used.
     """
 
     def __init__(

@@ -17,6 +17,7 @@ from finback.model.gqa import GQA
 from finback.model.layers import MLP, Linear, RMSNorm
 from finback.model.mla import LATENT_NORM_EPS, MLA, Rotary
 from finback.model.transformer import Block, Transformer
+from finback.ops.compressed import CompressedRows
 from finback.ops.native.arguments import CachedRows, Choice, Norm, Projected, RotaryTable, Routing, Weights
 from finback.ops.native.calls import Call, Kernels
 
@@ -45,9 +46,10 @@ class NativeDecoder:
         max_head_rows: int,
         blocks_per_sequence: int,
         record_experts: bool = False,
+        layout: CompressedRows | None = None,
     ) -> None:
         self.max_rows, self.max_head_rows = max_rows, max_head_rows
-        self._kernels, self._model, self._cache = kernels, model, cache
+        self._kernels, self._model, self._cache, self._layout = kernels, model, cache, layout
         self._rotary = RotaryTable(*rotary)
         self._ids = torch.zeros(max_rows, dtype=torch.int64)
         self._positions = torch.zeros(max_rows, dtype=torch.int64)
@@ -178,7 +180,7 @@ class NativeDecoder:
             a.kv_b_proj.weight.data,
             a.nope_dim,
         )
-        latents = CachedRows(cache, self._positions[:rows], self._tables[:rows])
+        latents = CachedRows(cache, self._positions[:rows], self._tables[:rows], self._layout)
         query, heads = (t.view(rows, a.num_heads, -1) for t in (buffers.query, buffers.heads))
         calls.append(self._kernels.latent_attention(query, latents, heads, a.kv_lora_rank, a.scale, projected))
         return calls
@@ -189,7 +191,7 @@ class NativeDecoder:
         projections = (a.q_proj, a.k_proj, a.v_proj)
         outputs = [buffers.query, buffers.key, buffers.value]
         weights, biases = [layer.weight.data for layer in projections], [_bias(layer) for layer in projections]
-        cached = CachedRows(cache, self._positions[:rows], self._tables[:rows])
+        cached = CachedRows(cache, self._positions[:rows], self._tables[:rows], self._layout)
         query_norm, key_norm = (None if layer is None else _norm(layer) for layer in (a.q_norm, a.k_norm))
         attend = self._kernels.grouped_query_attention(
             buffers.query, buffers.key, buffers.value, cached, self._rotary, buffers.heads, a.scale, query_norm, key_norm

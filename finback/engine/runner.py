@@ -35,8 +35,8 @@ class Runner:
     """One model over one cache [layers, num_blocks, block_size, W]; with `mtp`, the last layer is that of the MTP module.
 
     With `record_experts`, the experts that each token takes lie beside its cached row, and are shared with it: `experts` reads them.
-    With `layout`, rows are its bytes, and torch computes: the native kernels read plain rows. Steps have about `max_rows` tokens at
-    most, and logits of about `max_head_rows`: what the native back-end makes room for.
+    With `layout`, rows are its bytes. Steps have about `max_rows` tokens at most, and logits of about `max_head_rows`: what the native
+    back-end makes room for.
     """
 
     @torch.inference_mode(False)  # what is made in that mode could not be written outside of it
@@ -70,11 +70,11 @@ class Runner:
         """How many tokens each expert of the main model has had; no rows without `record_experts`."""
         self._rotary = Rotary(*rotary_table(c, torch.arange(max_model_len, device=weight.device)))
         self._native: NativeDecoder | None = None
-        library = _choose(backend, model, layout)
+        library = _choose(backend, model)
         if library is not None:
             table_width = -(-max_model_len // block_size)
             self._native = NativeDecoder(
-                library, model, self.cache, self._rotary, max_rows, max_head_rows, table_width, record_experts
+                library, model, self.cache, self._rotary, max_rows, max_head_rows, table_width, record_experts, layout
             )
         self.backend = "native" if self._native else "torch"
 
@@ -219,7 +219,7 @@ def _in_order(chunks: Sequence[Chunk], wanted: Sequence[int], numbers: list[int]
     return Forward(hidden, first_rows, logits)
 
 
-def _choose(backend: Backend, model: Transformer, layout: CompressedRows | None) -> Kernels | None:
+def _choose(backend: Backend, model: Transformer) -> Kernels | None:
     """The native kernels if they are to be used; InputError if they were asked for and cannot be."""
     weight = model.lm_head.weight
     reason = None
@@ -227,8 +227,6 @@ def _choose(backend: Backend, model: Transformer, layout: CompressedRows | None)
         reason = f"the model is on {weight.device}"
     elif weight.dtype not in DTYPES:
         reason = f"the weights are {weight.dtype}"
-    elif layout is not None:
-        reason = f"the cache is compressed to {layout.format}"
     elif backend == "torch":
         return None
     else:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import ceilings, checkpoint, cli, decode, engine, grpo, llama, report, serve, small, speculation, tiny, train
+from bench import cache, ceilings, checkpoint, cli, decode, engine, grpo, llama, report, serve, small, speculation, tiny, train
 from bench.contest import Turn, alternate, in_a_fresh_process, summarize
 from bench.machine import describe_device, peak_memory_bytes, read_commit
 from bench.peers import COMPARED, SETTINGS, our_model, their_model
@@ -92,7 +92,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         turns=1,
         dtype="float32",
     )
-    sizes = {**TOY, "engine": engine_size, "serve": served, "grpo": grpo_size}
+    read = cache.Reading(
+        "toy", engine_size.mtp.directory, "", write_story(out), (8, 24), 48, prompts=2, prompt_tokens=4, new_tokens=3
+    )
+    cached = cache.Size((read,), {"toy": replace(SMALL, kv_lora_rank=64)}, cached=40, turns=1, step_seconds=0.001)
+    sizes = {**TOY, "cache": cached, "engine": engine_size, "serve": served, "grpo": grpo_size}
     cli.run(cli.NAMES, sizes, out, quick=True)
     return out
 
@@ -117,6 +121,12 @@ def toy_engine(directory: Path) -> engine.Size:
         ),
         separate=False,
     )
+
+
+def write_story(directory: Path) -> Path:
+    story = directory / "story.txt"
+    story.write_text("A finback is a whale, and a whale is no fish. " * 9, encoding="utf-8")
+    return story
 
 
 def engine_vocabulary(size: engine.Size) -> int:
@@ -151,6 +161,8 @@ def test_every_target_of_the_project_has_a_row(results: Path):
     speculation_of = {"greedy, 1 draft by MTP", "temperature 0.6, 1 draft by MTP"}
     expected |= {(name, "no drafts"): 1.25 for name in speculation_of}
     expected |= {(f"{name}: acceptance", None): 0.7 for name in speculation_of}
+    perplexities = {f"toy: perplexity at {context} tokens, {format}" for context in (8, 24) for format in ("int8", "fp8")}
+    expected |= {(name, "plain rows, float32"): 1 / 1.005 for name in perplexities}
     expected |= {("GRPO step, maths: share without waiting for rewards", None): 0.95}
     if grpo.isolation_is_there():
         expected |= {("GRPO step, code in the sandbox: share without waiting for rewards", None): 0.95}

@@ -418,7 +418,6 @@ def test_drafts_stay_within_the_context(backend: Backend, block_size: int) -> No
         ({"num_speculative_tokens": 1}, "no MTP module"),
         ({"num_speculative_tokens": -1}, "at least 0"),
         ({"kv_cache_dtype": "int4"}, "kv_cache_dtype is 'int4', it must be 'auto' .*'int8' or 'fp8'"),
-        ({"kv_cache_dtype": "fp8", "backend": "native"}, "the cache is compressed to fp8; use backend='torch'"),
     ],
 )
 def test_settings_that_cannot_be_used(fields: dict[str, Any], sentence: str) -> None:

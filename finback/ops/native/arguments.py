@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from finback.ops.compressed import CompressedRows
+
 
 def _fields(pointers: str = "", sizes: str = "", floats: str = "") -> list[tuple[str, Any]]:
     """Fields of a struct: pointers, then 64-bit integers, then floats; "x*3" is an array of three."""
@@ -53,9 +55,11 @@ class RotaryArguments(ctypes.Structure):
 
 
 class CacheArguments(ctypes.Structure):
-    """As in attention.h."""
+    """As in rows.h."""
 
-    _fields_ = _fields("rows blocks positions cosine sine", "tokens width blocks_per_sequence block_rows")
+    _fields_ = _fields(
+        "rows blocks positions cosine sine", "tokens width row_bytes blocks_per_sequence block_rows format coded tile kept"
+    )
 
 
 class LatentArguments(ctypes.Structure):
@@ -114,9 +118,10 @@ class CachedRows(NamedTuple):
     Several tokens may be of one sequence: then their blocks are the same and their positions differ.
     """
 
-    rows: Tensor  # [blocks, block_rows, width of a row]
+    rows: Tensor  # [blocks, block_rows, width of a row], or with `layout` uint8 [blocks, block_rows, row_bytes]
     positions: Tensor  # int64 [B]
     blocks: Tensor | None = None  # int32 [B, n]: the blocks of each token's sequence; None: token i has block i and no other
+    layout: CompressedRows | None = None
 
 
 class RotaryTable(NamedTuple):

@@ -1,26 +1,9 @@
-// Attention of new tokens to cached rows, for one stored type: included twice, after operations.h. What both kinds share.
+// Attention of new tokens to cached rows, for one stored type: included twice, after rows.h. What both kinds share.
 //
 // Every token looks at the rows of its sequence from position 0 to its own. Several tokens of one sequence may come in one
 // call: the rows of all are written before any is read. A long context is cut into chunks whose number depends on its length
 // alone; each chunk gives a maximum, a sum and a mixture of values, and these are put together in order. So results depend
 // neither on the number of threads nor on the other sequences.
-
-typedef struct {
-  NAME(stored) * rows;         // [blocks, block_rows, width]
-  const int32_t *blocks;       // [tokens, blocks_per_sequence]: the blocks of each; null where it has one, of its own number
-  const int64_t *positions;    // [tokens]: each token's own, the last one that it looks at
-  const float *cosine, *sine;  // [positions, rotated values / 2]
-  int64_t tokens, width, blocks_per_sequence, block_rows;
-} NAME(cache);
-
-INLINE NAME(stored) * NAME(cached_row)(const NAME(cache) * c, int64_t token, int64_t position) {
-  int64_t block = token, within = position;
-  if (c->blocks) {
-    block = c->blocks[token * c->blocks_per_sequence + position / c->block_rows];
-    within = position % c->block_rows;
-  }
-  return c->rows + (block * c->block_rows + within) * c->width;
-}
 
 // Queries of some heads to keys and values of fewer: `heads / key_heads` neighbours share a key head. Key head i lies at
 // i * key_size of a row, its values at first_value + i * value_size.
@@ -32,6 +15,9 @@ typedef struct {
   NAME(stored) * output;         // [tokens, heads, value_size]
   NAME(packed) * packed_output;  // or, unless that is null, here: [heads, tokens, value_size filled up]
   float *values;                 // of each member, [heads, value_size]
+  NAME(stored) * decoded;        // of each member, [PIECE, stride]: of compressed rows
+  int64_t stride;                // between values of one row and those of the next
+  NAME(stored) * opened;         // all rows of sequences with many new tokens, decoded: [positions, width] of each
   int64_t most_chunks;
   float *highest, *sum, *parts;  // what is kept of chunks: [tokens, heads, most_chunks], twice, and values of each
 } NAME(attention);
@@ -54,10 +40,35 @@ INLINE int64_t NAME(end_of_piece)(const NAME(cache) * c, int64_t start, int64_t 
   return c->blocks ? least(end, (start / c->block_rows + 1) * c->block_rows) : end;
 }
 
+// New tokens of one sequence from which on its compressed rows are decoded once, for all of them.
+enum { NAME(OPENED) = 4 };
+
+// The first token behind `first` that does not continue its sequence.
+static int64_t NAME(end_of_sequence)(const NAME(cache) * c, int64_t first) {
+  int64_t end = first + 1;
+  while (c->blocks && end < c->tokens && c->positions[end] == c->positions[end - 1] + 1) {
+    const int32_t *before = c->blocks + (end - 1) * c->blocks_per_sequence, *blocks = before + c->blocks_per_sequence;
+    if (memcmp(before, blocks, (c->positions[end - 1] / c->block_rows + 1) * sizeof *blocks)) break;
+    end++;
+  }
+  return end;
+}
+
 // Memory for all but queries and packed output.
 static void NAME(take_attention)(NAME(attention) * a, int64_t threads, arena *memory) {
   const NAME(cache) *c = &a->cache;
   a->values = take(memory, threads * a->heads * a->value_size * sizeof(float));
+  a->stride = c->width;
+  if (c->layout.format != PLAIN) {
+    a->stride = rounded_up(most(a->key_size, a->value_size), STEP);
+    a->decoded = take(memory, threads * NAME(PIECE) * a->stride * sizeof *a->decoded);
+    int64_t rows = 0;
+    for (int64_t first = 0, end; first < c->tokens; first = end) {
+      end = NAME(end_of_sequence)(c, first);
+      if (end - first >= NAME(OPENED)) rows += c->positions[end - 1] + 1;
+    }
+    a->opened = take(memory, rows * c->width * sizeof *a->opened);
+  }
   a->most_chunks = 1;
   for (int64_t t = 0; t < c->tokens; t++) a->most_chunks = most(a->most_chunks, NAME(chunks)(c, t));
   if (a->most_chunks == 1) return;
@@ -75,9 +86,40 @@ typedef struct {
 } NAME(unit);
 
 // Part `index` of `count` of some rows, which lie one after the other.
-INLINE void NAME(prefetch)(const NAME(cache) * c, const NAME(stored) * rows, int64_t number, int64_t index, int64_t count) {
-  range mine = share(number * c->width, 64 / sizeof *rows, (member){index, count});
-  for (int64_t i = mine.first; i < mine.end; i += 64 / sizeof *rows) __builtin_prefetch(rows + i);
+INLINE void NAME(prefetch)(const NAME(cache) * c, const uint8_t *rows, int64_t number, int64_t index, int64_t count) {
+  range mine = share(number * c->row_bytes, 64, (member){index, count});
+  for (int64_t i = mine.first; i < mine.end; i += 64) __builtin_prefetch(rows + i);
+}
+
+// Decode all rows of the sequences that are to be opened, the team sharing the work; of_token[t] is where those of token t lie, or
+// null.
+static void NAME(open)(const NAME(attention) * a, member m, const NAME(stored) * *of_token) {
+  const NAME(cache) *c = &a->cache;
+  NAME(stored) *next = a->opened;
+  for (int64_t first = 0, end; first < c->tokens; first = end) {
+    end = NAME(end_of_sequence)(c, first);
+    int64_t rows = end - first >= NAME(OPENED) ? c->positions[end - 1] + 1 : 0;
+    for (int64_t t = first; t < end; t++) of_token[t] = rows ? next : 0;
+    range mine = share(rows, NAME(PIECE), m);
+    for (int64_t start = mine.first, stop; start < mine.end; start = stop) {
+      stop = NAME(end_of_piece)(c, start, mine.end);
+      NAME(decode_rows)(c, NAME(cached_row)(c, end - 1, start), stop - start, (range){0, c->width}, next + start * c->width,
+                        c->width);
+    }
+    next += rows * c->width;
+  }
+  wait_for_team();
+}
+
+// Some columns of a piece's rows, `stride` apart: where they lie, or decoded, unless `held` says that they are already.
+INLINE const NAME(stored) * NAME(values_of)(const NAME(attention) * a, const uint8_t *rows, int plain, int64_t count,
+                                           range columns, NAME(stored) * decoded, range *held) {
+  if (plain) return (const NAME(stored) *)rows + columns.first;
+  if (columns.first < held->first || columns.end > held->end) {
+    NAME(decode_rows)(&a->cache, rows, count, columns, decoded, a->stride);
+    *held = columns;
+  }
+  return decoded + columns.first - held->first;
 }
 
 // Scores [heads, PIECE] of a piece -> weights e^(score - highest), after `factor` has said by what earlier ones are to shrink.
@@ -108,31 +150,39 @@ INLINE void NAME(weigh)(NAME(unit) * u, float *scores, int64_t count, float scal
 
 // Some units look at some positions of one token's sequence, piece by piece; while one piece is worked on, the next is fetched.
 // Each piece is summed apart: one long sum would lose bits.
-static void NAME(attend)(const NAME(attention) * a, int64_t token, range positions, NAME(unit) * units, int64_t count) {
+static void NAME(attend)(const NAME(attention) * a, int64_t token, range positions, NAME(unit) * units, int64_t count,
+                         NAME(stored) * decoded, const NAME(stored) * opened) {
   const NAME(cache) *c = &a->cache;
+  int plain = opened || c->layout.format == PLAIN;
+  int64_t stride = opened ? c->width : a->stride;
   int64_t padded = rounded_up(a->key_size, STEP);
   float scores[count][PANEL * NAME(PIECE)], factor[PANEL];
   NAME(packed) weights[PANEL * NAME(PIECE)];
   for (int64_t start = positions.first, end; start < positions.end; start = end) {
     end = NAME(end_of_piece)(c, start, positions.end);
-    const NAME(stored) *rows = NAME(cached_row)(c, token, start);
+    const uint8_t *rows = opened ? (const uint8_t *)(opened + start * c->width) : NAME(cached_row)(c, token, start);
+    range held = {0, 0};
     // The next piece is of this context, or, where it ends, probably the first of the next token's.
     int64_t next_token = end <= c->positions[token] ? token : least(token + 1, c->tokens - 1);
     int64_t next_start = end <= c->positions[token] ? end : 0;
     int64_t next_count = NAME(end_of_piece)(c, next_start, c->positions[next_token] + 1) - next_start;
-    const NAME(stored) *next = NAME(cached_row)(c, next_token, next_start);
+    const uint8_t *next = NAME(cached_row)(c, next_token, next_start);
     for (int64_t i = 0; i < count; i++) {
       NAME(unit) *u = units + i;
       const NAME(packed) * queries[PANEL];
       for (int64_t h = 0; h < u->heads; h++) queries[h] = a->queries + ((u->head + h) * c->tokens + token) * padded;
-      NAME(prefetch)(c, next, next_count, i, 2 * count);
-      NAME(all_dots)(rows + u->key, c->width, queries, a->key_size, 0, end - start, u->heads, scores[i], NAME(PIECE));
+      if (!opened) NAME(prefetch)(c, next, next_count, i, 2 * count);
+      const NAME(stored) *keys =
+          NAME(values_of)(a, rows, plain, end - start, (range){u->key, u->key + a->key_size}, decoded, &held);
+      NAME(all_dots)(keys, stride, queries, a->key_size, 0, end - start, u->heads, scores[i], NAME(PIECE));
     }
     for (int64_t i = 0; i < count; i++) {
       NAME(unit) *u = units + i;
-      NAME(prefetch)(c, next, next_count, count + i, 2 * count);
+      if (!opened) NAME(prefetch)(c, next, next_count, count + i, 2 * count);
       NAME(weigh)(u, scores[i], end - start, a->scale, factor, weights);
-      NAME(mix)(rows + u->value, c->width, end - start, a->value_size, weights, NAME(PIECE), factor, u->heads, u->values,
+      const NAME(stored) *values =
+          NAME(values_of)(a, rows, plain, end - start, (range){u->value, u->value + a->value_size}, decoded, &held);
+      NAME(mix)(values, stride, end - start, a->value_size, weights, NAME(PIECE), factor, u->heads, u->values,
                 a->value_size);
     }
   }
@@ -156,14 +206,15 @@ static void NAME(finish_head)(const NAME(attention) * a, int64_t token, int64_t 
 }
 
 static void NAME(attend_chunk)(const NAME(attention) * a, int64_t token, int64_t chunk, NAME(unit) * units, int64_t count,
-                               float *values) {
+                               float *values, NAME(stored) * decoded, const NAME(stored) * opened) {
   int64_t chunks = NAME(chunks)(&a->cache, token), size = a->value_size;
   memset(values, 0, a->heads * size * sizeof(float));
   for (int64_t i = 0; i < count; i++) {
     units[i].values = values + (units[i].head - units->head) * size;
     for (int64_t h = 0; h < PANEL; h++) units[i].highest[h] = -INFINITY, units[i].sum[h] = 0;
   }
-  NAME(attend)(a, token, share(a->cache.positions[token] + 1, NAME(PIECE), (member){chunk, chunks}), units, count);
+  NAME(attend)(a, token, share(a->cache.positions[token] + 1, NAME(PIECE), (member){chunk, chunks}), units, count, decoded,
+               opened);
   for (int64_t i = 0; i < count; i++)
     for (int64_t h = 0; h < units[i].heads; h++) {
       float *of_head = units[i].values + h * size;
@@ -212,6 +263,12 @@ static void NAME(attend_all)(const NAME(attention) * a, member m) {
   int64_t together = most(1, least(count, count * all_chunks / (ITEMS * m.count)));
   int64_t sets = (count + together - 1) / together;
   float *values = a->values + m.index * a->heads * a->value_size;
+  NAME(stored) *decoded = a->decoded + m.index * NAME(PIECE) * a->stride;
+  const NAME(stored) * opened[c->tokens];
+  if (c->layout.format == PLAIN)
+    memset(opened, 0, sizeof opened);
+  else
+    NAME(open)(a, m, opened);
   for (int64_t t = 0; t < c->tokens; t++) total += sets * NAME(chunks)(c, t) * NAME(chunk_cost)(c, t);
   range mine = share(total, 1, m);
   for (int64_t t = 0; t < c->tokens; t++) {
@@ -219,7 +276,7 @@ static void NAME(attend_all)(const NAME(attention) * a, member m) {
     range of_token = items_within(mine, at, items, cost);
     for (int64_t i = of_token.first; i < of_token.end; i++) {
       int64_t first = i % sets * together;
-      NAME(attend_chunk)(a, t, i / sets, units + first, least(together, count - first), values);
+      NAME(attend_chunk)(a, t, i / sets, units + first, least(together, count - first), values, decoded, opened[t]);
     }
     at += items * cost;
   }

@@ -31,8 +31,10 @@ from finback.ops.native.training import SUFFIXES, TrainingKernels
 SOURCES = (
     "kernels.c",
     "vectors.h",
+    "codes.h",
     "product.h",
     "operations.h",
+    "rows.h",
     "attention.h",
     "grouped_query.h",
     "latent.h",

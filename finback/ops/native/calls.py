@@ -163,18 +163,21 @@ class Kernels:
     ) -> Call:
         """Absorbed attention of new tokens to cached latents [blocks, block_rows, C + R], each token's own included.
 
+        Compressed rows (`cached.layout`) are decoded piece by piece as a token looks at them; new ones are encoded.
+
         Without `projected`: query [B, H, C + R], absorbed and rotated, output [B, H, C]. With it: query [B, H, N + R] as it was
         projected, output [B, H, V], and every token's row is cached here, before any token looks.
         """
         tokens, heads, width = query.shape
-        rope = cached.rows.shape[-1] - rank
+        rope = _width(cached) - rank
+        assert cached.layout is None or (cached.layout.coded, cached.layout.kept) == (rank, rope)
         arguments = LatentArguments(query=_at(query), output=_at(output), heads=heads, rope=rope, rank=rank, scale=scale)
-        arguments.cache = _cache(cached, tokens, projected and projected.rotary, rope)
+        arguments.cache = _cache(cached, query.dtype, tokens, projected and projected.rotary, rope)
         assert output.shape[:2] == (tokens, heads)
         if projected is None:
             assert width == rank + rope
             assert output.shape[2] == rank
-            return self._bind("latent_attention", (query, output, cached.rows), arguments, cached)
+            return self._bind("latent_attention", (query, output), arguments, cached)
         value_size, nope = output.shape[2], projected.nope
         assert width == nope + rope
         assert projected.up.shape == (heads * (nope + value_size), rank)
@@ -186,7 +189,7 @@ class Kernels:
         arguments.compressed = _at(projected.compressed)
         arguments.norm, arguments.eps = _at(projected.norm.weight), projected.norm.eps
         arguments.nope, arguments.value_size = nope, value_size
-        tensors = (query, output, cached.rows, projected.up, projected.compressed, projected.norm.weight)
+        tensors = (query, output, projected.up, projected.compressed, projected.norm.weight)
         return self._bind("latent_attention", tensors, arguments, (cached, projected))
 
     def grouped_query_attention(
@@ -211,21 +214,21 @@ class Kernels:
         norms = [norm for norm in (query_norm, key_norm) if norm is not None]
         assert value.shape == key.shape
         assert query.shape == output.shape == (tokens, query.shape[1])
-        assert cached.rows.shape[-1] == 2 * key_width
+        assert _width(cached) == 2 * key_width
         assert key_width % size == 0
         assert query.shape[1] % key_width == 0
         assert all(norm.weight.shape == (size,) for norm in norms)
         assert len({norm.eps for norm in norms}) <= 1, "one epsilon for both norms"
         arguments = GroupedArguments(
             *map(_at, (query, key, value, query_norm and query_norm.weight, key_norm and key_norm.weight, output)),
-            cache=_cache(cached, tokens, rotary, size),
+            cache=_cache(cached, query.dtype, tokens, rotary, size),
             heads=query.shape[1] // size,
             key_heads=key_width // size,
             size=size,
             scale=scale,
             eps=norms[0].eps if norms else 0.0,
         )
-        tensors = (query, key, value, output, cached.rows, *(norm.weight for norm in norms))
+        tensors = (query, key, value, output, *(norm.weight for norm in norms))
         return self._bind("grouped_query_attention", tensors, arguments, (cached, rotary))
 
     def feed_forward(
@@ -294,10 +297,19 @@ class Kernels:
         return Call(self._run, [(operation, (arguments, tensors, others))])
 
 
-def _cache(cached: CachedRows, tokens: int, rotary: RotaryTable | None, rotated: int) -> CacheArguments:
+def _width(cached: CachedRows) -> int:
+    """How many values a row stands for."""
+    return cached.rows.shape[-1] if cached.layout is None else cached.layout.coded + cached.layout.kept
+
+
+def _cache(cached: CachedRows, dtype: torch.dtype, tokens: int, rotary: RotaryTable | None, rotated: int) -> CacheArguments:
     """`rotary` turns `rotated` values; None where nothing is rotated."""
-    rows, positions, blocks = cached
+    rows, positions, blocks, layout = cached
     assert rows.dim() == 3
+    assert rows.is_contiguous()
+    assert rows.device.type == "cpu", rows.device
+    assert rows.dtype == (dtype if layout is None else torch.uint8), rows.dtype
+    assert layout is None or rows.shape[2] == layout.row_bytes
     assert positions.shape == (tokens,)
     assert rows.shape[0] == tokens if blocks is None else blocks.shape == (tokens, blocks.shape[1])
     cache = CacheArguments(
@@ -305,7 +317,8 @@ def _cache(cached: CachedRows, tokens: int, rotary: RotaryTable | None, rotated:
         blocks=_integers(blocks, torch.int32),
         positions=_integers(positions, torch.int64),
         tokens=tokens,
-        width=rows.shape[2],
+        width=_width(cached),
+        row_bytes=rows.shape[2] * rows.element_size(),
         blocks_per_sequence=0 if blocks is None else blocks.shape[1],
         block_rows=rows.shape[1],
     )
@@ -313,6 +326,9 @@ def _cache(cached: CachedRows, tokens: int, rotary: RotaryTable | None, rotated:
         assert rotary.cosine.shape == rotary.sine.shape
         assert rotary.cosine.shape[1:] == (rotated // 2,)
         cache.cosine, cache.sine = map(_float32, rotary)
+    if layout is not None:
+        cache.format = {"int8": 1, "fp8": 2}[layout.format]  # as in codes.h
+        cache.coded, cache.tile, cache.kept = layout.coded, layout.tile, layout.kept
     return cache
 
 

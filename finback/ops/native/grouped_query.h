@@ -48,31 +48,41 @@ static void NAME(rotate_halves)(const NAME(grouped_query_attention_arguments) * 
   }
 }
 
-// Everything that is done to one head of queries or keys and values before any token attends.
-static void NAME(prepare_head)(const NAME(grouped_query_attention_arguments) * a, int64_t token, int64_t head,
-                               NAME(packed) * queries) {
-  int64_t size = a->size, padded = rounded_up(size, STEP), position = a->cache.positions[token];
+// What is done before any token attends, to one head of queries,
+static void NAME(prepare_query)(const NAME(grouped_query_attention_arguments) * a, int64_t token, int64_t head,
+                                NAME(packed) * queries) {
+  int64_t size = a->size, padded = rounded_up(size, STEP);
   float rotated[padded];
-  if (head < a->heads) {
-    NAME(packed) *to = queries + (head * a->cache.tokens + token) * padded;
-    memset(rotated, 0, sizeof rotated);
-    NAME(rotate_halves)(a, a->query + (token * a->heads + head) * size, a->query_norm, position, rotated);
-    for (int64_t i = 0; i < padded; i += LANES) STORE_PACKED(to + i, load_float32(rotated + i));
-  } else {
-    int64_t of = head - a->heads, from = (token * a->key_heads + of) * size;
-    NAME(stored) *row = NAME(cached_row)(&a->cache, token, position);
-    NAME(rotate_halves)(a, a->key + from, a->key_norm, position, rotated);
-    NAME(store_all)(row + of * size, rotated, size);
-    memcpy(row + (a->key_heads + of) * size, a->value + from, size * sizeof *row);
+  NAME(packed) *to = queries + (head * a->cache.tokens + token) * padded;
+  memset(rotated, 0, sizeof rotated);
+  NAME(rotate_halves)(a, a->query + (token * a->heads + head) * size, a->query_norm, a->cache.positions[token], rotated);
+  for (int64_t i = 0; i < padded; i += LANES) STORE_PACKED(to + i, load_float32(rotated + i));
+}
+
+// and to all heads of keys and values: the token's row.
+static void NAME(prepare_row)(const NAME(grouped_query_attention_arguments) * a, int64_t token) {
+  int64_t size = a->size, width = a->key_heads * size, position = a->cache.positions[token];
+  NAME(stored) row[2 * width];
+  float rotated[rounded_up(size, STEP)];
+  for (int64_t from = 0; from < width; from += size) {
+    NAME(rotate_halves)(a, a->key + token * width + from, a->key_norm, position, rotated);
+    NAME(store_all)(row + from, rotated, size);
   }
+  memcpy(row + width, a->value + token * width, width * sizeof *row);
+  NAME(write_row)(&a->cache, row, NAME(cached_row)(&a->cache, token, position));
 }
 
 PERFORM(grouped_query_attention) {
   NAME(attention) attention = NAME(take_grouped_query_attention)(a, m.count, &memory);
-  int64_t prepared = a->heads + a->key_heads;
+  int64_t prepared = a->heads + 1;
   range mine = share(a->cache.tokens * prepared, 1, m);
-  for (int64_t i = mine.first; i < mine.end; i++)
-    NAME(prepare_head)(a, i / prepared, i % prepared, (NAME(packed) *)attention.queries);
+  for (int64_t i = mine.first; i < mine.end; i++) {
+    int64_t token = i / prepared, head = i % prepared;
+    if (head < a->heads)
+      NAME(prepare_query)(a, token, head, (NAME(packed) *)attention.queries);
+    else
+      NAME(prepare_row)(a, token);
+  }
   wait_for_team();
   NAME(attend_all)(&attention, m);
   return 0;

@@ -17,6 +17,7 @@
 #include <immintrin.h>
 #endif
 
+#include "codes.h"
 #include "vectors.h"
 
 enum {
@@ -225,6 +226,7 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
 #define NAME(name) name##_float32
 #include "product.h"
 #include "operations.h"
+#include "rows.h"
 #include "attention.h"
 #include "grouped_query.h"
 #include "latent.h"
@@ -235,6 +237,7 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
 #define NAME(name) name##_bfloat16
 #include "product.h"
 #include "operations.h"
+#include "rows.h"
 #include "attention.h"
 #include "grouped_query.h"
 #include "latent.h"

@@ -8,7 +8,7 @@ typedef struct {
   const NAME(stored) * query, *key_up, *value_up;  // of each head [nope, rank] and [value_size, rank], `head_stride` apart
   NAME(stored) * output;
   const NAME(stored) * compressed, *norm;  // and the norm of its first `rank` values
-  NAME(cache) cache;                       // rows of rank + rope values
+  NAME(cache) cache;                       // rows of rank + rope values, the latter `kept` where rows are compressed
   int64_t heads, nope, rope, rank, value_size, head_stride;
   float scale, eps;
 } NAME(latent_attention_arguments);
@@ -44,10 +44,11 @@ static void NAME(prepare_token)(const NAME(latent_attention_arguments) * a, int6
   float rotated[a->rope];
   if (a->compressed) {
     const NAME(stored) *from = a->compressed + token * width;
-    NAME(stored) *row = NAME(cached_row)(&a->cache, token, a->cache.positions[token]);
+    NAME(stored) row[width];
     NAME(normalise)(from, a->norm, row, rank, a->eps);
     NAME(rotate_at)(a, from + rank, token, rotated);
     NAME(store_all)(row + rank, rotated, a->rope);
+    NAME(write_row)(&a->cache, row, NAME(cached_row)(&a->cache, token, a->cache.positions[token]));
   }
   for (int64_t h = 0; h < a->heads; h++) {
     NAME(packed) *to = queries + (h * tokens + token) * padded;

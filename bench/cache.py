@@ -1,0 +1,272 @@
+"""The compressed cache beside the plain one: bytes, perplexity over cached rows, greedy tokens, and the time of a step at 8K.
+
+Perplexity is measured through the engine's own steps, 256 tokens at a time: every token attends to rows that were read back from the
+cache, its own included.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from bench.ceilings import best_seconds
+from bench.contest import summarize
+from bench.machine import ROOT
+from bench.peers import COMPARED, our_model
+from bench.results import Row
+from finback import LLM, SamplingParams
+from finback.config import ModelConfig
+from finback.data.fetch import default_cache
+from finback.data.sources import documents_from
+from finback.data.tokenizer import load_tokenizer
+from finback.engine.batch import Chunk
+from finback.engine.runner import Backend, Runner
+from finback.model.checkpoint import load
+from finback.model.transformer import Transformer
+from finback.ops.compressed import CodeFormat, CompressedRows, compressed_rows
+
+FORMATS: tuple[CodeFormat, ...] = get_args(CodeFormat)
+PLAIN = "plain rows"
+MOST_RISE = 0.005  # of perplexity
+BLOCK, STEP = 64, 256
+
+V3 = replace(  # DeepSeek-V3's attention, with the heads of one rank of eight, over a narrow model
+    COMPARED,
+    num_attention_heads=16,
+    q_lora_rank=1536,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    max_position_embeddings=8193,
+)
+SMOLLM2 = ModelConfig(
+    model_type="llama",
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    max_position_embeddings=8193,
+    rope_theta=100000.0,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A trained model, what it reads, and how: `tokens` of the text in windows of each of `contexts`."""
+
+    name: str
+    directory: Path
+    remedy: str  # where it is missing
+    text: Path
+    contexts: tuple[int, ...] = ()  # none: half and all of the model's own
+    tokens: int = 8192
+    prompts: int = 16
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is read, and which random models take steps over `cached` tokens, `turns` times each."""
+
+    readings: tuple[Reading, ...]
+    steps: Mapping[str, ModelConfig]
+    cached: int = 8192
+    turns: int = 7
+    step_seconds: float = 0.5
+
+
+QUICKSTART = Reading(
+    "quickstart",
+    ROOT / "runs" / "quickstart" / "final",
+    "`make quickstart` trains it, `--model DIR` names another",
+    default_cache() / "fables-en" / "text.jsonl",
+)
+TRAINED_SMOLLM2 = Reading(
+    "SmolLM2-135M",
+    default_cache() / "smollm2",
+    "`finback fetch smollm2` gets it",
+    default_cache() / "austen" / "text.jsonl",
+    (1024, 2048, 4096, 8192),
+)
+FULL = Size((QUICKSTART, TRAINED_SMOLLM2), {"V3's attention, 16 heads": V3, "SmolLM2-135M": SMOLLM2})
+QUICK = replace(
+    FULL,
+    readings=(
+        replace(QUICKSTART, tokens=4096, prompts=4, new_tokens=16),
+        replace(TRAINED_SMOLLM2, contexts=(1024,), tokens=2048, prompts=4, new_tokens=16),
+    ),
+    turns=2,
+    step_seconds=0.1,
+)
+
+
+def run(size: Size) -> tuple[list[Row], list[str]]:
+    """Rows: bytes, then for each trained model perplexity and tokens, then the times of a step."""
+    rows, notes = list(byte_rows(size.steps)), list(NOTES)
+    for reading in size.readings:
+        if not (reading.directory / "config.json").is_file():
+            notes.append(f"{reading.name} is not measured: {reading.directory} holds no model; {reading.remedy}.")
+        elif not reading.text.exists():
+            notes.append(
+                f"{reading.name} is not measured: {reading.text} does not exist; `finback fetch {reading.text.parent.name}` gets it."
+            )
+        else:
+            read_rows = list(read(reading))
+            rows += read_rows
+            notes.append(
+                f"{reading.name}, perplexity and likeliest tokens: {'; '.join(map(in_words, read_rows[: -len(FORMATS)]))}."
+            )
+    for name, config in size.steps.items():
+        rows += step_rows(size, name, config)
+    return rows, notes
+
+
+def byte_rows(models: Mapping[str, ModelConfig]) -> Iterator[Row]:
+    """Of one token in one layer, beside bfloat16. With a rope part in bfloat16, V3's rows cannot be smaller by more than 44.4%."""
+    for name, config in models.items():
+        plain, coded = 2 * config.cache_row_width, compressed_rows(config, "int8").row_bytes
+        at_v3 = (config.kv_lora_rank, config.qk_rope_head_dim) == (512, 64)
+        target = 1152 / 656 if at_v3 else None if config.kv_lora_rank else 1 / 0.55
+        extra = {"saved_percent": 100 * (1 - coded / plain)}
+        yield Row(
+            f"{name}: bytes per token and layer", "bytes", coded, peer="bfloat16", peer_value=plain, target=target, extra=extra
+        )
+
+
+def in_words(row: Row) -> str:
+    """What a ratio of two digits does not tell."""
+    e = row.extra
+    return f"{e['format']} at {e['context']:,} {e['rise_percent']:+.3f}%, {e['likeliest_token_equal_share']:.1%} equal"
+
+
+class Heard(NamedTuple):
+    """What a model made of a text, over one kind of rows."""
+
+    perplexity: float
+    likeliest: Tensor  # int64 [windows, context]
+    backend: str
+
+
+def read(reading: Reading) -> Iterator[Row]:
+    """Perplexity in windows of each context and, of the longest, the tokens that come out likeliest; then greedy answers."""
+    model = load(reading.directory).eval()
+    tokenizer = load_tokenizer(reading.directory)
+    text = "\n\n".join(document.text for document in documents_from(reading.text))
+    longest = model.config.max_position_embeddings
+    contexts = reading.contexts or (longest // 2, longest)
+    tokens = max(reading.tokens // max(contexts), 1) * max(contexts)
+    ids = torch.tensor(tokenizer.encode(text[: 8 * tokens])[: tokens + 1])
+    assert len(ids) == tokens + 1, f"{reading.text} holds {len(ids)} tokens of {tokens + 1}"
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    for context in contexts:
+        plain = hear(model, ids, context, None)
+        for format in FORMATS:
+            layout = compressed_rows(model.config, format)
+            heard = hear(model, ids, context, layout)
+            extra = {
+                "rise_percent": 100 * (heard.perplexity / plain.perplexity - 1),
+                "likeliest_token_equal_share": float((heard.likeliest == plain.likeliest).double().mean()),
+                "tokens": tokens,
+                "context": context,
+                "format": format,
+                "backend": heard.backend,
+                "bytes_per_token_and_layer": layout.row_bytes,
+                "plain_bytes_per_token_and_layer": model.config.cache_row_width * model.lm_head.weight.element_size(),
+            }
+            yield Row(
+                f"{reading.name}: perplexity at {context:,} tokens, {format}", "perplexity", heard.perplexity,
+                peer=f"{PLAIN}, {dtype}", peer_value=plain.perplexity, target=1 / (1 + MOST_RISE), extra=extra,
+            )  # fmt: skip
+    yield from answer_rows(reading, model, ids)
+
+
+def hear(model: Transformer, ids: Tensor, context: int, layout: CompressedRows | None) -> Heard:
+    """The perplexity of ids[1:], cut into windows of `context`, each over an empty cache of `layout`'s rows."""
+    table = list(range(-(-context // BLOCK)))
+    step = min(STEP, context)
+    runner = Runner(model, len(table), BLOCK, max_model_len=context, max_rows=step, max_head_rows=step, layout=layout)
+    assert layout is None or runner.cache.dtype == torch.uint8
+    inputs, targets = ids[:-1].view(-1, context), ids[1:].view(-1, context)
+    loss, likeliest = 0.0, torch.empty_like(inputs)
+    for number, window in enumerate(inputs.tolist()):
+        for start in range(0, context, step):
+            end = min(start + step, context)
+            logits = runner.forward([Chunk(window[start:end], start, table)], [end - start]).logits.float()
+            loss += float(torch.nn.functional.cross_entropy(logits, targets[number, start:end], reduction="sum"))
+            likeliest[number, start:end] = logits.argmax(-1)
+    return Heard(math.exp(loss / targets.numel()), likeliest, runner.backend)
+
+
+def answer_rows(reading: Reading, model: Transformer, ids: Tensor) -> Iterator[Row]:
+    """Greedy answers to pieces of the text: the share of their tokens before the first that plain rows do not give."""
+    r = reading
+    prompts = [piece.tolist()[: r.prompt_tokens] for piece in ids.chunk(r.prompts)]
+    params = SamplingParams(temperature=0, max_tokens=r.new_tokens, ignore_eos=True)
+    length = r.prompt_tokens + r.new_tokens
+
+    def answers(kind: str) -> Tensor:
+        llm = LLM(model=model, max_num_seqs=len(prompts), max_model_len=length, kv_cache_dtype=kind)
+        return torch.tensor([output.token_ids for output in llm.generate(prompts, params)])
+
+    plain = answers("auto")
+    for format in FORMATS:
+        same = (answers(format) == plain).long().cumprod(1).double()
+        extra = {"whole_answers_equal": int(same[:, -1].sum()), "answers": len(prompts)}
+        yield Row(f"{r.name}: greedy tokens as with {PLAIN}, {format}", "share", float(same.mean()), extra=extra)
+
+
+def step_rows(size: Size, name: str, config: ModelConfig) -> Iterator[Row]:
+    """One token over `cached` random ones in bfloat16, plain and compressed rows by turns."""
+    model = our_model(config, torch.bfloat16)
+    steps = {kind: step_of(model, size.cached, kind) for kind in ("plain", *FORMATS)}
+    in_torch = {kind: step_of(model, size.cached, kind, "torch") for kind in FORMATS}
+    times: dict[str, list[float]] = {kind: [] for kind in steps}
+    for _ in range(size.turns):
+        for kind, step in steps.items():
+            times[kind].append(1e3 * best_seconds(step, size.step_seconds))
+    plain = summarize(times["plain"])
+    for format in FORMATS:
+        extra = {"torch_milliseconds": 1e3 * best_seconds(in_torch[format], 0.0)}
+        yield Row(
+            f"{name}, random: one step over {size.cached:,} cached tokens, {format}", "milliseconds", *summarize(times[format]),
+            PLAIN, *plain, extra=extra,
+        )  # fmt: skip
+
+
+def step_of(model: Transformer, cached: int, kind: str, backend: Backend = "auto") -> Callable[[], object]:
+    """A step at the end of a cache of random rows."""
+    layout = next((compressed_rows(model.config, format) for format in FORMATS if format == kind), None)
+    table = list(range(-(-(cached + 1) // BLOCK)))
+    runner = Runner(
+        model, len(table), BLOCK, max_model_len=cached + 1, max_rows=1, max_head_rows=1, backend=backend, layout=layout
+    )
+    width = model.config.cache_row_width
+    for rows in runner.cache:
+        values = torch.randn(len(table), BLOCK, width, dtype=torch.bfloat16)
+        rows.copy_(values if layout is None else layout.encode(values))
+    return partial(runner.forward, [Chunk([0], cached, table)], [1])
+
+
+NOTES = (
+    "Perplexity: the same tokens over plain and over compressed rows, through the engine's steps of 256 tokens; a ratio of 0.995 is a "
+    "rise of 0.5%.",
+    "Greedy tokens: answers of the engine to pieces of the text, and the share of their tokens up to the first that differs.",
+    "A step: random weights and rows in bfloat16; plain and compressed rows take turns. The JSON holds the time of the "
+    "same step in torch.",
+)
+
+if __name__ == "__main__":
+    from bench.cli import main_of
+
+    main_of("cache")
