@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from finback.quant.quantize import LayerReport
 
 REPORT = "quantization_report.json"
-_HELD_OUT_EVERY = 8  # one sequence in so many is not calibrated on: it measures perplexity
+_HELD_OUT_SHARE = 7  # calibration sequences for each one that is held out
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,20 @@ class QuantizeFields:
     group_size: int = 128
     """Inputs that share scale and zero point; -1: all of a matrix's."""
     calibration: tuple[Path, ...] = ()
-    """Text files (.txt, .jsonl, .parquet) or directories of them. An eighth of what is read is held out to measure perplexity."""
+    """Text files (.txt, .jsonl, .parquet) or directories of them. Some of what is read is held out to measure perplexity."""
     sym: bool = True
     """A grid symmetric around zero; --no-sym gives each group an integer zero point of its own."""
     act_order: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Quantise the columns with the largest activations first."""
+    """Form groups of columns whose activations are of like size, the largest first, instead of neighbours."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a share of its mean."""
     min_expert_tokens: int = 128
     """An expert that saw fewer calibration tokens is rounded to nearest."""
     samples: int = 128
     """Sequences of calibration text, at most."""
+    held_out: int | None = None
+    """Sequences of the same text that are not calibrated on but measure perplexity; a seventh of the samples if not given. Figures
+    that must be firm want several thousand tokens."""
     sequence_length: int | None = None
     """Tokens of a sequence; 512 if not given, or what the model takes if that is less."""
     text_field: str = "text"
@@ -125,8 +128,9 @@ def _sequences(fields: QuantizeFields, model: ModelConfig) -> "tuple[Tensor, Ten
     length = min(512, model.max_position_embeddings) if fields.sequence_length is None else fields.sequence_length
     if not 16 <= length <= model.max_position_embeddings:
         raise InputError(f"--sequence-length is {length}, it must lie between 16 and {model.max_position_embeddings}")
-    if fields.samples < 1:
-        raise InputError(f"--samples is {fields.samples}, it must be positive")
+    for name, value in (("samples", fields.samples), ("held-out", fields.held_out)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is {value}, it must be positive")
     if not fields.calibration:
         return torch.empty(0, length, dtype=torch.int64), torch.empty(0, length, dtype=torch.int64)
 
@@ -136,7 +140,8 @@ def _sequences(fields: QuantizeFields, model: ModelConfig) -> "tuple[Tensor, Ten
     tokenizer = load_tokenizer(fields.source)
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(f"the tokenizer of {fields.source} has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
-    wanted = fields.samples + -(-fields.samples // (_HELD_OUT_EVERY - 1))
+    wanted_held_out = -(-fields.samples // _HELD_OUT_SHARE) if fields.held_out is None else fields.held_out
+    wanted = fields.samples + wanted_held_out
     share = -(-wanted // len(fields.calibration)) * length
     tokens: list[int] = []
     for path in fields.calibration:
@@ -153,7 +158,8 @@ def _sequences(fields: QuantizeFields, model: ModelConfig) -> "tuple[Tensor, Ten
             "smaller --sequence-length"
         )
     sequences = torch.tensor(tokens[: count * length]).view(count, length)
-    is_held_out = torch.arange(count) % _HELD_OUT_EVERY == min(count, _HELD_OUT_EVERY) - 1
+    steps = torch.arange(count + 1) * max(1, count * wanted_held_out // wanted) // count
+    is_held_out = steps[1:] > steps[:-1]  # spread evenly
     return sequences[~is_held_out], sequences[is_held_out]
 
 
