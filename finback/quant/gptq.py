@@ -18,6 +18,8 @@ def inverse_factor(hessian: Float[Tensor, "n n"], damping: float) -> Float[Tenso
     Raises InputError if the Hessian is not finite or not positive definite.
     """
     damped = hessian.double().clone()
+    if not damped.isfinite().all():
+        raise InputError("the activations of the calibration text are inf or nan; look at what the model was trained to")
     diagonal = damped.diagonal()
     unused = diagonal == 0  # inputs that no calibration token has: rounded to nearest
     diagonal[unused] = 1.0
