@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -16,7 +16,7 @@ from tyro.conf import Positional
 
 from finback.commands.parse import parse_arguments
 from finback.config import InputError, ModelConfig, checkpoint_tensors
-from finback.quant.config import QuantConfig, check_fits
+from finback.quant.config import QuantConfig, check_fits, quantised_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from finback.quant.quantize import LayerReport
 
 REPORT = "quantization_report.json"
-_HELD_OUT_EVERY = 8  # one sequence in so many is not calibrated on: it measures perplexity
+_HELD_OUT_SHARE = 7  # calibration sequences for each one that is held out
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,20 @@ class QuantizeFields:
     group_size: int = 128
     """Inputs that share scale and zero point; -1: all of a matrix's."""
     calibration: tuple[Path, ...] = ()
-    """Text files (.txt, .jsonl, .parquet) or directories of them. An eighth of what is read is held out to measure perplexity."""
+    """Text files (.txt, .jsonl, .parquet) or directories of them. Some of what is read is held out to measure perplexity."""
     sym: bool = True
     """A grid symmetric around zero; --no-sym gives each group an integer zero point of its own."""
     act_order: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Quantise the columns with the largest activations first."""
+    """Form groups of columns whose activations are of like size, the largest first, instead of neighbours."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a share of its mean."""
     min_expert_tokens: int = 128
     """An expert that saw fewer calibration tokens is rounded to nearest."""
     samples: int = 128
     """Sequences of calibration text, at most."""
+    held_out: int | None = None
+    """Sequences of the same text that are not calibrated on but measure perplexity; a seventh of the samples if not given. Figures
+    that must be firm want several thousand tokens."""
     sequence_length: int | None = None
     """Tokens of a sequence; 512 if not given, or what the model takes if that is less."""
     text_field: str = "text"
@@ -76,17 +79,30 @@ def main(argv: Sequence[str]) -> int:
     if config.method == "gptq" and not fields.calibration:
         raise InputError("--calibration is missing, gptq needs text such as the model is for; give files, or --method rtn")
 
+    from finback.data.files import write_atomic
     from finback.model.checkpoint import open_checkpoint
     from finback.quant.quantize import quantised_layers, write_quantised
 
     source = open_checkpoint(fields.source)
     calibration, held_out = _sequences(fields, source.config)
-    parts = fields.out.with_name(fields.out.name + ".part")
+    width = max(spec.shape[1] for spec in quantised_weights(source.config) if ".experts." not in spec.name)
+    if config.method == "gptq" and calibration.numel() < width:
+        print(
+            f"calibration text of {calibration.numel()} tokens is less than a matrix has inputs ({width}): what is learnt from it may "
+            "not hold for other text; give more, or raise --samples",
+            file=sys.stderr,
+        )
+    out = fields.out.resolve()
+    parts = out.with_name(out.name + ".part")
     layers = source.config.num_hidden_layers + source.config.num_nextn_predict_layers
     reports = list(_with_progress(quantised_layers(source, config, calibration, held_out, parts), layers))
-    sizes = write_quantised(fields.out, source, config, parts, fields.source)
-    _tell(fields.out, config, reports, sizes, calibration.numel(), held_out.numel())
+    finished = parts / "finished"  # so that OUT appears with its report, whenever the run is killed
+    sizes = write_quantised(finished, source, config, parts, fields.source)
+    text = _report(config, reports, sizes, calibration.numel(), held_out.numel())
+    write_atomic(finished / REPORT, json.dumps(text, indent=2) + "\n")
+    finished.rename(out)
     shutil.rmtree(parts)
+    _tell(fields.out, config, reports, sizes, held_out.numel())
     return 0
 
 
@@ -105,8 +121,10 @@ def _plain_config(directory: Path) -> ModelConfig:
 def _to_fp8(fields: QuantizeFields) -> int:
     """What `finback convert --fp8` does."""
     source_config = _plain_config(fields.source)
-    if fields.calibration:
-        raise InputError("--calibration is for gptq and rtn, FP8 blocks need no text; leave it out")
+    defaults = QuantizeFields(fields.source, fields.out, "fp8")
+    for name in ("calibration", "bits", "group_size", "sym", "act_order", "damping", "min_expert_tokens"):
+        if getattr(fields, name) != getattr(defaults, name):
+            raise InputError(f"--{name.replace('_', '-')} is for gptq and rtn, FP8 blocks have no use for it; leave it out")
     from finback.model.checkpoint import converted, open_checkpoint, write_checkpoint
     from finback.model.safetensors_io import tensor_bytes
 
@@ -125,8 +143,9 @@ def _sequences(fields: QuantizeFields, model: ModelConfig) -> "tuple[Tensor, Ten
     length = min(512, model.max_position_embeddings) if fields.sequence_length is None else fields.sequence_length
     if not 16 <= length <= model.max_position_embeddings:
         raise InputError(f"--sequence-length is {length}, it must lie between 16 and {model.max_position_embeddings}")
-    if fields.samples < 1:
-        raise InputError(f"--samples is {fields.samples}, it must be positive")
+    for name, value in (("samples", fields.samples), ("held-out", fields.held_out)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is {value}, it must be positive")
     if not fields.calibration:
         return torch.empty(0, length, dtype=torch.int64), torch.empty(0, length, dtype=torch.int64)
 
@@ -136,7 +155,8 @@ def _sequences(fields: QuantizeFields, model: ModelConfig) -> "tuple[Tensor, Ten
     tokenizer = load_tokenizer(fields.source)
     if tokenizer.vocab_size > model.vocab_size:
         raise InputError(f"the tokenizer of {fields.source} has {tokenizer.vocab_size} tokens, the model {model.vocab_size}")
-    wanted = fields.samples + -(-fields.samples // (_HELD_OUT_EVERY - 1))
+    wanted_held_out = -(-fields.samples // _HELD_OUT_SHARE) if fields.held_out is None else fields.held_out
+    wanted = fields.samples + wanted_held_out
     share = -(-wanted // len(fields.calibration)) * length
     tokens: list[int] = []
     for path in fields.calibration:
@@ -153,7 +173,8 @@ def _sequences(fields: QuantizeFields, model: ModelConfig) -> "tuple[Tensor, Ten
             "smaller --sequence-length"
         )
     sequences = torch.tensor(tokens[: count * length]).view(count, length)
-    is_held_out = torch.arange(count) % _HELD_OUT_EVERY == min(count, _HELD_OUT_EVERY) - 1
+    steps = torch.arange(count + 1) * max(1, count * wanted_held_out // wanted) // count
+    is_held_out = steps[1:] > steps[:-1]  # spread evenly
     return sequences[~is_held_out], sequences[is_held_out]
 
 
@@ -168,31 +189,32 @@ def _with_progress(layers: "Iterator[LayerReport]", total: int) -> "Iterator[Lay
             yield report
 
 
-def _tell(
-    out: Path,
+def _report(
     config: QuantConfig,
     layers: "list[LayerReport]",
     sizes: tuple[int, int, int, int],
     calibration_tokens: int,
     held_out_tokens: int,
-) -> None:
-    """Write the report beside the weights, and print it."""
-    from finback.data.files import write_atomic
-
+) -> dict[str, Any]:
+    """What lies beside the weights."""
     matrices_before, matrices_after, before, after = sizes
-    before_after = next((layer.perplexity for layer in layers if layer.perplexity is not None), None)
-    report = {
+    return {
         "settings": asdict(config),
         "calibration_tokens": calibration_tokens,
         "held_out_tokens": held_out_tokens,
-        "perplexity": None if before_after is None else dict(zip(("before", "after"), before_after, strict=True)),
+        "perplexity": next(({"before": p[0], "after": p[1]} for p in (layer.perplexity for layer in layers) if p), None),
         "bytes": {
             "matrices": {"before": matrices_before, "after": matrices_after, "ratio": matrices_before / matrices_after},
             "all": {"before": before, "after": after, "ratio": before / after},
         },
         "layers": [asdict(layer) for layer in layers],
     }
-    write_atomic(out / REPORT, json.dumps(report, indent=2) + "\n")
+
+
+def _tell(
+    out: Path, config: QuantConfig, layers: "list[LayerReport]", sizes: tuple[int, int, int, int], held_out_tokens: int
+) -> None:
+    """Print what was done."""
     print("layer  matrices  mean error  largest error")
     for layer in layers:
         errors = [(matrix.error, matrix.name) for matrix in layer.matrices if matrix.error is not None]
@@ -204,9 +226,9 @@ def _tell(
             print(f"{layer.layer:5}  {len(layer.matrices):8}           -  -")
     if config.method == "gptq":
         _tell_experts(layers, config)
+    matrices_before, matrices_after, before, after = sizes
     print(f"quantised matrices {matrices_before / matrices_after:.2f} times smaller, all weights {before / after:.2f} times")
-    if before_after is not None:
-        plain, quantised = before_after
+    for plain, quantised in (layer.perplexity for layer in layers if layer.perplexity is not None):
         print(f"perplexity of {held_out_tokens:,} held-out tokens: {plain:.4f} before, {quantised:.4f} after", end="")
         print(f" ({quantised / plain - 1:+.2%})")
     print(f"{out}: {config.method}, {config.bits} bits, {after / 1e6:,.1f} MB; {REPORT} tells the rest")

@@ -23,7 +23,7 @@ class QuantConfig:
     sym: bool = True
     """The grid lies symmetric around zero; otherwise each group has a zero point of its own, an integer."""
     act_order: bool = False
-    """Columns are taken in the order of their activations' size instead of their own (gptq only)."""
+    """Groups are formed of columns whose activations are of like size, the largest first, instead of neighbours (gptq only)."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a share of its mean."""
     min_expert_tokens: int = 128

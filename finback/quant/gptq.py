@@ -2,7 +2,7 @@
 as far as it can be, by the columns that come after it."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from finback.config import InputError
@@ -18,6 +18,8 @@ def inverse_factor(hessian: Float[Tensor, "n n"], damping: float) -> Float[Tenso
     Raises InputError if the Hessian is not finite or not positive definite.
     """
     damped = hessian.double().clone()
+    if not damped.isfinite().all():
+        raise InputError("the activations of the calibration text are inf or nan; look at what the model was trained to")
     diagonal = damped.diagonal()
     unused = diagonal == 0  # inputs that no calibration token has: rounded to nearest
     diagonal[unused] = 1.0
@@ -41,13 +43,12 @@ def gptq(
 ) -> Quantised:
     """Quantise a weight so that its outputs on the calibration inputs x move little; `hessian` is the sum of x x^T (any multiple).
 
-    With `act_order` the columns are taken by falling mean square of their input, and groups are formed in that order.
+    Columns with large inputs come first, while there are many others to take their errors. With `act_order` groups are formed in that
+    order; without it they stay `group_size` neighbours each, taken by their largest input.
     """
     outputs, width = weight.shape
     size = width if group_size == -1 else group_size
-    order = torch.arange(width)
-    if act_order:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    order = column_order(hessian.diagonal(), width if act_order else size)
     left = weight.float()[:, order].clone()
     factor = inverse_factor(hessian[order][:, order], damping)
     values = torch.empty(outputs, width, dtype=torch.int32)
@@ -68,8 +69,20 @@ def gptq(
             errors[:, here] = error[:, 0]
         left[:, stop:] -= errors @ factor[start:stop, stop:]
     back = torch.argsort(order)
-    groups = (torch.arange(width, dtype=torch.int32) // size)[back]
-    return Quantised(values[:, back].contiguous(), torch.cat(scales, 1).half(), torch.cat(zeros, 1).int(), groups)
+    turns = torch.arange(width, dtype=torch.int32)
+    groups, taken = turns // size, (turns // size)[back]  # by place, and by the turn in which they were taken
+    scale, zero = torch.cat(scales, 1).half(), torch.cat(zeros, 1).int()
+    if act_order:
+        return Quantised(values[:, back].contiguous(), scale, zero, taken)
+    of_group = taken[::size].long()
+    return Quantised(values[:, back].contiguous(), scale[:, of_group], zero[:, of_group], groups)
+
+
+def column_order(squares: Float[Tensor, " n"], size: int) -> Int[Tensor, " n"]:
+    """Columns by falling mean square of their input within each run of `size` neighbours, the runs by their largest."""
+    runs = squares.view(-1, size)
+    within = torch.argsort(runs, dim=1, descending=True, stable=True) + size * torch.arange(len(runs)).unsqueeze(1)
+    return within[torch.argsort(runs.amax(1), descending=True, stable=True)].flatten()
 
 
 def _blocks(width: int, size: int) -> list[tuple[int, int]]:

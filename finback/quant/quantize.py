@@ -241,9 +241,13 @@ def _claim(parts: Path, source: Checkpoint, config: QuantConfig, calibration: Te
     for file in sorted({entry.file for entry in source.stored.values()}):
         digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
     run: dict[str, Any] = {"input": digest.hexdigest()}
-    parts.mkdir(parents=True, exist_ok=True)
     told = parts / _RUN
+    if parts.exists() and not parts.is_dir():
+        raise InputError(f"{parts} is a file, finished layers are to lie there; remove it, or give another OUT")
     if not told.exists():
+        if parts.exists() and any(entry.suffix != ".tmp" for entry in parts.iterdir()):
+            raise InputError(f"{parts} holds something else, finished layers are to lie there; remove it, or give another OUT")
+        parts.mkdir(parents=True, exist_ok=True)
         _write(told, json.dumps(run))
     elif json.loads(told.read_text(encoding="utf-8")) != run:
         raise InputError(f"{parts} holds layers of a run with other weights, settings or text; remove it, or give another OUT")

@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from finback import cli
+from finback.commands.parse import parse_arguments
+from finback.commands.quantize import QuantizeFields, _sequences
 from finback.config import ModelConfig
 from finback.data.tokenizer import save_tokenizer, train_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
 from finback.model.checkpoint import hf_tensors, load, save
+from finback.model.moe import MoE
 from finback.ops.gptq import dequantize_gptq
 from finback.quant import quantize as pipeline
 from finback.quant.config import quantised_weights
@@ -138,10 +141,65 @@ def test_an_expert_that_no_token_reaches_is_told_and_rounded_to_nearest(root: Pa
     assert matrices["model.layers.0.mlp.up_proj.weight"]["method"] == "gptq"
 
 
-def test_the_reports_perplexities_are_those_of_the_two_models(root: Path, quantised: Path) -> None:
-    from finback.commands.parse import parse_arguments
-    from finback.commands.quantize import QuantizeFields, _sequences
+def test_experts_fall_back_by_the_tokens_that_they_saw(root: Path, tmp_path: Path, capsys) -> None:
+    text = ("--calibration", root / "text.txt")
+    assert quantize(root / "moe", tmp_path / "all", *SETTINGS[:-1], "1", *text) == 0
+    capsys.readouterr()
+    # The calibration tokens through the quantised layer 0 and the plain layer 1, each choice of its router counted.
+    words = [str(root / "moe"), "x", *SETTINGS, "--calibration", str(root / "text.txt")]
+    calibration, _ = _sequences(parse_arguments(QuantizeFields, words, verb="quantize"), MOE)
+    model, first = load(root / "moe"), load(tmp_path / "all")
+    model.blocks[0].load_state_dict(first.blocks[0].state_dict())
+    assert isinstance(model.blocks[1].mlp, MoE)
+    chosen: list[torch.Tensor] = []
+    model.blocks[1].mlp.gate.register_forward_hook(lambda module, arguments, output: chosen.append(output[1].indices))
+    with torch.no_grad():
+        model(calibration)
+    counts = torch.cat([experts.flatten() for experts in chosen]).bincount(minlength=4).tolist()
+    least = sorted(counts)[2]  # so that two of the four have fewer
+    assert 0 < sorted(counts)[1] < least
+    assert quantize(root / "moe", tmp_path / "out", *SETTINGS[:-1], str(least), *text) == 0
+    few = {expert: count for expert, count in enumerate(counts) if count < least}
+    told = ", ".join(f"{expert} ({count})" for expert, count in few.items())
+    assert f"layer 1: experts rounded to nearest, with fewer than {least} calibration tokens: {told};" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    matrices = {m["name"]: m for layer in report["layers"] for m in layer["matrices"]}
+    everyone = load_file(tmp_path / "all" / "model.safetensors")
+    own = load_file(tmp_path / "out" / "model.safetensors")
+    for expert, count in enumerate(counts):
+        for projection in ("gate_proj", "up_proj", "down_proj"):
+            name = f"model.layers.1.mlp.experts.{expert}.{projection}"
+            matrix = matrices[f"{name}.weight"]
+            assert (matrix["tokens"], matrix["method"]) == (count, "rtn" if expert in few else "gptq")
+            same = torch.equal(own[f"{name}.qweight"], everyone[f"{name}.qweight"])
+            assert same == (expert not in few or count == 0), name
 
+
+def test_the_whole_files_ratio_is_told_beside_that_of_the_matrices(root: Path, quantised: Path, tmp_path: Path, capsys) -> None:
+    assert quantize(root / "moe", tmp_path / "out", "--method", "rtn", "--group-size", "32") == 0
+    before, after = (
+        {name: tensor.numel() * tensor.element_size() for name, tensor in load_file(path / "model.safetensors").items()}
+        for path in (root / "moe", tmp_path / "out")
+    )
+    plain = before.keys() & after.keys()
+    matrices = [sum(size for name, size in sizes.items() if name not in plain) for sizes in (before, after)]
+    whole = [sum(sizes.values()) for sizes in (before, after)]
+    told = f"matrices {matrices[0] / matrices[1]:.2f} times smaller, all weights {whole[0] / whole[1]:.2f} times"
+    assert told in capsys.readouterr().out
+    assert matrices[0] / matrices[1] > 1.2 * whole[0] / whole[1]
+
+
+def test_held_out_sequences_are_as_many_as_asked_for_and_spread(root: Path) -> None:
+    words = [str(root / "moe"), "x", *SETTINGS, "--calibration", str(root / "text.txt"), "--samples", "8", "--held-out", "4"]
+    calibration, held_out = _sequences(parse_arguments(QuantizeFields, words, verb="quantize"), MOE)
+    assert (calibration.shape, held_out.shape) == ((8, 32), (4, 32))
+    words = [*words[:-4], "--samples", "12", "--held-out", "1"]
+    everything, last = _sequences(parse_arguments(QuantizeFields, words, verb="quantize"), MOE)
+    sequences = torch.cat((everything, last))[:12]
+    assert [int((sequences == row).all(1).nonzero()) for row in held_out] == [2, 5, 8, 11]
+
+
+def test_the_reports_perplexities_are_those_of_the_two_models(root: Path, quantised: Path) -> None:
     words = [str(root / "moe"), "x", *SETTINGS, "--calibration", str(root / "text.txt")]
     _, held_out = _sequences(parse_arguments(QuantizeFields, words, verb="quantize"), MOE)
     report = json.loads((quantised / "quantization_report.json").read_text())
@@ -196,6 +254,46 @@ def test_a_killed_run_goes_on_after_its_last_layer_and_ends_in_the_same_bytes(
     assert not (tmp_path / "out.part").exists()
 
 
+def test_a_run_that_is_killed_before_its_report_leaves_no_directory_and_goes_on(
+    root: Path, quantised: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (root / "moe", tmp_path / "out", *SETTINGS, "--calibration", root / "text.txt")
+
+    def killed(*arguments: object) -> dict[str, object]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finback.commands.quantize._report", killed)
+        assert quantize(*words) == 130
+    assert not (tmp_path / "out").exists()
+    assert quantize(*words) == 0
+    assert file_bytes(tmp_path / "out") == file_bytes(quantised)
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_what_lies_where_finished_layers_go_is_left_alone(root: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "a.part").mkdir()
+    (tmp_path / "a.part" / "mine.txt").write_text("mine")
+    (tmp_path / "b.part").write_text("mine")
+    for name, sentence in (("a", "a.part holds something else"), ("b", "b.part is a file")):
+        assert quantize(root / "moe", tmp_path / name, "--method", "rtn", "--group-size", "32") == 2
+        assert sentence in capsys.readouterr().err
+    assert (tmp_path / "a.part" / "mine.txt").read_text() == (tmp_path / "b.part").read_text() == "mine"
+
+
+def test_weights_that_are_no_numbers_are_told(root: Path, tmp_path: Path, capsys) -> None:
+    from tests.checkpoint_samples import rewrite_tensors
+
+    shutil.copytree(root / "dense", tmp_path / "nan")
+    rewrite_tensors(tmp_path / "nan", lambda t: t["model.layers.0.mlp.up_proj.weight"][0].fill_(float("nan")))
+    text = ("--calibration", root / "text.txt")
+    for method, sentence in (("rtn", "up_proj.weight: a weight is inf, nan"), ("gptq", "a weight is inf, nan")):
+        assert quantize(tmp_path / "nan", tmp_path / "out", "--method", method, *SETTINGS, *text) == 2
+        assert sentence in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(tmp_path / "out.part")
+
+
 def test_a_resumed_run_must_be_the_same(root: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "out.part").mkdir()
     (tmp_path / "out.part" / "run.json").write_text('{"input": "another"}')
@@ -231,6 +329,8 @@ def test_convert_makes_a_quantised_directory_plain(quantised: Path, tmp_path: Pa
         ((), "--calibration is missing, gptq needs text"),
         (("--sequence-length", "4096", "--calibration", "SHORT"), "--sequence-length is 4096, it must lie between 16 and 128"),
         (("--method", "fp8", "--calibration", "SHORT"), "--calibration is for gptq and rtn"),
+        (("--method", "fp8"), "--group-size is for gptq and rtn, FP8 blocks have no use for it"),
+        (("--held-out", "0", "--calibration", "SHORT"), "--held-out is 0, it must be positive"),
     ],
 )
 def test_bad_input_is_one_sentence_before_work_starts(
