@@ -61,10 +61,23 @@ def joined(llm: LLM, request: int, parts: list[Increment]) -> RequestOutput:
 def assert_same(actual: RequestOutput, expected: RequestOutput) -> None:
     assert actual.token_ids == expected.token_ids
     assert (actual.text, actual.finish_reason, actual.error) == (expected.text, expected.finish_reason, None)
+    assert actual.stop_reason == expected.stop_reason
     assert (actual.logprobs is None) == (expected.logprobs is None)
     mine, others = actual.logprobs or [], expected.logprobs or []
     assert [one.logprob for one in mine] == pytest.approx([one.logprob for one in others], abs=1e-4)
     assert [[token for token, _ in one.top] for one in mine] == [[token for token, _ in one.top] for one in others]
+
+
+def test_an_answer_names_the_stop_text_that_ended_it() -> None:
+    llm, _ = shared(0)
+    plain = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    whole = llm.generate(PROMPTS[0], plain)[0]
+    assert (whole.finish_reason, whole.stop_reason) == ("length", None)
+    stop = whole.text[3:5]
+    cut = llm.generate(PROMPTS[0], replace(plain, stop=("never", stop)))[0]
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (whole.text[: whole.text.index(stop)], "stop", stop)
+    token = llm.generate(PROMPTS[0], replace(plain, stop_token_ids=(whole.token_ids[2],)))[0]
+    assert (token.finish_reason, token.stop_reason) == ("stop", None)
 
 
 ACTIONS = st.one_of(

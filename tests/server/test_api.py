@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from finback.engine.config import SamplingParams
+from finback.server.errors import APIError
 from finback.server.prompt import chat_prompt
 from tests.server.serving import Served, serving
 
@@ -86,6 +87,15 @@ def test_usage_tells_hits_in_units_of_64_and_zeros(served: Served) -> None:
     for usage in (first, second):
         assert usage["prompt_tokens"] == usage["prompt_cache_hit_tokens"] + usage["prompt_cache_miss_tokens"]
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_max_tokens_is_bounded_by_the_context_and_4096_by_default(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = served.service
+    assert [service.max_tokens(asked, 24) for asked in (None, 7, 1000, 1024)] == [1000, 7, 1000, 1000]
+    monkeypatch.setattr(served.llm, "max_model_len", 10_000)
+    assert [service.max_tokens(asked, 24) for asked in (None, 9000, 10_000)] == [4096, 9000, 9976]
+    with pytest.raises(APIError, match=r"above the model's context \(10000\)"):
+        service.max_tokens(10_001, 24)
 
 
 def test_earlier_reasoning_never_enters_the_prompt(served: Served) -> None:
