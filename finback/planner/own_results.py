@@ -45,8 +45,8 @@ _IF_OFF = {  # likely causes, told where a row is above what is asked
     "decode": "narrow experts with a few rows each stay below the decoding rate, which is that of a wider dense model, and a short "
     "prompt takes longer than its products",
     "engine": "the bandwidth of a shared machine's memory drifts, and weights that fit no cache are read at it",
-    "grpo": "experts have fewer rows here than those whose rate was measured, and the gradient of the large head passes through memory "
-    "more often than the formulas count",
+    "grpo": "products of a large vocabulary's head with a few hundred rows, and of experts with 200 rows each, stay below the rates of "
+    "the square products that are measured, and logits pass through memory more often than the formulas count",
 }
 
 
