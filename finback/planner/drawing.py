@@ -149,7 +149,8 @@ def serve_png(plan: ServePlan) -> bytes:
         place = (row.tokens_per_second_per_request, row.output_tokens_per_second_per_node)
         text = str(row.batch_per_device) + ("" if row.fits else ", no room")
         axes.annotate(text, place, textcoords="offset points", xytext=(4, 5), fontsize=8, rotation=40)
-    axes.margins(x=0.12, y=0.15)  # room for what stands at the outermost points
+    axes.set_xlim(0, 1.1 * max(row.tokens_per_second_per_request for row in plan.latencies))  # room for what stands at the points
+    axes.set_ylim(0, 1.25 * max(row.output_tokens_per_second_per_node for row in plan.latencies))
     axes.set_xlabel("tokens per second of one request")
     axes.set_ylabel("output tokens per second of a node")
     axes.set_title(f"{plan.hardware}, batch per device at each point")

@@ -164,8 +164,8 @@ def _decode_compute(
     context: float,
     value_bytes: float,
 ) -> tuple[float, float]:
-    """Seconds of products with weights, and of attention over the cache. What is read again at every step comes from a cache where all
-    of it fits one that was measured."""
+    """Seconds of products with weights, and of attention over the cache. What is read again and again comes from a cache where all of
+    it fits one that was measured."""
     s, size = shape(c), WEIGHT_BYTES[precision]
     known = hardware.bf16_tflops is not None
 
@@ -187,7 +187,8 @@ def _decode_compute(
         together = c.num_experts_per_tok * rows * unit.ep / (c.n_routed_experts * hit)
         parts.append((local * hit * size, seconds(products, together)))
     cached = batch * context * cache_bytes_per_token(c, bytes_per_value=value_bytes) / _cache_split(c, unit)
-    memory = hardware.read_bytes_per_second(cached + sum(read for read, _ in parts))
+    # Steps choose other experts each time: a cache would have to hold them all.
+    memory = hardware.read_bytes_per_second(cached + weight_bytes_per_device(c, unit, precision))
     weights = sum(max(read / memory, computed) for read, computed in parts)
     weights += c.num_hidden_layers * rows * elementwise_bytes(c, precision) / unit.tp / memory
     scores = c.num_hidden_layers * rows * absorbed_core_flops(c, context) / unit.tp

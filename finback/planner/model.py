@@ -1,6 +1,6 @@
 """What a model costs per token by arithmetic: parameters, FLOPs and bytes by module, and its cache against those of other designs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finback.config import InputError, ModelConfig, count_params
 
@@ -17,12 +17,14 @@ WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0 + 4 / 128**2, "int4": 0.5 +
 @dataclass(frozen=True)
 class Module:
     """One part of the model, all its layers together. `parameters` are those that exist, `active_parameters` those that one token
-    uses, `forward_flops_per_token` twice the multiplications of its matrix products."""
+    uses, `forward_flops_per_token` twice the multiplications of its matrix products, `decode_bytes_per_token` what one token alone
+    reads when decoded behind as many as the sequence has: weights in bf16, one row of the embedding, and the cache in bf16."""
 
     name: str
     parameters: int
     active_parameters: int
     forward_flops_per_token: float
+    decode_bytes_per_token: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,19 @@ def modules(c: ModelConfig, sequence_length: int) -> list[Module]:
         flops = 2.0 * (active + s.embedding) + core
         depth = c.num_nextn_predict_layers
         found.append(Module("MTP layers", depth * total, depth * active, depth * flops))
-    return found
+    return [replace(module, decode_bytes_per_token=_decode_bytes(c, module, sequence_length)) for module in found]
+
+
+def _decode_bytes(c: ModelConfig, module: Module, sequence_length: int) -> float:
+    match module.name:
+        case "embedding":
+            return 2.0 * c.hidden_size
+        case "attention scores and values":
+            return sequence_length * cache_bytes_per_token(c)
+        case "output head":
+            return 2.0 * c.vocab_size * c.hidden_size  # that of the embedding where they are tied
+        case _:
+            return 2.0 * module.active_parameters
 
 
 def training_flops_per_token(c: ModelConfig, sequence_length: int, *, mtp: bool = True) -> float:

@@ -80,9 +80,15 @@ def print_model(name: str, plan: ModelPlan) -> None:
     )
     _table(
         "modules",
-        ("module", "parameters, M", "used by a token, M", "forward, GFLOP per token"),
+        ("module", "parameters, M", "used by a token, M", "forward, GFLOP per token", "decode in bf16, MB read per token"),
         [
-            (m.name, _number(m.parameters / 1e6), _number(m.active_parameters / 1e6), _number(m.forward_flops_per_token / 1e9, 3))
+            (
+                m.name,
+                _number(m.parameters / 1e6),
+                _number(m.active_parameters / 1e6),
+                _number(m.forward_flops_per_token / 1e9, 3),
+                _number(m.decode_bytes_per_token / 1e6),
+            )
             for m in plan.modules
         ],
     )

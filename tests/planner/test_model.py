@@ -35,6 +35,18 @@ def test_v3_by_hand() -> None:
     assert parts["attention scores and values"].forward_flops_per_token == 2 * 61 * 128 * 320 * 2048.5
 
 
+def test_what_a_token_reads_by_module() -> None:
+    """Every weight it uses once, in bf16, but one row of the embedding; and the cache of the tokens before it."""
+    plan = plan_model(V3, 4096)
+    read = {m.name: m.decode_bytes_per_token for m in plan.modules}
+    assert read["embedding"] == 2 * 7168
+    assert read["attention scores and values"] == 4096 * 70_272
+    main = sum(size for name, size in read.items() if name != "MTP layers")
+    assert main == pytest.approx(2 * plan.active_parameters_without_embedding + 4096 * 70_272, rel=1e-3)  # norms are left out
+    tied = {m.name: m for m in plan_model(PRESETS["nano-dense"]().model, 512).modules}
+    assert tied["output head"].decode_bytes_per_token == 2 * tied["embedding"].parameters
+
+
 def test_v3_published_figures() -> None:
     plan = plan_model(V3)
     assert plan.total_parameters == 671_026_419_200

@@ -252,7 +252,14 @@ def test_experts_of_a_dense_model_and_precisions_that_are_missing() -> None:
         plan_train(V3, HARDWARE["a100"], PAPER, frozenset(), tokens=1e12)
     with pytest.raises(InputError, match="no published bf16_tflops"):
         plan_train(
-            tiny_dense().model, HARDWARE["laptop-cpu"], Layout(1), frozenset(), tokens=1e9, precision="bf16", global_batch_size=8
+            tiny_dense().model,
+            HARDWARE["laptop-cpu"],
+            Layout(1),
+            frozenset(),
+            tokens=1e9,
+            precision="bf16",
+            sequence_length=1024,
+            global_batch_size=8,
         )
 
 
