@@ -62,14 +62,14 @@ SMOLLM2 = ModelConfig(
 
 @dataclass(frozen=True)
 class Reading:
-    """A trained model, what it reads, and how: `tokens` of the text in windows of each of `contexts`."""
+    """A trained model and what it reads: `windows` pieces of the text, each as long as the longest of `contexts`."""
 
     name: str
     directory: Path
     remedy: str  # where it is missing
     text: Path
     contexts: tuple[int, ...] = ()  # none: half and all of the model's own
-    tokens: int = 8192
+    windows: int = 2
     prompts: int = 16
     prompt_tokens: int = 64
     new_tokens: int = 64
@@ -91,6 +91,7 @@ QUICKSTART = Reading(
     ROOT / "runs" / "quickstart" / "final",
     "`make quickstart` trains it, `--model DIR` names another",
     default_cache() / "fables-en" / "text.jsonl",
+    windows=32,
 )
 TRAINED_SMOLLM2 = Reading(
     "SmolLM2-135M",
@@ -103,8 +104,8 @@ FULL = Size((QUICKSTART, TRAINED_SMOLLM2), {"V3's attention, 16 heads": V3, "Smo
 QUICK = replace(
     FULL,
     readings=(
-        replace(QUICKSTART, tokens=4096, prompts=4, new_tokens=16),
-        replace(TRAINED_SMOLLM2, contexts=(1024,), tokens=2048, prompts=4, new_tokens=16),
+        replace(QUICKSTART, windows=2, prompts=4, new_tokens=16),
+        replace(TRAINED_SMOLLM2, contexts=(512, 1024), windows=1, prompts=4, new_tokens=16),
     ),
     turns=2,
     step_seconds=0.1,
@@ -151,61 +152,67 @@ def in_words(row: Row) -> str:
 
 
 class Heard(NamedTuple):
-    """What a model made of a text, over one kind of rows."""
+    """What a model made of windows of a text, over one kind of rows."""
 
-    perplexity: float
-    likeliest: Tensor  # int64 [windows, context]
+    losses: Tensor  # float32 [windows, tokens]
+    likeliest: Tensor  # int64, the same
     backend: str
+
+    def perplexity(self, context: int) -> float:
+        return math.exp(float(self.losses[:, :context].double().mean()))
 
 
 def read(reading: Reading) -> Iterator[Row]:
-    """Perplexity in windows of each context and, of the longest, the tokens that come out likeliest; then greedy answers."""
+    """Perplexity up to each context, in windows of the longest, with the share of tokens whose likeliest is the same; then greedy
+    answers."""
     model = load(reading.directory).eval()
     tokenizer = load_tokenizer(reading.directory)
     text = "\n\n".join(document.text for document in documents_from(reading.text))
     longest = model.config.max_position_embeddings
     contexts = reading.contexts or (longest // 2, longest)
-    tokens = max(reading.tokens // max(contexts), 1) * max(contexts)
-    ids = torch.tensor(tokenizer.encode(text[: 8 * tokens])[: tokens + 1])
-    assert len(ids) == tokens + 1, f"{reading.text} holds {len(ids)} tokens of {tokens + 1}"
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    count = reading.windows * max(contexts) + 1
+    ids = torch.tensor(tokenizer.encode(text[: 8 * count])[:count])
+    assert len(ids) == count, f"{reading.text} holds {len(ids)} tokens of {count}"
+    layouts = {None: None} | {format: compressed_rows(model.config, format) for format in FORMATS}
+    heard = {format: hear(model, ids, max(contexts), layout) for format, layout in layouts.items()}
+    plain, weight = heard[None], model.lm_head.weight
     for context in contexts:
-        plain = hear(model, ids, context, None)
         for format in FORMATS:
-            layout = compressed_rows(model.config, format)
-            heard = hear(model, ids, context, layout)
+            layout, coded, expected = layouts[format], heard[format], plain.perplexity(context)
+            assert layout is not None
+            same = coded.likeliest[:, :context] == plain.likeliest[:, :context]
             extra = {
-                "rise_percent": 100 * (heard.perplexity / plain.perplexity - 1),
-                "likeliest_token_equal_share": float((heard.likeliest == plain.likeliest).double().mean()),
-                "tokens": tokens,
-                "context": context,
                 "format": format,
-                "backend": heard.backend,
+                "context": context,
+                "rise_percent": 100 * (coded.perplexity(context) / expected - 1),
+                "likeliest_token_equal_share": float(same.double().mean()),
+                "tokens": same.numel(),
+                "backend": coded.backend,
                 "bytes_per_token_and_layer": layout.row_bytes,
-                "plain_bytes_per_token_and_layer": model.config.cache_row_width * model.lm_head.weight.element_size(),
+                "plain_bytes_per_token_and_layer": model.config.cache_row_width * weight.element_size(),
             }
             yield Row(
-                f"{reading.name}: perplexity at {context:,} tokens, {format}", "perplexity", heard.perplexity,
-                peer=f"{PLAIN}, {dtype}", peer_value=plain.perplexity, target=1 / (1 + MOST_RISE), extra=extra,
+                f"{reading.name}: perplexity up to {context:,} tokens, {format}", "perplexity", coded.perplexity(context),
+                peer=f"{PLAIN}, {str(weight.dtype).removeprefix('torch.')}", peer_value=expected, target=1 / (1 + MOST_RISE),
+                extra=extra,
             )  # fmt: skip
     yield from answer_rows(reading, model, ids)
 
 
-def hear(model: Transformer, ids: Tensor, context: int, layout: CompressedRows | None) -> Heard:
-    """The perplexity of ids[1:], cut into windows of `context`, each over an empty cache of `layout`'s rows."""
-    table = list(range(-(-context // BLOCK)))
-    step = min(STEP, context)
-    runner = Runner(model, len(table), BLOCK, max_model_len=context, max_rows=step, max_head_rows=step, layout=layout)
-    assert layout is None or runner.cache.dtype == torch.uint8
-    inputs, targets = ids[:-1].view(-1, context), ids[1:].view(-1, context)
-    loss, likeliest = 0.0, torch.empty_like(inputs)
+def hear(model: Transformer, ids: Tensor, length: int, layout: CompressedRows | None) -> Heard:
+    """How well each of ids[1:] is foretold, in windows of `length` tokens, each over an empty cache of `layout`'s rows."""
+    table, step = list(range(-(-length // BLOCK))), min(STEP, length)
+    runner = Runner(model, len(table), BLOCK, max_model_len=length, max_rows=step, max_head_rows=step, layout=layout)
+    assert runner.cache.dtype == (model.lm_head.weight.dtype if layout is None else torch.uint8)
+    inputs, targets = ids[:-1].view(-1, length), ids[1:].view(-1, length)
+    losses, likeliest = torch.empty(inputs.shape), torch.empty_like(inputs)
     for number, window in enumerate(inputs.tolist()):
-        for start in range(0, context, step):
-            end = min(start + step, context)
-            logits = runner.forward([Chunk(window[start:end], start, table)], [end - start]).logits.float()
-            loss += float(torch.nn.functional.cross_entropy(logits, targets[number, start:end], reduction="sum"))
-            likeliest[number, start:end] = logits.argmax(-1)
-    return Heard(math.exp(loss / targets.numel()), likeliest, runner.backend)
+        for start in range(0, length, step):
+            part = slice(start, min(start + step, length))
+            logits = runner.forward([Chunk(window[part], start, table)], [part.stop - start]).logits.float()
+            losses[number, part] = torch.nn.functional.cross_entropy(logits, targets[number, part], reduction="none")
+            likeliest[number, part] = logits.argmax(-1)
+    return Heard(losses, likeliest, runner.backend)
 
 
 def answer_rows(reading: Reading, model: Transformer, ids: Tensor) -> Iterator[Row]:

@@ -93,7 +93,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype="float32",
     )
     read = cache.Reading(
-        "toy", engine_size.mtp.directory, "", write_story(out), (8, 24), 48, prompts=2, prompt_tokens=4, new_tokens=3
+        "toy", engine_size.mtp.directory, "", write_story(out), (8, 24), windows=2, prompts=2, prompt_tokens=4, new_tokens=3
     )
     cached = cache.Size((read,), {"toy": replace(SMALL, kv_lora_rank=64)}, cached=40, turns=1, step_seconds=0.001)
     sizes = {**TOY, "cache": cached, "engine": engine_size, "serve": served, "grpo": grpo_size}
@@ -161,7 +161,7 @@ def test_every_target_of_the_project_has_a_row(results: Path):
     speculation_of = {"greedy, 1 draft by MTP", "temperature 0.6, 1 draft by MTP"}
     expected |= {(name, "no drafts"): 1.25 for name in speculation_of}
     expected |= {(f"{name}: acceptance", None): 0.7 for name in speculation_of}
-    perplexities = {f"toy: perplexity at {context} tokens, {format}" for context in (8, 24) for format in ("int8", "fp8")}
+    perplexities = {f"toy: perplexity up to {context} tokens, {format}" for context in (8, 24) for format in ("int8", "fp8")}
     expected |= {(name, "plain rows, float32"): 1 / 1.005 for name in perplexities}
     expected |= {("GRPO step, maths: share without waiting for rewards", None): 0.95}
     if grpo.isolation_is_there():

@@ -61,11 +61,16 @@ static void NAME(decode_rows)(const NAME(cache) * c, const uint8_t *row, int64_t
         NAME(decode_tile)(row + column, scale, end - column, E4M3, to + column - columns.first);
       column = end;
     }
-    for (; column < columns.end; column += LANES) {
-      int64_t left = columns.end - column;
-      uint16_t part[LANES];
-      memcpy(part, kept + (column - l.coded) * sizeof *part, least(LANES, left) * sizeof *part);
-      STORE_PART(to + column - columns.first, load_part_bfloat16(part, left), left);
+    if (column >= columns.end) continue;
+    kept += (column - l.coded) * sizeof(uint16_t);
+#if BF16
+    memcpy(to + column - columns.first, kept, (columns.end - column) * sizeof *to);
+#else
+    for (; column < columns.end; column++, kept += sizeof(uint16_t)) {
+      uint16_t value;
+      memcpy(&value, kept, sizeof value);
+      to[column - columns.first] = float_of_bfloat16(value);
     }
+#endif
   }
 }
