@@ -70,7 +70,7 @@ class Runner:
         """How many tokens each expert of the main model has had; no rows without `record_experts`."""
         self._rotary = Rotary(*rotary_table(c, torch.arange(max_model_len, device=weight.device)))
         self._native: NativeDecoder | None = None
-        library = _choose(backend, model, layout)
+        library = choose_kernels(backend, weight.device, weight.dtype, "auto" if layout is None else layout.format)
         if library is not None:
             table_width = -(-max_model_len // block_size)
             self._native = NativeDecoder(
@@ -219,16 +219,15 @@ def _in_order(chunks: Sequence[Chunk], wanted: Sequence[int], numbers: list[int]
     return Forward(hidden, first_rows, logits)
 
 
-def _choose(backend: Backend, model: Transformer, layout: CompressedRows | None) -> Kernels | None:
+def choose_kernels(backend: Backend, device: torch.device, dtype: torch.dtype, kv_cache_dtype: str) -> Kernels | None:
     """The native kernels if they are to be used; InputError if they were asked for and cannot be."""
-    weight = model.lm_head.weight
     reason = None
-    if weight.device.type != "cpu":
-        reason = f"the model is on {weight.device}"
-    elif weight.dtype not in DTYPES:
-        reason = f"the weights are {weight.dtype}"
-    elif layout is not None:
-        reason = f"the cache is compressed to {layout.format}"
+    if device.type != "cpu":
+        reason = f"the model is on {device}"
+    elif dtype not in DTYPES:
+        reason = f"the weights are {dtype}"
+    elif kv_cache_dtype != "auto":
+        reason = f"the cache is compressed to {kv_cache_dtype}"
     elif backend == "torch":
         return None
     else:

@@ -32,6 +32,7 @@ SOURCES = (
     "kernels.c",
     "vectors.h",
     "product.h",
+    "packed.h",
     "operations.h",
     "attention.h",
     "grouped_query.h",

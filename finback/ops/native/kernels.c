@@ -224,6 +224,7 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
 #define BF16 0
 #define NAME(name) name##_float32
 #include "product.h"
+#include "packed.h"
 #include "operations.h"
 #include "attention.h"
 #include "grouped_query.h"
@@ -234,6 +235,7 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
 #define BF16 1
 #define NAME(name) name##_bfloat16
 #include "product.h"
+#include "packed.h"
 #include "operations.h"
 #include "attention.h"
 #include "grouped_query.h"
