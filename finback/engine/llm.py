@@ -93,8 +93,8 @@ class LLM:
     as many as fit into a quarter of the free memory. `kv_cache_dtype` "int8" or "fp8" stores 8-bit codes with a scale for each tile of
     a token's values, MLA's rotated keys in bfloat16; torch computes then, for the native kernels read plain rows. Where those run, the
     weights of a GPTQ directory stay packed in memory, and `head_bits` 8 or 4 lets logits come from a copy of the head that is rounded
-    to so many bits, with a scale for every 64 inputs or fewer. With `return_experts` finished answers tell the experts that their tokens went to, those of cached prompts, too. Raises InputError for a
-    directory or a number that cannot be used.
+    to so many bits, with a scale for every 64 inputs or fewer. With `return_experts` finished answers tell the experts that their
+    tokens went to, those of cached prompts, too. Raises InputError for a directory or a number that cannot be used.
     """
 
     def __init__(

@@ -42,30 +42,11 @@ class PackedWeight:
 def pack_weight(values: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> PackedWeight:
     """Integers [N, D] below 2 ** bits, float16 scales and integer zero points [N, G], with D / G inputs to a group -> packed."""
     rows, width = values.shape
-    per_line, groups = 32 // bits, scales.shape[1]
-    assert bits in BITS
-    assert scales.dtype == torch.float16
-    assert width % groups == 0
-    assert width // groups % per_line == 0, f"groups of {width // groups} inputs, {per_line} to a line"
-    blocks = -(-rows // BLOCK_ROWS)
-
-    def blocked(tensor: Tensor) -> Tensor:
-        """[N, n] -> [blocks, n, 16], zeros after the last row."""
-        padded = torch.nn.functional.pad(tensor, (0, 0, 0, blocks * BLOCK_ROWS - rows))
-        return padded.view(blocks, BLOCK_ROWS, -1).transpose(1, 2)
-
-    inputs = blocked(values.to(torch.int64)).reshape(blocks, -1, per_line, BLOCK_ROWS)
-    words = sum(inputs[:, :, i] << _place(i, bits) for i in range(per_line))
-    assert isinstance(words, Tensor)
-    words -= (words >> 31) << 32  # the upper half of uint32 are the negative int32
-    shifts = blocked((1 << (bits - 1)) - zeros).to(torch.float16) if (zeros != 1 << (bits - 1)).any() else None
-    return PackedWeight(
-        words.to(torch.int32).contiguous(),
-        blocked(scales).contiguous(),
-        None if shifts is None else shifts.contiguous(),
-        (rows, width),
-        bits,
-    )
+    lines = values.to(torch.int32).view(rows, -1, 32 // bits)
+    words = torch.zeros(lines.shape[:2], dtype=torch.int32)
+    for i in range(32 // bits):
+        words |= lines[..., i] << _place(i, bits)
+    return _packed(words.T, scales.T, zeros.T, (rows, width), bits)
 
 
 def pack_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bits: int) -> PackedWeight | None:
@@ -77,8 +58,28 @@ def pack_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, bi
         return None
     if not torch.equal(g_idx.long(), torch.arange(width) // (width // groups)) or not torch.equal(halves.float(), scales.float()):
         return None
-    zeros = (unpack_bits(qzeros.T, bits).T + 1) & ((1 << bits) - 1)
-    return pack_weight(unpack_bits(qweight, bits).T, halves.T, zeros.T, bits)
+    mask = (1 << bits) - 1
+    words = torch.zeros_like(qweight)  # a word holds the inputs of one line there, too, in another order
+    for i in range(32 // bits):
+        words |= (qweight >> (bits * i) & mask) << _place(i, bits)
+    zeros = (unpack_bits(qzeros.T, bits).T + 1) & mask
+    return _packed(words, halves, zeros, (qweight.shape[1], width), bits)
+
+
+def _packed(words: Tensor, scales: Tensor, zeros: Tensor, shape: tuple[int, int], bits: int) -> PackedWeight:
+    """Words [L, N], scales and zero points [G, N], cut into blocks of rows."""
+    assert bits in BITS
+    assert scales.dtype == torch.float16
+    assert len(words) % len(scales) == 0, f"{len(words)} lines in {len(scales)} groups"
+    middle = 1 << (bits - 1)
+
+    def blocked(tensor: Tensor) -> Tensor:
+        """[n, N] -> [blocks, n, 16], zeros after the last row."""
+        padded = torch.nn.functional.pad(tensor, (0, -tensor.shape[1] % BLOCK_ROWS))
+        return padded.view(len(tensor), -1, BLOCK_ROWS).transpose(0, 1).contiguous()
+
+    shifts = blocked(middle - zeros).to(torch.float16) if (zeros != middle).any() else None
+    return PackedWeight(blocked(words), blocked(scales), shifts, shape, bits)
 
 
 def stack_packed(weights: list[PackedWeight]) -> PackedWeight | None:
