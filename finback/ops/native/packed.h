@@ -30,6 +30,17 @@ INLINE vector load_float16(const uint16_t *from) {
 }
 #endif
 
+#if PAIR == 2
+// Bytes j and j + 2 of each word, less 128, as a pair of bfloat16: dearer than the tables, and it halves the products.
+INLINE __m512i NAME(pair_of_bytes)(__m512i codes, int j) {
+  __m512i centred = _mm512_xor_si512(codes, _mm512_set1_epi8((char)0x80));
+  __m512i lower = _mm512_srai_epi32(_mm512_slli_epi32(centred, 24 - 8 * j), 24);
+  __m512i upper = _mm512_srai_epi32(j ? centred : _mm512_slli_epi32(centred, 8), 24);
+  __m512i low_float = (__m512i)_mm512_cvtepi32_ps(lower), high_float = (__m512i)_mm512_cvtepi32_ps(upper);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low_float, 16), high_float);
+}
+#endif
+
 enum {
   NAME(AT_ONCE) = 8,         // most tokens that share what was unpacked
   NAME(LINES_AHEAD) = 128,   // of codes, which prefetching is ahead by
@@ -41,6 +52,9 @@ enum {
 INLINE void NAME(packed_block)(const NAME(matrix) * weight, int64_t block, int64_t inputs, const NAME(packed) * const *x, int bits,
                                int shifted, int tokens, float *const *out) {
   const int in_line = 32 / bits, chains = PAIR == 2 && tokens <= 2 ? 4 / tokens : 1;
+#if PAIR == 2
+  const int products = bits == 8 && tokens >= 4 ? 2 : 4;  // of a line with each token
+#endif
   const int64_t lines = weight->group / in_line, groups = inputs / weight->group;
   const uint32_t *line = weight->codes + block * groups * lines * BLOCK;
   const uint16_t *scales = weight->scales + block * groups * BLOCK, *shifts = weight->shifts + block * groups * BLOCK;
@@ -60,14 +74,20 @@ INLINE void NAME(packed_block)(const NAME(matrix) * weight, int64_t block, int64
       __builtin_prefetch(line + NAME(LINES_AHEAD) * BLOCK);
 #if PAIR == 2
       __m512i codes = _mm512_loadu_si512(line);
-      UNROLL(4) for (int j = 0; j < 4; j++) {
-        __m512i shifted_codes = j ? _mm512_srli_epi16(codes, 4 * j) : codes;
-        __m512i w = _mm512_permutexvar_epi16(shifted_codes, bits == 4 || j % 2 == 0 ? low_table : high_table);
-        int64_t at = k + (bits == 4 ? 2 * j : j / 2 * 2);
+      UNROLL(4) for (int j = 0; j < products; j++) {
+        __m512i w;
+        if (products == 2) {
+          w = NAME(pair_of_bytes)(codes, j);
+        } else {
+          __m512i places = j ? _mm512_srli_epi16(codes, 4 * j) : codes;
+          w = _mm512_permutexvar_epi16(places, bits == 4 || j % 2 == 0 ? low_table : high_table);
+        }
+        int first = bits == 4 || products == 2 || j % 2 == 0;  // of the products with these activations
+        int64_t at = k + (bits == 4 || products == 2 ? 2 * j : j / 2 * 2);
         UNROLL(8) for (int t = 0; t < tokens; t++) {
           __m512i values = NAME(broadcast)(x[t] + at);
           sum[t][j % chains] = MULTIPLY_ADD(sum[t][j % chains], w, values);
-          if (shifted && (bits == 4 || j % 2 == 0)) plain_sum[t] = MULTIPLY_ADD(plain_sum[t], ones, values);
+          if (shifted && first) plain_sum[t] = MULTIPLY_ADD(plain_sum[t], ones, values);
         }
       }
 #else
