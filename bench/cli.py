@@ -9,19 +9,20 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from bench import ceilings, checkpoint, decode, engine, grpo, serve, tiny, train
+from bench import ceilings, checkpoint, decode, engine, grpo, quant, serve, tiny, train
 from bench.machine import ROOT, describe_device, read_commit, read_load
 from bench.peers import peer_versions
 from bench.results import Row, print_table, write_result
 
-Name = Literal["ceilings", "train", "tiny", "decode", "engine", "serve", "checkpoint", "grpo"]
-NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "engine", "serve", "checkpoint", "grpo")
+Name = Literal["ceilings", "train", "tiny", "decode", "engine", "quant", "serve", "checkpoint", "grpo"]
+NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "engine", "quant", "serve", "checkpoint", "grpo")
 TITLES = {
     "ceilings": "Ceilings of this machine",
     "train": "Training beside transformers",
     "tiny": "Training the preset tiny",
     "decode": "Generation beside transformers",
     "engine": "The engine beside llama.cpp and transformers",
+    "quant": "Packed weights beside llama.cpp's Q4_0",
     "serve": "The service beside llama-server and the bare engine",
     "checkpoint": "Checkpoints beside safetensors",
     "grpo": "A GRPO step beside TRL",
@@ -33,6 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "tiny": tiny.FULL,
         "decode": decode.FULL,
         "engine": engine.FULL,
+        "quant": quant.FULL,
         "serve": serve.FULL,
         "checkpoint": checkpoint.FULL,
         "grpo": grpo.FULL,
@@ -43,6 +45,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "tiny": tiny.QUICK,
         "decode": decode.QUICK,
         "engine": engine.QUICK,
+        "quant": quant.QUICK,
         "serve": serve.QUICK,
         "checkpoint": checkpoint.QUICK,
         "grpo": grpo.QUICK,
@@ -63,12 +66,12 @@ def main(
         names: Which benchmarks; none given: all.
         quick: Fewer repetitions: enough to see that it works, too few for a claim.
         out: Directory of the JSON files.
-        llama_bin: Directory of llama.cpp's programs, for `engine` and `serve`; the PATH if not given.
+        llama_bin: Directory of llama.cpp's programs, for `engine`, `quant` and `serve`; the PATH if not given.
         mtp_directory: A trained model with an MTP module, for `engine`; runs/quickstart/base if not given.
     """
     sizes = dict(SIZES["quick" if quick else "full"])
     if llama_bin is not None:
-        sizes |= {name: replace(sizes[name], llama_bin=llama_bin) for name in ("engine", "serve")}
+        sizes |= {name: replace(sizes[name], llama_bin=llama_bin) for name in ("engine", "quant", "serve")}
     if mtp_directory is not None:
         sizes["engine"] = replace(sizes["engine"], mtp=replace(sizes["engine"].mtp, directory=mtp_directory))
     run(names or NAMES, sizes, out, quick=quick)
@@ -108,6 +111,8 @@ def run(names: tuple[Name, ...], sizes: dict[str, Any], out: Path, *, quick: boo
                 rows, notes = decode.run(sizes[name], measured)
             case "engine":
                 rows, notes = engine.run(sizes[name], measured)
+            case "quant":
+                rows, notes = quant.run(sizes[name], measured)
             case "serve":
                 rows, notes = serve.run(sizes[name])
             case "checkpoint":

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import ceilings, checkpoint, cli, decode, engine, grpo, llama, report, serve, speculation, tiny, train
+from bench import ceilings, checkpoint, cli, decode, engine, grpo, llama, quant, report, serve, speculation, tiny, train
 from bench.contest import Turn, alternate, in_a_fresh_process, summarize
 from bench.machine import describe_device, peak_memory_bytes, read_commit
 from bench.peers import COMPARED, SETTINGS, our_model, their_model
@@ -91,7 +91,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         turns=1,
         dtype="float32",
     )
-    sizes = {**TOY, "engine": engine_size, "serve": served, "grpo": grpo_size}
+    packable = replace(LLAMA, hidden_size=64, intermediate_size=96, rope_scaling=None, tie_word_embeddings=True)
+    save(build(packable), out / "packable")
+    loops = llama.Size(types=("Q4_0",), batches=(1, 3), prompt=4, new_tokens=4, turns=1)
+    quant_size = quant.Size(out / "packable", out, group_size=32, decode=loops, separate=False)
+    sizes = {**TOY, "engine": engine_size, "quant": quant_size, "serve": served, "grpo": grpo_size}
     cli.run(cli.NAMES, sizes, out, quick=True)
     return out
 
@@ -150,6 +154,7 @@ def test_every_target_of_the_project_has_a_row(results: Path):
     speculation_of = {"greedy, 1 draft by MTP", "temperature 0.6, 1 draft by MTP"}
     expected |= {(name, "no drafts"): 1.25 for name in speculation_of}
     expected |= {(f"{name}: acceptance", None): 0.7 for name in speculation_of}
+    expected |= {("decode, 1 sequence: share of the bandwidth floor", None): 0.6}
     expected |= {("GRPO step, maths: share without waiting for rewards", None): 0.95}
     if grpo.isolation_is_there():
         expected |= {("GRPO step, code in the sandbox: share without waiting for rewards", None): 0.95}
