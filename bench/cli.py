@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from bench import cache, ceilings, checkpoint, decode, engine, grpo, serve, small, tiny, train
+from bench import cache, ceilings, checkpoint, decode, engine, grpo, quant, serve, small, tiny, train
 from bench.machine import ROOT, describe_device, read_commit, read_load
 from bench.peers import peer_versions
 from bench.results import Row, print_table, write_result
 
-Name = Literal["ceilings", "train", "tiny", "decode", "cache", "engine", "serve", "checkpoint", "grpo"]
-NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "cache", "engine", "serve", "checkpoint", "grpo")
+Name = Literal["ceilings", "train", "tiny", "decode", "cache", "engine", "quant", "serve", "checkpoint", "grpo"]
+NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "cache", "engine", "quant", "serve", "checkpoint", "grpo")
 TITLES = {
     "ceilings": "Ceilings of this machine",
     "train": "Training beside transformers",
@@ -23,6 +23,7 @@ TITLES = {
     "decode": "Generation beside transformers",
     "cache": "The compressed cache beside the plain one",
     "engine": "The engine beside llama.cpp and transformers",
+    "quant": "Packed weights beside llama.cpp's Q4_0",
     "serve": "The service beside llama-server and the bare engine",
     "checkpoint": "Checkpoints beside safetensors",
     "grpo": "A GRPO step beside TRL",
@@ -36,6 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "decode": decode.FULL,
         "cache": cache.FULL,
         "engine": engine.FULL,
+        "quant": quant.FULL,
         "serve": serve.FULL,
         "checkpoint": checkpoint.FULL,
         "grpo": grpo.FULL,
@@ -48,6 +50,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "decode": decode.QUICK,
         "cache": cache.QUICK,
         "engine": engine.QUICK,
+        "quant": quant.QUICK,
         "serve": serve.QUICK,
         "checkpoint": checkpoint.QUICK,
         "grpo": grpo.QUICK,
@@ -69,13 +72,13 @@ def main(
         names: Which benchmarks; none given: all.
         quick: Fewer repetitions: enough to see that it works, too few for a claim.
         out: Directory of the JSON files.
-        llama_bin: Directory of llama.cpp's programs, for `engine` and `serve`; the PATH if not given.
+        llama_bin: Directory of llama.cpp's programs, for `engine`, `quant` and `serve`; the PATH if not given.
         mtp_directory: A trained model with an MTP module, for `engine`; runs/quickstart/base if not given.
         model: A trained model, for `cache`; runs/quickstart/final if not given.
     """
     sizes = dict(SIZES["quick" if quick else "full"])
     if llama_bin is not None:
-        sizes |= {name: replace(sizes[name], llama_bin=llama_bin) for name in ("engine", "serve")}
+        sizes |= {name: replace(sizes[name], llama_bin=llama_bin) for name in ("engine", "quant", "serve")}
     if mtp_directory is not None:
         sizes["engine"] = replace(sizes["engine"], mtp=replace(sizes["engine"].mtp, directory=mtp_directory))
     if model is not None:
@@ -120,6 +123,8 @@ def run(names: tuple[Name, ...], sizes: dict[str, Any], out: Path, *, quick: boo
                 rows, notes = cache.run(sizes[name])
             case "engine":
                 rows, notes = engine.run(sizes[name], measured)
+            case "quant":
+                rows, notes = quant.run(sizes[name], measured)
             case "serve":
                 rows, notes = serve.run(sizes[name])
             case "checkpoint":

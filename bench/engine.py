@@ -90,9 +90,9 @@ def decode_part(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str]]:
     return rows, [*notes, *_decode_notes(size)]
 
 
-def build_engine(directory: Path, size: llama.Size) -> Callable[[int], Speed]:
+def build_engine(directory: Path, size: llama.Size, head_bits: int | None = None) -> Callable[[int], Speed]:
     """The engine's whole loop from `batch` random prompts in bf16: it samples, greedily, and makes text."""
-    llm = LLM(directory, dtype=torch.bfloat16, max_num_seqs=max(size.batches))
+    llm = LLM(directory, dtype=torch.bfloat16, max_num_seqs=max(size.batches), head_bits=head_bits)
     generator = torch.Generator().manual_seed(2)
 
     def turn(batch: int, new_tokens: int = size.new_tokens) -> Speed:

@@ -28,7 +28,7 @@ from finback.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarMatc
 from finback.engine.grammar_config import Grammar
 from finback.engine.output import EngineStats, Increment, RequestOutput
 from finback.engine.request import FinishReason, Request
-from finback.engine.runner import Backend, Forward, Runner
+from finback.engine.runner import Backend, Forward, Runner, choose_kernels
 from finback.engine.sampler import NO_TOKEN, SamplingRows, SamplingState, TokenLogprobs, accept, sample
 from finback.engine.scheduler import ScheduledSequence, Scheduler, SchedulerStats
 from finback.engine.stops import StopStrings
@@ -36,6 +36,7 @@ from finback.model.checkpoint import load
 from finback.model.transformer import Transformer
 from finback.ops.compressed import CodeFormat, compressed_rows
 from finback.ops.memory import available_memory
+from finback.ops.packed import BITS, PackedWeight, round_to_packed
 
 CACHE_SHARE = 0.25  # of the memory that is free, at most, unless num_blocks says otherwise
 
@@ -90,8 +91,10 @@ class LLM:
     `num_speculative_tokens` drafts that many tokens with the MTP module and verifies them in one pass; which tokens come out does not
     depend on it. `num_blocks` of `block_size` tokens bound the cache; by default they hold `max_num_seqs` requests of full length, or
     as many as fit into a quarter of the free memory. `kv_cache_dtype` "int8" or "fp8" stores 8-bit codes with a scale for each tile of
-    a token's values, MLA's rotated keys in bfloat16. With `return_experts` finished answers tell the experts that their tokens went
-    to, those of cached prompts, too. Raises InputError for a directory or a number that cannot be used.
+    a token's values, MLA's rotated keys in bfloat16. Where the native kernels run, the
+    weights of a GPTQ directory stay packed in memory, and `head_bits` 8 or 4 lets logits come from a copy of the head that is rounded
+    to so many bits, with a scale for every 64 inputs or fewer. With `return_experts` finished answers tell the experts that their
+    tokens went to, those of cached prompts, too. Raises InputError for a directory or a number that cannot be used.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class LLM:
         enable_prefix_caching: bool = True,
         num_speculative_tokens: int = 0,
         kv_cache_dtype: str = "auto",
+        head_bits: int | None = None,
         backend: Backend = "auto",
         return_experts: bool = False,
     ) -> None:
@@ -120,7 +124,9 @@ class LLM:
             tokenizer = load_tokenizer(os.path.expanduser(tokenizer))
         if directory is not None:
             directory, device = Path(os.path.expanduser(directory)), _usable(device)
-            model = load(directory, dtype=_dtype(directory, dtype, device), device=device)
+            dtype = _dtype(directory, dtype, device)
+            packed = choose_kernels(backend, device, dtype) is not None
+            model = load(directory, dtype=dtype, device=device, packed=packed)
             if tokenizer is None and (directory / "tokenizer.json").is_file():
                 tokenizer = load_tokenizer(directory)
             end_token_ids.update(_generation_end(directory))
@@ -147,6 +153,12 @@ class LLM:
             raise InputError(
                 f"num_speculative_tokens is {num_speculative_tokens}, but this model has no MTP module to draft with; use 0"
             )
+        if head_bits is not None and (head_bits not in BITS or not is_integer(head_bits)):
+            raise InputError(f"head_bits is {head_bits!r}, it must be 8, 4, or None for the head as it is")
+        if head_bits is not None and directory is None:
+            raise InputError(
+                f"head_bits is {head_bits}, but the weights are those of model=...; give a directory, or leave it out"
+            )
         if return_experts and not config.num_moe_layers:
             raise InputError("return_experts is True, but this model has no routed experts; leave it out")
         self.num_speculative_tokens = num_speculative_tokens
@@ -171,6 +183,10 @@ class LLM:
             record_experts=return_experts,
             layout=self._layout,
         )
+        if head_bits is not None:
+            if self._runner.backend != "native":
+                raise InputError(f"head_bits is {head_bits}, but only the native kernels multiply packed weights; leave it out")
+            model.lm_head.packed = _rounded_head(model.lm_head.weight, head_bits)
         self._answers: dict[int, _Answer] = {}
         self._mailboxes: dict[int, deque[Increment]] = {}  # of requests of streams and of `generate`
         self._mailbox: deque[Increment] = deque()  # of all others: for `step`
@@ -180,8 +196,9 @@ class LLM:
         self._next_id = 0
         self.stats = EngineStats()
         logger.info(
-            "engine: %s back-end, %d cache blocks of %d tokens, %d bytes per token and layer",
-            self._runner.backend, num_blocks, block_size, self.cache_bytes_per_token,
+            "engine: %s back-end, %.1f MB of weights%s, %d cache blocks of %d tokens, %d bytes per token and layer",
+            self._runner.backend, model.weight_bytes / 1e6, " (packed)" if model.is_packed else "",
+            num_blocks, block_size, self.cache_bytes_per_token,
         )  # fmt: skip
 
     def generate(
@@ -580,6 +597,15 @@ def _dtype(directory: str | Path, dtype: torch.dtype | Literal["auto"], device: 
         return dtype
     stored: torch.dtype = getattr(torch, ModelConfig.from_hf(directory).torch_dtype)
     return torch.float32 if stored == torch.float16 and device.type == "cpu" else stored
+
+
+def _rounded_head(weight: Tensor, bits: int) -> PackedWeight:
+    """A copy of the head [vocab, D] in few bits, in the largest groups of at most 64 inputs that divide D and fill whole words."""
+    width, in_word = weight.shape[1], 32 // bits
+    groups = [size for size in range(in_word, 65, in_word) if width % size == 0]
+    if not groups:
+        raise InputError(f"head_bits is {bits}, but the width {width} of the head is no multiple of {in_word}; leave it out")
+    return round_to_packed(weight.detach(), bits, groups[-1])
 
 
 def _generation_end(directory: Path) -> list[int]:

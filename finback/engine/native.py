@@ -18,7 +18,7 @@ from finback.model.layers import MLP, Linear, RMSNorm
 from finback.model.mla import LATENT_NORM_EPS, MLA, Rotary
 from finback.model.transformer import Block, Transformer
 from finback.ops.compressed import CompressedRows
-from finback.ops.native.arguments import CachedRows, Choice, Norm, Projected, RotaryTable, Routing, Weights
+from finback.ops.native.arguments import CachedRows, Choice, Matrix, Norm, Projected, RotaryTable, Routing, Weights
 from finback.ops.native.calls import Call, Kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 class NativeDecoder:
     """Rows of tokens through the model, and through its MTP module. Weights are used where they lie: changed in place (by a training
-    step, say), they count from the next step on."""
+    step, say), they count from the next step on. Packed ones are multiplied with as they are."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class NativeDecoder:
 
     def _prepare_head(self, rows: int) -> Step:
         buffers = self._scratch.first(rows)
-        return Step(self._kernels.linear(buffers.head, [self._model.lm_head.weight.data], [buffers.logits]), buffers.logits)
+        return Step(self._kernels.linear(buffers.head, [_matrix(self._model.lm_head)], [buffers.logits]), buffers.logits)
 
     def _prepare_draft(self, rows: int) -> Step:
         model, buffers = self._model, self._scratch.first(rows)
@@ -137,7 +137,7 @@ class NativeDecoder:
             self._kernels.rms_norm(embedded, _norm(module.enorm), embedded),
             self._kernels.rms_norm(buffers.previous, _norm(module.hnorm), buffers.previous),
         ]
-        calls = [self._kernels.linear(joined, [module.eh_proj.weight.data], [buffers.x])]
+        calls = [self._kernels.linear(joined, [_matrix(module.eh_proj)], [buffers.x])]
         calls += self._block(module, self._cache[-1], buffers, buffers.indices)
         calls.append(self._kernels.rms_norm(buffers.x, _norm(module.shared_head.norm), buffers.hidden))
         normalise, rest = self._kernels.program(norms), self._kernels.program(calls)
@@ -158,21 +158,21 @@ class NativeDecoder:
         else:
             calls = self._grouped_query_attention(attention, cache, buffers, _norm(block.input_layernorm))
         output = attention.o_proj
-        calls.append(self._kernels.linear(buffers.heads, [output.weight.data], [x], residual=x, biases=[_bias(output)]))
+        calls.append(self._kernels.linear(buffers.heads, [_matrix(output)], [x], residual=x, biases=[_bias(output)]))
         return [*calls, self._feed_forward(block, buffers, indices)]
 
     def _latent_attention(self, attention: MLA, cache: Tensor, buffers: "_Scratch", norm: Norm) -> list[Call]:
         """From the residual stream to buffers.heads, the new rows cached on the way."""
         a, rows = attention, len(buffers.x)
-        compressed = a.kv_a_proj_with_mqa.weight.data
+        compressed = _matrix(a.kv_a_proj_with_mqa)
         if a.q_proj is not None:
             outputs = [buffers.query, buffers.compressed]
-            calls = [self._kernels.linear(buffers.x, [a.q_proj.weight.data, compressed], outputs, norm)]
+            calls = [self._kernels.linear(buffers.x, [_matrix(a.q_proj), compressed], outputs, norm)]
         else:
             outputs = [buffers.compressed_query, buffers.compressed]
-            calls = [self._kernels.linear(buffers.x, [a.q_a_proj.weight.data, compressed], outputs, norm)]
+            calls = [self._kernels.linear(buffers.x, [_matrix(a.q_a_proj), compressed], outputs, norm)]
             query_norm = _norm(a.q_a_layernorm)
-            calls.append(self._kernels.linear(buffers.compressed_query, [a.q_b_proj.weight.data], [buffers.query], query_norm))
+            calls.append(self._kernels.linear(buffers.compressed_query, [_matrix(a.q_b_proj)], [buffers.query], query_norm))
         projected = Projected(
             buffers.compressed,
             Norm(a.kv_a_layernorm.weight.data, LATENT_NORM_EPS),
@@ -190,7 +190,7 @@ class NativeDecoder:
         a, rows = attention, len(buffers.x)
         projections = (a.q_proj, a.k_proj, a.v_proj)
         outputs = [buffers.query, buffers.key, buffers.value]
-        weights, biases = [layer.weight.data for layer in projections], [_bias(layer) for layer in projections]
+        weights, biases = [_matrix(layer) for layer in projections], [_bias(layer) for layer in projections]
         cached = CachedRows(cache, self._positions[:rows], self._tables[:rows], self._layout)
         query_norm, key_norm = (None if layer is None else _norm(layer) for layer in (a.q_norm, a.k_norm))
         attend = self._kernels.grouped_query_attention(
@@ -221,7 +221,7 @@ class NativeDecoder:
             residual=x,
             routing=routing,
             choice=Choice(indices, buffers.values),
-            experts=Weights(experts.gate_proj.data, experts.up_proj.data, experts.down_proj.data),
+            experts=Weights(*experts.packed or (experts.gate_proj.data, experts.up_proj.data, experts.down_proj.data)),
             shared=_weights(mlp.shared_experts),
         )
 
@@ -279,9 +279,14 @@ def _norm(layer: RMSNorm) -> Norm:
     return Norm(layer.weight.data, layer.eps)
 
 
+def _matrix(layer: Linear) -> Matrix:
+    """What W is multiplied from: itself, or packed."""
+    return layer.weight.data if layer.packed is None else layer.packed
+
+
 def _bias(layer: Linear) -> Tensor | None:
     return None if layer.bias is None else layer.bias.data
 
 
 def _weights(mlp: MLP) -> Weights:
-    return Weights(mlp.gate_proj.weight.data, mlp.up_proj.weight.data, mlp.down_proj.weight.data)
+    return Weights(_matrix(mlp.gate_proj), _matrix(mlp.up_proj), _matrix(mlp.down_proj))

@@ -70,7 +70,7 @@ class Runner:
         """How many tokens each expert of the main model has had; no rows without `record_experts`."""
         self._rotary = Rotary(*rotary_table(c, torch.arange(max_model_len, device=weight.device)))
         self._native: NativeDecoder | None = None
-        library = _choose(backend, model)
+        library = choose_kernels(backend, weight.device, weight.dtype)
         if library is not None:
             table_width = -(-max_model_len // block_size)
             self._native = NativeDecoder(
@@ -219,14 +219,13 @@ def _in_order(chunks: Sequence[Chunk], wanted: Sequence[int], numbers: list[int]
     return Forward(hidden, first_rows, logits)
 
 
-def _choose(backend: Backend, model: Transformer) -> Kernels | None:
+def choose_kernels(backend: Backend, device: torch.device, dtype: torch.dtype) -> Kernels | None:
     """The native kernels if they are to be used; InputError if they were asked for and cannot be."""
-    weight = model.lm_head.weight
     reason = None
-    if weight.device.type != "cpu":
-        reason = f"the model is on {weight.device}"
-    elif weight.dtype not in DTYPES:
-        reason = f"the weights are {weight.dtype}"
+    if device.type != "cpu":
+        reason = f"the model is on {device}"
+    elif dtype not in DTYPES:
+        reason = f"the weights are {dtype}"
     elif backend == "torch":
         return None
     else:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finback.config import InputError, ModelConfig, TensorSpec, checkpoint_tensors, nearest
 from finback.model.directory import replaced_directory, write_durably
-from finback.model.gptq_layout import GPTQ, is_part, read_packed, with_packed_weights
+from finback.model.gptq_layout import GPTQ, is_part, keep_packed, read_for_products, read_packed, with_packed_weights
 from finback.model.safetensors_io import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -75,13 +75,16 @@ class Checkpoint(NamedTuple):
     stored: dict[str, StoredTensor]
 
 
-def load(directory: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Transformer:
+def load(
+    directory: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", packed: bool = False
+) -> Transformer:
     """The model in a Hugging Face directory, its weights cast to `dtype` (the router bias stays float32).
 
     Weights go one by one from the file to their place: the peak is the model plus one stored tensor (and its scales).
     The model's config says what is in memory: `torch_dtype` is `dtype`, `fp8` is false, and MTP layers that are not
-    stored are not there. Raises InputError naming the file or tensor that is missing, damaged or not what config.json
-    says.
+    stored are not there. With `packed`, on a CPU, GPTQ weights of 4 and 8 bits stay packed: such a model is for inference, it can be
+    neither trained nor saved. Raises InputError naming the file or tensor that is missing, damaged or not what
+    config.json says.
     """
     if dtype not in _DTYPE_NAMES:
         raise InputError(f"dtype is {dtype}, it must be one of {', '.join(map(str, _DTYPE_NAMES))}")
@@ -89,7 +92,10 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, device: torc
     model = Transformer(replace(checkpoint.config, torch_dtype=_DTYPE_NAMES[dtype], fp8=False), device=device, dtype=dtype)
     with torch.no_grad(), TensorReader() as reader:
         copies: dict[str, Tensor] = {}
+        taken, kept = read_for_products(model, reader, checkpoint.stored) if packed else ({}, set())
         for name, tensor in hf_tensors(model):
+            if name in kept:
+                continue
             if _original(name, model.config) == name:
                 read_weight(reader, checkpoint.stored, name, tensor)
             elif name in checkpoint.stored:
@@ -98,6 +104,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, device: torc
         for name, tensor in copies.items():
             _check_copy(reader, checkpoint.stored, name, _original(name, model.config), tensor)
         _check_tied(reader, checkpoint)
+    keep_packed(model, taken)
     model.source_directory = checkpoint.directory.resolve()
     return model
 
@@ -134,8 +141,10 @@ def hf_tensors(model: Transformer, grads: bool = False) -> Iterator[tuple[str, T
 
     Experts are views of the stacked weights. The pairs are a complete checkpoint: each MTP layer repeats embedding and
     head. With `grads`, instead, each parameter's gradient once: no copies, no router bias, and nothing for a parameter
-    that has no gradient.
+    that has no gradient. Raises InputError for a model whose weights are packed.
     """
+    if model.is_packed:
+        raise InputError("the model's weights are packed, for inference only; load its directory with finback.load")
     tensors = model.state_dict(keep_vars=True)
     for spec in checkpoint_tensors(model.config, fp8=False):
         original = _original(spec.name, model.config)

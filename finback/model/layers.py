@@ -9,13 +9,15 @@ from torch import Tensor, nn
 from finback.model.recompute import rebuilt
 from finback.ops.linear import linear
 from finback.ops.norm import rms_norm
+from finback.ops.packed import PackedWeight, packed_linear
 from finback.ops.swiglu import swiglu
 
 
 class Linear(nn.Module):
     """y = W x, or W x + b: W [out, in] and b [out], as the published files store them. Only dense models have biases.
 
-    `product` is how W x is computed: a pass over a finished model (`quant.fp8_training`) may set another function.
+    `product` is how W x is computed: a pass over a finished model (`quant.fp8_training`) may set another function. `packed`, where it
+    is set, is multiplied with in place of W: in inference only, and W may then have its shape but no memory.
     """
 
     def __init__(
@@ -30,9 +32,10 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
         self.product: Callable[[Tensor, Tensor], Tensor] = linear
+        self.packed: PackedWeight | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        product = self.product(x, self.weight)
+        product = self.product(x, self.weight) if self.packed is None else packed_linear(x, self.packed)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
 

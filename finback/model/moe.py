@@ -11,6 +11,7 @@ from finback.config import ModelConfig
 from finback.model.layers import MLP
 from finback.model.recompute import rebuilt
 from finback.ops.grouped import dispatch_order, few_tokens, grouped_linear, permute, row_alignment, unpermute
+from finback.ops.packed import PackedWeight, unpacked
 from finback.ops.router import gate_values, router_scores, select_experts
 from finback.ops.swiglu import swiglu
 
@@ -59,7 +60,8 @@ class Experts(nn.Module):
     """All routed experts of a layer, stacked: gate_proj, up_proj [E, F, D], down_proj [E, D, F].
 
     `whole`, set by a pass over a finished model, computes them at once: (rows [M, D] in expert order, three weights, rows of each
-    expert [E], gate value of each row [M]) -> [M, D].
+    expert [E], gate value of each row [M]) -> [M, D]. `packed`, where it is set, holds the three in their order, for inference; the
+    parameters may then have no memory.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
@@ -69,6 +71,7 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(count, width, size, device=device, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(count, size, width, device=device, dtype=dtype))
         self.whole: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+        self.packed: tuple[PackedWeight, PackedWeight, PackedWeight] | None = None
 
     def forward(
         self,
@@ -85,8 +88,13 @@ class Experts(nn.Module):
             row_values = values.flatten().index_select(0, dispatch.order)
             weights = (self.gate_proj, self.up_proj, self.down_proj)
             return unpermute(self.whole(permute(x, dispatch), *weights, dispatch.rows, row_values), dispatch, x.shape[0])
-        if not torch.is_grad_enabled() and dtype == self.gate_proj.dtype:
-            few = few_tokens(x, indices, values, self.gate_proj, self.up_proj, self.down_proj)
+        gate_weight, up_weight, down_weight = (
+            (self.gate_proj, self.up_proj, self.down_proj)
+            if self.packed is None
+            else (unpacked(weight).to(dtype) for weight in self.packed)
+        )
+        if not torch.is_grad_enabled() and dtype == gate_weight.dtype:
+            few = few_tokens(x, indices, values, gate_weight, up_weight, down_weight)
             if few is not None:
                 return few
         dispatch = dispatch_order(indices, n_experts, row_alignment(indices.numel(), n_experts, dtype, x.device))
@@ -94,11 +102,11 @@ class Experts(nn.Module):
         row_values = values.flatten().index_select(0, dispatch.order)
         if dispatch.real is not None:
             row_values = row_values * dispatch.real
-        gate = grouped_linear(rows, self.gate_proj.to(dtype), dispatch.rows)
-        up = grouped_linear(rows, self.up_proj.to(dtype), dispatch.rows)
+        gate = grouped_linear(rows, gate_weight.to(dtype), dispatch.rows)
+        up = grouped_linear(rows, up_weight.to(dtype), dispatch.rows)
         hidden = swiglu(gate, up, row_values)
         with rebuilt((hidden,), lambda: (swiglu(gate, up, row_values),), recompute):
-            output = grouped_linear(hidden, self.down_proj.to(dtype), dispatch.rows)
+            output = grouped_linear(hidden, down_weight.to(dtype), dispatch.rows)
         return unpermute(output, dispatch, x.shape[0])
 
 

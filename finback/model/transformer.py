@@ -19,9 +19,10 @@ from finback.config import ModelConfig
 from finback.model.gqa import GQA
 from finback.model.layers import MLP, Linear, RMSNorm
 from finback.model.mla import MLA, Rotary
-from finback.model.moe import MoE, Router, Routing
+from finback.model.moe import Experts, MoE, Router, Routing
 from finback.model.recompute import rebuilt
 from finback.ops.attention import document_mask
+from finback.ops.packed import PackedWeight
 from finback.ops.rotary import rotary_table
 from finback.ops.router import document_balance, sequence_balance
 
@@ -163,6 +164,23 @@ class Transformer(nn.Module):
     @property
     def mtp_modules(self) -> list[MTPModule]:
         return list(self.model.layers[self.config.num_hidden_layers :])  # type: ignore[arg-type]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all weights as they are: packed ones packed, and a tied matrix once."""
+        plain = sum(parameter.nbytes for parameter in self.parameters() if not parameter.is_meta)
+        return plain + sum(weight.nbytes for weight in self._packed())
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether weights were packed in the place of plain ones (`load(packed=True)`): then there is nothing to train or to save."""
+        return any(parameter.is_meta for parameter in self.parameters()) and bool(self._packed())
+
+    def _packed(self) -> list[PackedWeight]:
+        """What Linear and Experts hold packed."""
+        layers = [module.packed for module in self.modules() if isinstance(module, Linear) and module.packed is not None]
+        stacks = [module.packed for module in self.modules() if isinstance(module, Experts) and module.packed is not None]
+        return [*layers, *(weight for stack in stacks for weight in stack)]
 
     def routers(self) -> list[Router]:
         """Every router, main layers first, then MTP: the rows of `TrainOutput.expert_counts`."""

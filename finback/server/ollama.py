@@ -219,7 +219,7 @@ def _family(service: Service) -> str:
 
 
 def _size(service: Service) -> int:
-    return sum(weight.nbytes for weight in service.worker.llm.model.parameters())
+    return service.worker.llm.model.weight_bytes
 
 
 def _time(seconds: float) -> str:

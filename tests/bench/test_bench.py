@@ -10,7 +10,23 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import cache, ceilings, checkpoint, cli, decode, engine, grpo, llama, report, serve, small, speculation, tiny, train
+from bench import (
+    cache,
+    ceilings,
+    checkpoint,
+    cli,
+    decode,
+    engine,
+    grpo,
+    llama,
+    quant,
+    report,
+    serve,
+    small,
+    speculation,
+    tiny,
+    train,
+)
 from bench.contest import Turn, alternate, in_a_fresh_process, summarize
 from bench.machine import describe_device, peak_memory_bytes, read_commit
 from bench.peers import COMPARED, SETTINGS, our_model, their_model
@@ -96,7 +112,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "toy", engine_size.mtp.directory, "", write_story(out), (8, 24), windows=2, prompts=2, prompt_tokens=4, new_tokens=3
     )
     cached = cache.Size((read,), {"toy": replace(SMALL, kv_lora_rank=64)}, cached=40, turns=1, step_seconds=0.001)
-    sizes = {**TOY, "cache": cached, "engine": engine_size, "serve": served, "grpo": grpo_size}
+    packable = replace(LLAMA, hidden_size=64, intermediate_size=96, rope_scaling=None, tie_word_embeddings=True)
+    save(build(packable), out / "packable")
+    loops = llama.Size(types=("Q4_0",), batches=(1, 3), prompt=4, new_tokens=4, turns=1)
+    quant_size = quant.Size(out / "packable", out, group_size=32, decode=loops, separate=False)
+    sizes = {**TOY, "cache": cached, "engine": engine_size, "quant": quant_size, "serve": served, "grpo": grpo_size}
     cli.run(cli.NAMES, sizes, out, quick=True)
     return out
 
@@ -163,6 +183,7 @@ def test_every_target_of_the_project_has_a_row(results: Path):
     expected |= {(f"{name}: acceptance", None): 0.7 for name in speculation_of}
     perplexities = {f"toy: perplexity up to {context} tokens, {format}" for context in (8, 24) for format in ("int8", "fp8")}
     expected |= {(name, "plain rows, float32"): 1 / 1.005 for name in perplexities}
+    expected |= {("decode, 1 sequence: share of the bandwidth floor", None): 0.6}
     expected |= {("GRPO step, maths: share without waiting for rewards", None): 0.95}
     if grpo.isolation_is_there():
         expected |= {("GRPO step, code in the sandbox: share without waiting for rewards", None): 0.95}

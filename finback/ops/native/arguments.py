@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from finback.ops.compressed import CompressedRows
+from finback.ops.packed import PackedWeight
 
 
 def _fields(pointers: str = "", sizes: str = "", floats: str = "") -> list[tuple[str, Any]]:
@@ -24,10 +25,20 @@ class Operation(ctypes.Structure):
     _fields_ = _fields("run take_memory arguments")
 
 
+class MatrixArguments(ctypes.Structure):
+    """As in packed.h."""
+
+    _fields_ = _fields("plain codes scales shifts", "bits group")
+
+
 class LinearArguments(ctypes.Structure):
     """As in operations.h."""
 
-    _fields_ = _fields("x norm weights*3 biases*3 outputs*3 residual unrounded", "rows*3 tokens inputs", "eps")
+    _fields_ = [
+        *_fields("x norm biases*3 outputs*3 residual unrounded"),
+        ("weights", MatrixArguments * 3),
+        *_fields("", "rows*3 tokens inputs", "eps"),
+    ]
 
 
 class EmbeddingArguments(ctypes.Structure):
@@ -85,11 +96,15 @@ class GroupedArguments(ctypes.Structure):
 class FeedForwardArguments(ctypes.Structure):
     """As in experts.h."""
 
-    _fields_ = _fields(
-        "x norm residual output router bias scores indices values gate up down shared_gate shared_up shared_down",
-        "tokens size experts choices groups kept_groups width shared_width softmax two_per_group normalise",
-        "scaling eps",
-    )
+    _fields_ = [
+        *_fields("x norm residual output router bias scores indices values"),
+        *((name, MatrixArguments) for name in ["gate", "up", "down", "shared_gate", "shared_up", "shared_down"]),
+        *_fields(
+            "",
+            "tokens size experts choices groups kept_groups width shared_width softmax two_per_group normalise",
+            "scaling eps",
+        ),
+    ]
 
 
 # Each kernel's struct, and whether it needs working memory.
@@ -162,9 +177,13 @@ class Choice(NamedTuple):
     values: Tensor  # float32 [B, K]
 
 
-class Weights(NamedTuple):
-    """Of routed experts [E, F, D], [E, F, D], [E, D, F]; of one dense feed-forward, or of shared experts, without the E."""
+Matrix = Tensor | PackedWeight
 
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+
+class Weights(NamedTuple):
+    """Of routed experts [E, F, D], [E, F, D], [E, D, F]; of one dense feed-forward, or of shared experts, without the E. All three
+    are plain, or all three packed."""
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix

@@ -33,6 +33,7 @@ SOURCES = (
     "vectors.h",
     "codes.h",
     "product.h",
+    "packed.h",
     "operations.h",
     "rows.h",
     "attention.h",

@@ -12,7 +12,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import c_int64, c_void_p
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from finback.ops.native.arguments import (
     GroupedArguments,
     LatentArguments,
     LinearArguments,
+    Matrix,
+    MatrixArguments,
     Norm,
     NormArguments,
     Operation,
@@ -80,13 +82,13 @@ class Kernels:
     def linear(
         self,
         x: Tensor,
-        weights: Sequence[Tensor],
+        weights: Sequence[Matrix],
         outputs: Sequence[Tensor],
         norm: Norm | None = None,
         residual: Tensor | None = None,
         biases: Sequence[Tensor | None] = (),
     ) -> Call:
-        """outputs[i] [B, n_i] = weights[i] [n_i, D] x [B, D] + biases[i] [n_i], for up to three matrices.
+        """outputs[i] [B, n_i] = weights[i] [n_i, D] x [B, D] + biases[i] [n_i], for up to three matrices, plain or packed.
 
         With `norm`, x is normalised first. `residual` is added to the first output, and may be that output. The first output may be
         float32 where the rest is bfloat16: logits that differ by less than bfloat16 can tell keep their order.
@@ -97,7 +99,7 @@ class Kernels:
             assert weight.shape == (output.shape[1], inputs), (weight.shape, x.shape, output.shape)
             assert output.shape[0] == tokens, (x.shape, output.shape)
         for weight, bias in zip(weights, biases, strict=bool(biases)):
-            assert bias is None or bias.shape == (len(weight),)
+            assert bias is None or bias.shape == weight.shape[:1]
         assert residual is None or residual.shape == outputs[0].shape
         assert norm is None or norm.weight.shape == (inputs,)
         unrounded = outputs[0] if outputs[0].dtype == torch.float32 != x.dtype else None
@@ -105,21 +107,21 @@ class Kernels:
         rounded = outputs if unrounded is None else outputs[1:]
         return self._bind(
             "linear",
-            (x, *weights, *rounded, *biases, residual, norm and norm.weight),
+            (x, *filter(_is_plain, weights), *rounded, *biases, residual, norm and norm.weight),
             LinearArguments(
                 x=_at(x),
                 norm=norm and _at(norm.weight),
-                weights=(c_void_p * 3)(*map(_at, weights)),
                 biases=(c_void_p * 3)(*map(_at, biases)),
                 outputs=(c_void_p * 3)(*map(_at, outputs)),
                 residual=_at(residual),
                 unrounded=_at(unrounded),
-                rows=(c_int64 * 3)(*(len(weight) for weight in weights)),
+                weights=(MatrixArguments * 3)(*map(_matrix, weights)),
+                rows=(c_int64 * 3)(*(weight.shape[0] for weight in weights)),
                 tokens=tokens,
                 inputs=inputs,
                 eps=norm.eps if norm else 0.0,
             ),
-            outputs,
+            (outputs, weights),
         )
 
     def embedding(self, ids: Tensor, table: Tensor, output: Tensor) -> Call:
@@ -273,15 +275,17 @@ class Kernels:
             arguments.experts = count
             assert experts.gate.shape == experts.up.shape == (count, arguments.width, size)
             assert experts.down.shape == (count, size, arguments.width)
-            arguments.gate, arguments.up, arguments.down = map(_at, experts)
-            tensors.extend(experts)
+            arguments.gate, arguments.up, arguments.down = map(_matrix, experts)
+            tensors.extend(filter(_is_plain, experts))
         if shared is not None:
-            arguments.shared_width = len(shared.gate)
+            arguments.shared_width = shared.gate.shape[0]
             assert shared.gate.shape == shared.up.shape == (arguments.shared_width, size)
             assert shared.down.shape == (size, arguments.shared_width)
-            arguments.shared_gate, arguments.shared_up, arguments.shared_down = map(_at, shared)
-            tensors.extend(shared)
-        return self._bind("feed_forward", tensors, arguments, (choice, routing))
+            arguments.shared_gate, arguments.shared_up, arguments.shared_down = map(_matrix, shared)
+            tensors.extend(filter(_is_plain, shared))
+        for weights in (experts, shared):
+            assert weights is None or len({_is_plain(weight) for weight in weights}) == 1
+        return self._bind("feed_forward", tensors, arguments, (choice, routing, experts, shared))
 
     def _bind(self, name: str, tensors: Sequence[Tensor | None], arguments: ctypes.Structure, others: object = None) -> Call:
         """The call, after the check that all `tensors` are of one dtype and as the kernels need them."""
@@ -353,6 +357,20 @@ def _set_routing(arguments: Any, routing: Routing) -> None:
 
 def _address(library: ctypes.CDLL, name: str) -> int | None:
     return ctypes.cast(getattr(library, name), c_void_p).value
+
+
+def _is_plain(weight: Matrix) -> TypeGuard[Tensor]:
+    return isinstance(weight, Tensor)
+
+
+def _matrix(weight: Matrix) -> MatrixArguments:
+    if isinstance(weight, Tensor):
+        return MatrixArguments(plain=_at(weight))
+    assert weight.codes.dtype == torch.int32
+    assert weight.scales.dtype == torch.float16
+    assert weight.shifts is None or (weight.shifts.dtype == torch.float16 and weight.shifts.shape == weight.scales.shape)
+    assert all(part is None or part.is_contiguous() for part in (weight.codes, weight.scales, weight.shifts))
+    return MatrixArguments(None, *map(_at, (weight.codes, weight.scales, weight.shifts)), weight.bits, weight.group_size)
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -12,8 +12,8 @@ typedef struct {
   float *scores;                             // [tokens, experts]
   int64_t *indices;                          // [tokens, choices]
   float *values;                             // [tokens, choices]
-  const NAME(stored) * gate, *up, *down;     // [experts, width, size] twice, [experts, size, width]; or null
-  const NAME(stored) * shared_gate, *shared_up, *shared_down;  // [shared_width, size] twice, [size, shared_width]; or null
+  NAME(matrix) gate, up, down;               // [experts, width, size] twice, [experts, size, width]; or not given
+  NAME(matrix) shared_gate, shared_up, shared_down;  // [shared_width, size] twice, [size, shared_width]; or not given
   int64_t tokens, size, experts, choices, groups, kept_groups, width, shared_width;
   int64_t softmax, two_per_group, normalise;  // booleans
   float scaling, eps;
@@ -35,10 +35,10 @@ typedef struct {
 
 static NAME(feed_forward_memory) NAME(take_of_member)(const NAME(feed_forward_arguments) * a, member m, arena *memory) {
   NAME(feed_forward_memory) taken = {0};
-  int64_t experts = a->gate ? a->experts : 0, pairs = a->gate ? a->tokens * a->choices : 0;
+  int64_t experts = NAME(given)(&a->gate) ? a->experts : 0, pairs = NAME(given)(&a->gate) ? a->tokens * a->choices : 0;
   taken.x = NAME(take_activations)(a->tokens, a->size, m.count, memory);
   taken.routed = NAME(take_activations)(pairs, a->width, 1, memory);
-  if (a->shared_gate) taken.shared = NAME(take_activations)(a->tokens, a->shared_width, 1, memory);
+  if (NAME(given)(&a->shared_gate)) taken.shared = NAME(take_activations)(a->tokens, a->shared_width, 1, memory);
   for (int64_t i = 0; i < m.count; i++) {
     int64_t *start = take(memory, (2 * experts + 1 + pairs) * sizeof(int64_t));
     float *sums = take(memory, a->tokens * BLOCK * sizeof(float));
@@ -97,18 +97,27 @@ INLINE void NAME(activate)(const float *gate, const float *up, float weight, int
   if (row + count == hidden->inputs) memset(to + count, 0, (hidden->padded - hidden->inputs) * sizeof *to);
 }
 
+// Products with up to BLOCK rows of a stack of experts, from `row` of the whole stack.
+static void NAME(expert_dots)(const NAME(matrix) * stack, int64_t row, int64_t rows, int64_t inputs,
+                              const NAME(packed) * const *x, int64_t tokens, float *out) {
+  if (stack->plain)
+    NAME(all_dots)(stack->plain + row * inputs, inputs, x, inputs, 1, rows, tokens, out, BLOCK);
+  else
+    NAME(packed_dots)(stack, row / BLOCK, inputs, x, tokens, out);
+}
+
 // One block of rows of one routed expert: its gate and up products for all of its tokens.
 static void NAME(routed_rows)(const NAME(feed_forward_arguments) * a, const NAME(feed_forward_memory) * taken, int64_t expert,
                               int64_t row) {
   const NAME(dispatch) *d = &taken->dispatch;
-  int64_t count = least(BLOCK, a->width - row), at = (expert * a->width + row) * a->size;
+  int64_t count = least(BLOCK, a->width - row), at = expert * a->width + row;
   float gate[PANEL * BLOCK] = {0}, up[PANEL * BLOCK] = {0};
   for (int64_t first = d->start[expert]; first < d->start[expert + 1]; first += PANEL) {
     int64_t tokens = least(PANEL, d->start[expert + 1] - first);
     const NAME(packed) * from[PANEL];
     for (int64_t t = 0; t < tokens; t++) from[t] = taken->x.rows + d->pair[first + t] / a->choices * taken->x.padded;
-    NAME(all_dots)(a->gate + at, a->size, from, a->size, 1, count, tokens, gate, BLOCK);
-    NAME(all_dots)(a->up + at, a->size, from, a->size, 1, count, tokens, up, BLOCK);
+    NAME(expert_dots)(&a->gate, at, count, a->size, from, tokens, gate);
+    NAME(expert_dots)(&a->up, at, count, a->size, from, tokens, up);
     for (int64_t t = 0; t < tokens; t++)
       NAME(activate)(gate + t * BLOCK, up + t * BLOCK, a->values[d->pair[first + t]], row, count, &taken->routed, first + t);
   }
@@ -134,15 +143,18 @@ static void NAME(activate_panel)(const float *gate, const float *up, int64_t cou
 // One block of rows of the shared experts.
 static void NAME(shared_rows)(const NAME(feed_forward_arguments) * a, const NAME(feed_forward_memory) * taken, int64_t row) {
   const NAME(activations) *x = &taken->x, *hidden = &taken->shared;
-  const NAME(stored) *gate_rows = a->shared_gate + row * a->size, *up_rows = a->shared_up + row * a->size;
   int64_t count = least(BLOCK, a->shared_width - row);
   float gate[NAME(PRODUCT)] = {0}, up[NAME(PRODUCT)] = {0};
-  if (a->tokens <= MOST_DOTS) {
-    NAME(product)(gate_rows, count, x, 0, gate);
-    NAME(product)(up_rows, count, x, 0, up);
-    for (int64_t t = 0; t < a->tokens; t++) NAME(activate)(gate + t * BLOCK, up + t * BLOCK, 1.0f, row, count, hidden, t);
+  if (a->tokens <= MOST_DOTS || a->shared_gate.codes) {
+    for (int64_t first = 0; first < a->tokens; first += NAME(tokens_now)(x, first)) {
+      NAME(matrix_product)(&a->shared_gate, row, count, x, first, gate);
+      NAME(matrix_product)(&a->shared_up, row, count, x, first, up);
+      for (int64_t t = 0; t < NAME(tokens_now)(x, first); t++)
+        NAME(activate)(gate + t * BLOCK, up + t * BLOCK, 1.0f, row, count, hidden, first + t);
+    }
     return;
   }
+  const NAME(stored) *gate_rows = a->shared_gate.plain + row * a->size, *up_rows = a->shared_up.plain + row * a->size;
   for (int64_t first = 0; first < a->tokens; first += PANELS * PANEL) {
     int64_t panels = (NAME(tokens_now)(x, first) + PANEL - 1) / PANEL;
     const NAME(packed) *from = x->panels + first * x->padded;
@@ -158,9 +170,9 @@ static void NAME(shared_rows)(const NAME(feed_forward_arguments) * a, const NAME
 static void NAME(hidden_rows)(const NAME(feed_forward_arguments) * a, const NAME(feed_forward_memory) * taken, member m) {
   enum { READING = 4 };
   const NAME(dispatch) *d = &taken->dispatch;
-  int64_t shared = a->shared_gate ? (a->shared_width + BLOCK - 1) / BLOCK : 0, routed = (a->width + BLOCK - 1) / BLOCK;
+  int64_t shared = NAME(given)(&a->shared_gate) ? (a->shared_width + BLOCK - 1) / BLOCK : 0, routed = (a->width + BLOCK - 1) / BLOCK;
   int64_t at = shared * (READING + a->tokens);
-  range mine = share(at + routed * (READING * d->count + d->start[a->gate ? a->experts : 0]), 1, m);
+  range mine = share(at + routed * (READING * d->count + d->start[NAME(given)(&a->gate) ? a->experts : 0]), 1, m);
   range rows = items_within(mine, 0, shared, READING + a->tokens);
   for (int64_t i = rows.first; i < rows.end; i++) NAME(shared_rows)(a, taken, i * BLOCK);
   for (int64_t e = 0; e < d->count; e++) {
@@ -190,13 +202,13 @@ static void NAME(down_rows)(const NAME(feed_forward_arguments) * a, const NAME(f
       int64_t tokens = least(PANEL, d->start[expert + 1] - first);
       const NAME(packed) * from[PANEL];
       for (int64_t t = 0; t < tokens; t++) from[t] = taken->routed.rows + (first + t) * taken->routed.padded;
-      NAME(all_dots)(a->down + (expert * a->size + row) * a->width, a->width, from, a->width, 1, count, tokens, block, BLOCK);
+      NAME(expert_dots)(&a->down, expert * a->size + row, count, a->width, from, tokens, block);
       for (int64_t t = 0; t < tokens; t++)
         NAME(add_block)(taken->sums + d->pair[first + t] / a->choices * BLOCK, block + t * BLOCK);
     }
   }
-  for (int64_t first = 0; a->shared_gate && first < a->tokens; first += NAME(tokens_now)(&taken->shared, first)) {
-    NAME(product)(a->shared_down + row * a->shared_width, count, &taken->shared, first, block);
+  for (int64_t first = 0; NAME(given)(&a->shared_gate) && first < a->tokens; first += NAME(tokens_now)(&taken->shared, first)) {
+    NAME(matrix_product)(&a->shared_down, row, count, &taken->shared, first, block);
     for (int64_t t = 0; t < NAME(tokens_now)(&taken->shared, first); t++)
       NAME(add_block)(taken->sums + (first + t) * BLOCK, block + t * BLOCK);
   }
@@ -211,7 +223,7 @@ static void NAME(down_rows)(const NAME(feed_forward_arguments) * a, const NAME(f
 
 // Returns 1 if an index that was given is not that of an expert.
 PERFORM(feed_forward) {
-  if (a->gate && !a->router)
+  if (NAME(given)(&a->gate) && !a->router)
     for (int64_t i = 0; i < a->tokens * a->choices; i++)
       if (a->indices[i] < 0 || a->indices[i] >= a->experts) return 1;
   NAME(feed_forward_memory) taken = NAME(take_of_member)(a, m, &memory);
@@ -222,8 +234,8 @@ PERFORM(feed_forward) {
     NAME(route_tokens)(a, m);
     wait_for_team();
   }
-  if (!a->gate && !a->shared_gate) return 0;
-  if (a->gate)
+  if (!NAME(given)(&a->gate) && !NAME(given)(&a->shared_gate)) return 0;
+  if (NAME(given)(&a->gate))
     NAME(group_pairs)(a, &taken.dispatch);
   else
     taken.dispatch.start[0] = 0;

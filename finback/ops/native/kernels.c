@@ -225,6 +225,7 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
 #define BF16 0
 #define NAME(name) name##_float32
 #include "product.h"
+#include "packed.h"
 #include "operations.h"
 #include "rows.h"
 #include "attention.h"
@@ -236,6 +237,7 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
 #define BF16 1
 #define NAME(name) name##_bfloat16
 #include "product.h"
+#include "packed.h"
 #include "operations.h"
 #include "rows.h"
 #include "attention.h"

@@ -1,4 +1,4 @@
-// Products, norms and the other operations without a cache, for one stored type: included twice, after product.h.
+// Products, norms and the other operations without a cache, for one stored type: included twice, after packed.h.
 //
 // Each takes one struct, which calls.py mirrors field by field: pointers and sizes, all 64 bits wide, then floats. Outputs
 // are split among threads and never summed across them, so results do not depend on the number of threads.
@@ -22,10 +22,11 @@
 // `norm` is given.
 typedef struct {
   const NAME(stored) * x, *norm;  // [tokens, inputs], [inputs] or null
-  const NAME(stored) * weights[3], *biases[3];  // [rows[i], inputs], [rows[i]] or null
+  const NAME(stored) * biases[3];  // [rows[i]] or null
   NAME(stored) * outputs[3];
   const NAME(stored) * residual;  // [tokens, rows[0]] or null, added to the first output; may be that output
   float *unrounded;               // the first output in float32 instead, or null
+  NAME(matrix) weights[3];        // [rows[i], inputs]
   int64_t rows[3], tokens, inputs;
   float eps;
 } NAME(linear_arguments);
@@ -40,7 +41,7 @@ static void NAME(linear_rows)(const NAME(linear_arguments) * a, int i, range row
   for (int64_t row = rows.first; row < rows.end; row += BLOCK) {
     int64_t count = least(BLOCK, rows.end - row);
     for (int64_t first = 0; first < a->tokens; first += NAME(tokens_now)(x, first)) {
-      NAME(product)(a->weights[i] + row * a->inputs, count, x, first, block);
+      NAME(matrix_product)(&a->weights[i], row, count, x, first, block);
       for (int64_t t = 0; t < NAME(tokens_now)(x, first); t++)
         for (int64_t r = 0; r < count; r += LANES) {
           int64_t at = (first + t) * a->rows[i] + row + r;
@@ -59,9 +60,11 @@ static void NAME(linear_rows)(const NAME(linear_arguments) * a, int i, range row
 PERFORM(linear) {
   NAME(activations) x = NAME(take_linear)(a, m.count, &memory);
   NAME(pack)(&x, a->x, a->norm, a->eps, m);
-  // All matrices as one list of rows, cut into equal shares.
-  range mine = share(a->rows[0] + a->rows[1] + a->rows[2], 8, m);
-  for (int64_t i = 0, start = 0; i < 3; start += a->rows[i], i++) {
+  // All matrices as one list of rows, cut into equal shares of whole blocks.
+  int64_t all = 0;
+  for (int64_t i = 0; i < 3; i++) all += rounded_up(a->rows[i], BLOCK);
+  range mine = share(all, BLOCK, m);
+  for (int64_t i = 0, start = 0; i < 3; start += rounded_up(a->rows[i], BLOCK), i++) {
     range rows = {most(mine.first - start, 0), least(mine.end - start, a->rows[i])};
     NAME(linear_rows)(a, i, rows, &x);
   }
