@@ -1,5 +1,5 @@
 """Which layers each pipeline stage holds: 61 layers on 16 stages are not even, and the last stage has the output head and the MTP
-layers besides (V3 section 3.2.3)."""
+layers besides."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
