@@ -5,6 +5,7 @@ import queue
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -93,33 +94,35 @@ def build_trl(directory: Path, work: Work, precision: str, settings: Mapping[str
     def rewards(prompts: list[str], completions: list[str], answer: list[str], **more: Any) -> list[float]:
         return [maths(p, c, {"answer": a}) for p, c, a in zip(prompts, completions, answer, strict=True)]
 
-    config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="finback-bench-trl-"),
-        per_device_train_batch_size=len(work.prompts) * work.num_generations,
-        num_generations=work.num_generations,
-        max_completion_length=work.new_tokens,
-        generation_kwargs={"min_new_tokens": work.new_tokens},
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        beta=0.0,
-        loss_type="grpo",
-        learning_rate=work.lr,
-        lr_scheduler_type="constant",
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=precision == "bf16",
-        gradient_checkpointing=False,
-        max_steps=REPEATS,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-    )
+    with warnings.catch_warnings():  # newer transformers have another name for this field, which older ones and TRL do not know
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+        config = GRPOConfig(
+            output_dir=tempfile.mkdtemp(prefix="finback-bench-trl-"),
+            per_device_train_batch_size=len(work.prompts) * work.num_generations,
+            num_generations=work.num_generations,
+            max_completion_length=work.new_tokens,
+            generation_kwargs={"min_new_tokens": work.new_tokens},
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            beta=0.0,
+            loss_type="grpo",
+            learning_rate=work.lr,
+            lr_scheduler_type="constant",
+            adam_beta2=0.95,
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            optim="adamw_torch_fused",
+            bf16=precision == "bf16",
+            gradient_checkpointing=False,
+            max_steps=REPEATS,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        )
     trainer = Trainer(
         AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **settings),
         reward_funcs=rewards,

@@ -77,8 +77,8 @@ def test_stages_hold_every_parameter_of_the_model_once() -> None:
             assert sum(part.forward_flops for part in parts) == pytest.approx(flops, rel=1e-6)
 
 
-def test_the_most_even_stages_of_v3_are_those_that_frameworks_write_down() -> None:
-    """Megatron-Bridge's layouts of V3, by pipeline stages: the last one has the head and MTP, and few layers or none."""
+def test_the_most_even_stages_of_v3_leave_the_last_few_layers() -> None:
+    """It has the head and MTP, which weigh about three layers."""
     assert balanced(V3, 16) == (4,) * 15 + (1,)
     assert balanced(V3, 8) == (8,) * 7 + (5,)
     assert sorted(balanced(V3, 32)) == [0, 1] + [2] * 30
