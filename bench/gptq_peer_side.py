@@ -55,9 +55,14 @@ def quantise(work: Path, request: dict[str, Any]) -> dict[str, Any]:
 
 def generate(work: Path, request: dict[str, Any]) -> dict[str, Any]:
     """Greedy tokens behind each prompt, by transformers with gptqmodel's layers, and the logits of the first prompt."""
-    from transformers import AutoModelForCausalLM
+    torch.compiler.set_stance("force_eager")  # nothing is timed, so nothing need be compiled
+    from transformers import AutoModelForCausalLM, GPTQConfig
 
-    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32, device_map="cpu").eval()
+    stored = json.loads((Path(request["model"]) / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    plain = GPTQConfig(bits=stored["bits"], backend="gptq_torch")  # in torch: others round to bfloat16, and are compiled first
+    model = AutoModelForCausalLM.from_pretrained(
+        request["model"], dtype=torch.float32, device_map="cpu", quantization_config=plain
+    ).eval()
     layers = {type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__}
     tokens = []
     with torch.no_grad():
