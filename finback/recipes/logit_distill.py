@@ -111,7 +111,7 @@ def logit_distill(
         check_same_fields(run, read_config_file(run, start=_START), fields)
     with cpu_threads(config.threads):
         sizing = config.as_pretraining(models["student"], max(len(sample.ids) for sample in samples))
-        estimate = check_memory(sizing, device, _beside_the_teacher(device, models["teacher"]))
+        estimate = check_memory(sizing, str(device), _beside_the_teacher(device, models["teacher"]))
         run.mkdir(parents=True, exist_ok=True)
         with locked(run), deferred_interrupts() as interrupted:
             remove_leftovers(run)
