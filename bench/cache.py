@@ -125,9 +125,8 @@ def run(size: Size) -> tuple[list[Row], list[str]]:
         else:
             read_rows = list(read(reading))
             rows += read_rows
-            notes.append(
-                f"{reading.name}, perplexity and likeliest tokens: {'; '.join(map(in_words, read_rows[: -len(FORMATS)]))}."
-            )
+            told = "; ".join(in_words(row) for row in read_rows if "context" in row.extra)
+            notes.append(f"{reading.name}, perplexity and likeliest tokens: {told}.")
     for name, config in size.steps.items():
         rows += step_rows(size, name, config)
     return rows, notes
@@ -216,21 +215,24 @@ def hear(model: Transformer, ids: Tensor, length: int, layout: CompressedRows | 
 
 
 def answer_rows(reading: Reading, model: Transformer, ids: Tensor) -> Iterator[Row]:
-    """Greedy answers to pieces of the text: the share of their tokens before the first that plain rows do not give."""
+    """Greedy answers to pieces of the text: the share of their tokens before the first that plain rows do not give.
+
+    Plain rows in torch, whose sums are rounded otherwise, tell what rounding alone does to such answers."""
     r = reading
     prompts = [piece.tolist()[: r.prompt_tokens] for piece in ids.chunk(r.prompts)]
     params = SamplingParams(temperature=0, max_tokens=r.new_tokens, ignore_eos=True)
     length = r.prompt_tokens + r.new_tokens
 
-    def answers(kind: str) -> Tensor:
-        llm = LLM(model=model, max_num_seqs=len(prompts), max_model_len=length, kv_cache_dtype=kind)
+    def answers(kind: str, backend: Backend = "auto") -> Tensor:
+        llm = LLM(model=model, max_num_seqs=len(prompts), max_model_len=length, kv_cache_dtype=kind, backend=backend)
         return torch.tensor([output.token_ids for output in llm.generate(prompts, params)])
 
     plain = answers("auto")
-    for format in FORMATS:
-        same = (answers(format) == plain).long().cumprod(1).double()
+    others: list[tuple[str, str, Backend]] = [(format, format, "auto") for format in FORMATS]
+    for name, kind, backend in [*others, ("plain in torch", "auto", "torch")]:
+        same = (answers(kind, backend) == plain).long().cumprod(1).double()
         extra = {"whole_answers_equal": int(same[:, -1].sum()), "answers": len(prompts)}
-        yield Row(f"{r.name}: greedy tokens as with {PLAIN}, {format}", "share", float(same.mean()), extra=extra)
+        yield Row(f"{r.name}: greedy tokens as with {PLAIN}, {name}", "share", float(same.mean()), extra=extra)
 
 
 def step_rows(size: Size, name: str, config: ModelConfig) -> Iterator[Row]:
@@ -268,7 +270,8 @@ def step_of(model: Transformer, cached: int, kind: str, backend: Backend = "auto
 NOTES = (
     "Perplexity: the same tokens over plain and over compressed rows, through the engine's steps of 256 tokens; a ratio of 0.995 is a "
     "rise of 0.5%.",
-    "Greedy tokens: answers of the engine to pieces of the text, and the share of their tokens up to the first that differs.",
+    "Greedy tokens: answers of the engine to pieces of the text, and the share of their tokens up to the first that differs; "
+    "plain rows in torch tell what another rounding of sums does by itself.",
     "A step: random weights and rows in bfloat16; plain and compressed rows take turns. The JSON holds the time of the "
     "same step in torch.",
 )
