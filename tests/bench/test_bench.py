@@ -112,7 +112,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "toy", engine_size.mtp.directory, "", write_story(out), (8, 24), windows=2, prompts=2, prompt_tokens=4, new_tokens=3
     )
     cached = cache.Size((read,), {"toy": replace(SMALL, kv_lora_rank=64)}, cached=40, turns=1, step_seconds=0.001)
-    packable = replace(LLAMA, hidden_size=64, intermediate_size=96, rope_scaling=None, tie_word_embeddings=True)
+    packable = replace(LLAMA, hidden_size=64, intermediate_size=96, head_dim=16, rope_scaling=None, tie_word_embeddings=True)
     save(build(packable), out / "packable")
     loops = llama.Size(types=("Q4_0",), batches=(1, 3), prompt=4, new_tokens=4, turns=1)
     quant_size = quant.Size(out / "packable", out, group_size=32, decode=loops, separate=False)

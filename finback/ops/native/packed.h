@@ -71,7 +71,7 @@ INLINE void NAME(packed_block)(const NAME(matrix) * weight, int64_t block, int64
     vector sum[NAME(AT_ONCE)][4] = {0}, plain_sum[NAME(AT_ONCE)] = {0};
     __builtin_prefetch(scales + (g + 8) * BLOCK);
     for (int64_t l = 0; l < lines; l++, k += in_line, line += BLOCK) {
-      __builtin_prefetch(line + NAME(LINES_AHEAD) * BLOCK);
+      __builtin_prefetch(line + NAME(LINES_AHEAD) * BLOCK, 0, 2);
 #if PAIR == 2
       __m512i codes = _mm512_loadu_si512(line);
       UNROLL(4) for (int j = 0; j < products; j++) {
