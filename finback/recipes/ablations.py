@@ -19,7 +19,7 @@ from finback.rl.config import GRPOConfig
 from finback.train.metrics import METRICS_FILE, read_metrics
 from finback.train.throughput import training_flops_per_token
 
-LANGUAGE_REWARD = "finback.rewards.language:language_consistency:0.5"
+LANGUAGE_REWARD = "finback.rewards.language:language_consistency"
 TEACHER_SAMPLES = 2
 """Of each prompt, in `ladder.student`."""
 SPARE = 1.5

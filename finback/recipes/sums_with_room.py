@@ -27,7 +27,7 @@ def roomy_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
 
     return replace(
         before,
-        zero=replace(before.zero, steps=steps(14)),
+        zero=replace(before.zero, steps=steps(24)),
         reasoning=replace(before.reasoning, steps=steps(40), lr=2e-4, final_lr=2e-5),
         all_scenario=replace(before.all_scenario, steps=steps(70), lr=3e-4, final_lr=2e-5, temperature=1.0),
         cold_start_prompts=steps(1000),
