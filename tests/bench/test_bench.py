@@ -18,6 +18,7 @@ from bench import (
     decode,
     engine,
     grpo,
+    grpo_peer,
     llama,
     quant,
     report,
