@@ -61,7 +61,7 @@ def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str]]:
         rows = llama.measure(rivals, loops, separate=size.separate)
     config = ModelConfig.from_hf(size.model)
     floors = {batch: floor(config, read, batch, loops, ceilings) for batch in loops.batches}
-    rows = [with_target(replace(row, floor=floors[row.extra["sequences"]])) for row in rows]
+    rows = [with_target(replace(row, name=f"4 bits packed, {row.name}", floor=floors[row.extra["sequences"]])) for row in rows]
     return [*rows, *(share(row) for row in rows if row.peer == PLAIN)], [*notes, *_notes(size)]
 
 

@@ -16,8 +16,9 @@ from finback.data.files import write_atomic
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PICTURE = Path("images") / "decode_context.png"  # in docs/
-_README_ROWS = ("train", "tiny", "decode", "engine", "checkpoint", "grpo")
+_README_ROWS = ("train", "tiny", "decode", "engine", "quant", "checkpoint", "grpo")
 _CHINESE = (
+    *((": share of the bandwidth floor", "：占带宽下限的比例"), ("4 bits packed", "4 位打包权重")),
     *((": share of the ceiling", "：占矩阵乘法上限的比例"), ("tiny", "tiny 预设训练")),
     *(
         ("training", "训练"),

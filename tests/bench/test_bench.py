@@ -184,7 +184,7 @@ def test_every_target_of_the_project_has_a_row(results: Path):
     expected |= {(f"{name}: acceptance", None): 0.7 for name in speculation_of}
     perplexities = {f"toy: perplexity up to {context} tokens, {format}" for context in (8, 24) for format in ("int8", "fp8")}
     expected |= {(name, "plain rows, float32"): 1 / 1.005 for name in perplexities}
-    expected |= {("decode, 1 sequence: share of the bandwidth floor", None): 0.6}
+    expected |= {("4 bits packed, decode, 1 sequence: share of the bandwidth floor", None): 0.6}
     expected |= {("GRPO step, maths: share without waiting for rewards", None): 0.95}
     if grpo.isolation_is_there():
         expected |= {("GRPO step, code in the sandbox: share without waiting for rewards", None): 0.95}
