@@ -32,7 +32,7 @@ class SumsTask(NamedTuple):
     """Held-out questions with one or two terms more than any of training."""
 
 
-QUICKSTART_SUMS = SumsTask(ChainSettings(least_terms=3, most_terms=6, largest=9), Habits(), 8000, 400, 400)
+QUICKSTART_SUMS = SumsTask(ChainSettings(least_terms=3, most_terms=6, largest=9), Habits(), 8000, 400, 100)
 """What a small model can learn in minutes."""
 
 

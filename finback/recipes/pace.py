@@ -14,10 +14,10 @@ from finback.train.loop import clipped_update, take_gradients
 from finback.train.losses import accumulate_gradients
 from finback.train.optimizer import gradient_norm, init_adam_state
 
-WORK = {"quickstart": 3.2, "r1-small": 5.0}
+WORK = {"quickstart": 3.75, "r1-small": 5.0}
 """All stages of a recipe together, in units of its pre-training: what recorded runs took on two cores."""
 WARM_STEPS, TIMED_STEPS = 8, 12
-_SHARE = 0.9  # of the minutes: machines become slower when they are warm, or shared
+_SHARE = 0.95  # of the minutes: machines become slower when they are warm, or shared
 _FINE = 20  # parts of the whole that a run is cut down by, so that small differences between two measurements change nothing
 _LEAST = 4  # of them: below a fifth nothing is learnt, and the run takes longer than it should
 _NO_MATTER = 1_000_000  # tokens of pre-training, all stages counted, that no machine takes many minutes for
