@@ -50,7 +50,7 @@ def test_help_lists_every_verb(words: list[str], capsys: pytest.CaptureFixture[s
 
 
 def test_every_verb_has_its_module_and_every_module_its_verb():
-    helpers = {"__init__", "conversation", "machine", "paired", "parse", "terminal", "torch_probe"}
+    helpers = {"__init__", "conversation", "machine", "paired", "parse", "plan_fields", "terminal", "torch_probe"}
     files = {path.stem for path in (ROOT / "finback" / "commands").glob("*.py")} - helpers
     assert {place.removeprefix("finback.commands.").removesuffix(":main") for _, place in cli.VERBS.values()} == files
     assert all((ROOT / "finback" / "commands" / f"{helper}.py").is_file() for helper in helpers)
