@@ -22,7 +22,7 @@ from finback.train.throughput import training_flops_per_token
 LANGUAGE_REWARD = "finback.rewards.language:language_consistency"
 TEACHER_SAMPLES = 2
 """Of each prompt, in `ladder.student`."""
-SPARE = 1.5
+SPARE = 2.0
 """Samples that become shorter, and groups that teach nothing, leave reinforcement learning below its estimate."""
 
 
