@@ -182,8 +182,16 @@ def readme_table(found: Mapping[str, Mapping[str, Any]], chinese: bool) -> str:
     headings = [_CHINESE_HEADINGS[heading] if chinese else heading for heading in HEADINGS[:-1]]
     if chinese:
         body = [[_to_chinese(cell) for cell in line] for line in body]
-    last = provenance(next(iter(found.values())))
-    return "\n".join([*markdown_table(headings, body), "", last])
+    return "\n".join([*markdown_table(headings, body), "", *_sources(found)])
+
+
+def _sources(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Where the rows come from: a line for each machine, commit and day, with the benchmarks that it made."""
+    made: dict[str, list[str]] = {}
+    for name in _README_ROWS:
+        if name in found:
+            made.setdefault(provenance(found[name]), []).append(f"`{name}`")
+    return [f"- {', '.join(names)}: {source}" for source, names in made.items()]
 
 
 def _to_chinese(text: str) -> str:
