@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-KEPT: list[bytearray] = []
+KEPT: list[bytes] = []
 
 
 def length(prompt: str, completion: str, example: dict[str, Any]) -> float:
@@ -61,9 +61,9 @@ def regex() -> float:
 
 
 def memory() -> float:
-    """Keep all memory there is, so that nothing is left afterwards."""
+    """Keep all address space there is, so that nothing is left afterwards; zeros that nobody touches, so a slow machine is no slower."""
     while True:
-        KEPT.append(bytearray(1 << 24))
+        KEPT.append(bytes(1 << 24))
 
 
 def print_a_score() -> float:

@@ -82,10 +82,13 @@ def wait_until_gone(processes: set[int], seconds: float = 60.0) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left() -> Iterator[None]:
-    """Every test ends with the processes it began with, detached ones among them: they would be this process's or init's."""
-    before = sleepers()
+    """Every test ends with the processes it began with, detached ones among them: they would be this process's or init's.
+
+    What other tests of this process have started is theirs: Python's tracker of shared resources, say, lives as long as it does.
+    """
+    before, theirs = sleepers(), descendants(os.getpid())
     yield
-    assert descendants(os.getpid()) & alive(descendants(os.getpid())) == set()
+    assert alive(descendants(os.getpid()) - theirs) == set()
     wait_until_gone(sleepers() - before)
 
 
@@ -210,12 +213,13 @@ def test_the_deadline_holds_while_nobody_collects(rewards: tuple[Reward, ...]) -
 
 
 def test_what_is_outstanding_at_the_end_is_killed(rewards: tuple[Reward, ...]) -> None:
+    theirs = descendants(os.getpid())
     with RewardPool(rewards, processes=2, deadline=600) as pool:
         pool.submit(0, "", "lose a child and hang", {})
         pool.submit(1, "", "hang", {})
         pool.submit(2, "", "leave a child", {})
         time.sleep(0.5)
-        below = descendants(os.getpid())
+        below = descendants(os.getpid()) - theirs
         assert len(below) >= 3
     wait_until_gone(below, 1.0)
     assert pool.outstanding == 0
@@ -225,12 +229,13 @@ def test_what_is_outstanding_at_the_end_is_killed(rewards: tuple[Reward, ...]) -
 
 
 def test_a_keeper_that_is_killed_is_replaced(rewards: tuple[Reward, ...]) -> None:
+    theirs = descendants(os.getpid())
     with RewardPool(rewards, deadline=DEADLINE) as pool:
         for number in range(50):
             pool.submit(number, "", "fine", {})
         pool.submit("hang", "", "sleep", {})
         scores = dict(pool.collect(wait=True))
-        below = descendants(os.getpid())
+        below = descendants(os.getpid()) - theirs
         os.kill(pool._keeper.pid, signal.SIGKILL)
         wait_until_gone(below)
         scores |= collected(pool)
