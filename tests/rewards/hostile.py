@@ -61,7 +61,7 @@ def regex() -> float:
 
 
 def memory() -> float:
-    """Keep all address space there is, so that nothing is left afterwards; zeros that nobody touches, so a slow machine is no slower."""
+    """Keep all address space there is, so that nothing is left; zeros that nobody touches, so a slow machine is no slower."""
     while True:
         KEPT.append(bytes(1 << 24))
 
