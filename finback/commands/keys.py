@@ -92,6 +92,7 @@ def show(argv: list[str]) -> int:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     store = KeyStore(fields.keys)
     table = Table(box=box.SIMPLE)
@@ -101,7 +102,7 @@ def show(argv: list[str]) -> int:
         requests, tokens, cost = store.usage(key.id)
         limit = "no limit" if key.requests_per_minute is None else str(key.requests_per_minute)
         made = datetime.fromtimestamp(key.created, UTC).strftime("%Y-%m-%d")
-        table.add_row(_name(key), made, yuan(key.balance), f"{requests:,}", f"{tokens:,}", yuan(cost), limit)
+        table.add_row(Text(_name(key)), made, yuan(key.balance), f"{requests:,}", f"{tokens:,}", yuan(cost), limit)
     Console().print(table)
     return 0
 

@@ -79,7 +79,7 @@ class SamplingParams:
 
 # Field -> least and largest value (None: no limit), and whether None is a value.
 _INTEGERS: dict[str, tuple[int, int | None, bool]] = {
-    "top_k": (0, None, False),
+    "top_k": (0, 2**63 - 1, False),
     "max_tokens": (1, None, True),
     "seed": (0, 2**63 - 1, True),
     "logprobs": (0, MAX_LOGPROBS, True),

@@ -313,7 +313,7 @@ def _resolve(root: Any, reference: str) -> Any:
         key = key.replace("~1", "/").replace("~0", "~")
         if isinstance(root, dict) and key in root:
             root = root[key]
-        elif isinstance(root, list) and key.isdecimal() and int(key) < len(root):
+        elif isinstance(root, list) and key.isdecimal() and len(key) < 10 and int(key) < len(root):
             root = root[int(key)]
         else:
             return True
@@ -321,27 +321,39 @@ def _resolve(root: Any, reference: str) -> Any:
 
 
 def _is_finite(schema: Any, finite: set[str]) -> bool:
-    """Whether some finite JSON satisfies `schema`, as far as is known when only the references in `finite` can be."""
+    """Whether some finite JSON satisfies `schema`, as far as is known when only the references in `finite` can be.
+
+    llguidance reads a keyword only where the type has a use for it, so whatever stands in the others, or in parts that it never
+    reaches, may have any form; what has a wrong one asks for nothing.
+    """
     if not isinstance(schema, dict):
         return True
-    if "$ref" in schema and schema["$ref"] not in finite:
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference not in finite:
         return False
-    if not all(_is_finite(part, finite) for part in schema.get("allOf", ())):
+    if not all(_is_finite(part, finite) for part in _list(schema.get("allOf"))):
         return False
     for name in ("anyOf", "oneOf"):
-        if schema.get(name) and not any(_is_finite(part, finite) for part in schema[name]):
+        parts = _list(schema.get(name))
+        if parts and not any(_is_finite(part, finite) for part in parts):
             return False
-    properties, additional = schema.get("properties", {}), schema.get("additionalProperties", True)
-    needed = [properties.get(name, additional) for name in schema.get("required", ())]
-    least = schema.get("minItems", 0)
-    items = [*schema.get("prefixItems", ()), schema.get("items", True)][:least]
     match schema.get("type"):
         case "object":
-            return all(_is_finite(part, finite) for part in needed)
+            properties, additional = schema.get("properties"), schema.get("additionalProperties", True)
+            properties = properties if isinstance(properties, dict) else {}
+            names = [name for name in _list(schema.get("required")) if isinstance(name, str)]
+            return all(_is_finite(properties.get(name, additional), finite) for name in names)
         case "array":
+            least = schema.get("minItems")
+            least = max(0, least) if isinstance(least, int) else 0
+            items = [*_list(schema.get("prefixItems")), schema.get("items", True)][:least]
             return all(_is_finite(part, finite) for part in items)
         case _:
             return True
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _sentence(grammar: Grammar, message: str) -> str:

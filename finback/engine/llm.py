@@ -27,7 +27,7 @@ from finback.engine.config import SamplingParams, is_integer
 from finback.engine.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from finback.engine.grammar_config import Grammar
 from finback.engine.output import EngineStats, Increment, RequestOutput
-from finback.engine.request import FinishReason, Request
+from finback.engine.request import FinishReason, Request, RequestState
 from finback.engine.runner import Backend, Forward, Runner, choose_kernels
 from finback.engine.sampler import NO_TOKEN, SamplingRows, SamplingState, TokenLogprobs, accept, sample
 from finback.engine.scheduler import ScheduledSequence, Scheduler, SchedulerStats
@@ -280,6 +280,14 @@ class LLM:
         mailbox.extend(kept)
         return self._scheduler.abort(request_id) is not None
 
+    def num_cached_tokens(self, request_id: int) -> int | None:
+        """How many tokens of a request's prompt the prefix cache had; None while nothing of it was computed, 0 when it has ended."""
+        if request_id not in self._answers:
+            return 0
+        request = self._answers[request_id].request
+        is_new = request.state is RequestState.WAITING and not request.num_preemptions
+        return None if is_new else request.num_cached_tokens
+
     @property
     def has_unfinished(self) -> bool:
         """Whether there is anything for `step` to do or to give."""
@@ -398,7 +406,9 @@ class LLM:
                 self._clear(blocks)
         asked = None if logprobs is None or request.params.logprobs is None else [one for one in logprobs[:taken] if one]
         stop = answer.stops.found if reason == "stop" else None
-        return Increment(request.request_id, text, new, asked, reason, request.num_cached_tokens, answer.error, experts, stop)
+        return Increment(
+            request.request_id, text, new, asked, reason, request.num_cached_tokens, answer.error, experts, stop, failed
+        )
 
     def _clear(self, blocks: list[int]) -> None:
         """Remove NaN from the cache: rows that are masked count 0 times, and 0 times NaN is NaN, for whoever gets the block next."""
@@ -532,6 +542,11 @@ class LLM:
     def num_blocks(self) -> int:
         """Blocks of the cache."""
         return self._blocks.num_blocks
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Tokens that the cache holds, of all requests together."""
+        return self._blocks.num_blocks * self._blocks.block_size
 
     @property
     def num_free_blocks(self) -> int:

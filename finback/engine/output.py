@@ -21,6 +21,7 @@ class Increment(NamedTuple):
     error: str | None = None  # a sentence, where finish_reason is "error"
     experts: Tensor | None = None  # with the last, where the engine records them: see RequestOutput
     stop_reason: str | None = None  # with the last, the text of `stop` that ended the answer; None where something else did
+    is_fault: bool = False  # with an error: the model gave no number to choose by, for which no request can be blamed
 
 
 @dataclass

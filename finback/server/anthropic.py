@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, JsonValue, StrictBool, StrictInt, StrictS
 
 from finback.server.errors import APIError
 from finback.server.keys import Key
-from finback.server.openai import Calls, Job, chat_job, gathered, parsed_arguments, written
+from finback.server.openai import Calls, Job, chat_job, conversation_prompt, gathered, parsed_arguments, written
 from finback.server.schemas import Body, ChatRequest, Stop, Temperature, chat_request
 from finback.server.service import Service
 from finback.server.turn import Delta, Usage
@@ -70,7 +70,7 @@ class MessagesRequest(CountRequest):
     max_tokens: Annotated[StrictInt, Field(ge=1)]
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=0)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=0, le=2**63 - 1)] | None = None
     stop_sequences: Stop = None
     stream: StrictBool | None = None
 
@@ -93,8 +93,18 @@ def error_body(error: APIError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
-def job_of(service: Service, body: CountRequest, key: Key | None) -> Job:
-    """The same request in OpenAI's words. Raises APIError for what cannot be answered."""
+def job_of(service: Service, body: MessagesRequest, key: Key | None) -> Job:
+    """Raises APIError for what cannot be answered."""
+    return chat_job(service, _translated(body), key)
+
+
+def count(service: Service, body: CountRequest) -> int:
+    """The tokens of a conversation, also of one that is too long to be answered. Raises APIError for what cannot be written."""
+    return len(conversation_prompt(service, _translated(body)).token_ids)
+
+
+def _translated(body: CountRequest) -> ChatRequest:
+    """The same request in OpenAI's words."""
     fields: dict[str, Any] = {"model": body.model, "messages": _messages(body)}
     if isinstance(body, MessagesRequest):
         for name in ("max_tokens", "temperature", "top_p", "top_k"):
@@ -107,14 +117,14 @@ def job_of(service: Service, body: CountRequest, key: Key | None) -> Job:
             {"type": "function", "function": {"name": t.name, "description": t.description, "parameters": t.input_schema}}
             for t in body.tools
         ]
-        choice = body.tool_choice
-        if choice is not None:
-            if choice.type == "tool" and choice.name is None:
-                raise APIError(422, "field tool_choice: type tool needs the field name", param="tool_choice")
-            named = {"type": "function", "function": {"name": choice.name}}
-            fields["tool_choice"] = {"auto": "auto", "any": "required", "none": "none", "tool": named}[choice.type]
-            fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
-    return chat_job(service, chat_request(ChatRequest, fields), key)
+    choice = body.tool_choice
+    if choice is not None:
+        if choice.type == "tool" and choice.name is None:
+            raise APIError(422, "field tool_choice: type tool needs the field name", param="tool_choice")
+        named = {"type": "function", "function": {"name": choice.name}}
+        fields["tool_choice"] = {"auto": "auto", "any": "required", "none": "none", "tool": named}[choice.type]
+        fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
+    return chat_request(ChatRequest, fields)
 
 
 def _messages(body: CountRequest) -> list[dict[str, Any]]:

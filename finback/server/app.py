@@ -2,16 +2,17 @@
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import orjson
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from finback.server import anthropic, ollama, openai
@@ -65,19 +66,25 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def _known(service: Service) -> list[Any]:
-    """Whoever has no key here learns nothing about the body that came along: it is asked for before the body is checked."""
+def _known(service: Service) -> APIRouter:
+    """For the routes that ask for a key. It is looked at before the body is read: whoever has none here learns nothing about what came
+    along, not even whether it is JSON."""
 
-    async def known(request: Request) -> None:
-        request.state.key = service.key_of(request.headers)
+    class KnownRoute(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            answer = super().get_route_handler()
 
-    return [Depends(known)]
+            async def known(request: Request) -> Response:
+                request.state.key = service.key_of(request.headers)
+                return await answer(request)
+
+            return known
+
+    return APIRouter(route_class=KnownRoute)
 
 
 def _add_chat(app: FastAPI, service: Service) -> None:
-    seconds = service.config.keep_alive_seconds
-
-    known = _known(service)
+    seconds, known = service.config.keep_alive_seconds, _known(service)
 
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation; with stream as events. At /beta the same."""
@@ -99,25 +106,20 @@ def _add_chat(app: FastAPI, service: Service) -> None:
 
     for prefix in ("", "/v1", "/beta", "/beta/v1"):
         shown = prefix in ("/v1", "/beta")
-        app.post(
-            f"{prefix}/chat/completions",
-            responses=ANSWER | ERRORS,
-            response_model=None,
-            include_in_schema=shown,
-            dependencies=known,
-        )(chat_completions)
-        app.post(
-            f"{prefix}/completions", responses=ANSWER | ERRORS, response_model=None, include_in_schema=shown, dependencies=known
-        )(completions)
+        known.post(f"{prefix}/chat/completions", responses=ANSWER | ERRORS, response_model=None, include_in_schema=shown)(
+            chat_completions
+        )
+        known.post(f"{prefix}/completions", responses=ANSWER | ERRORS, response_model=None, include_in_schema=shown)(completions)
+    app.include_router(known)
 
 
 def _add_anthropic(app: FastAPI, service: Service) -> None:
-    seconds = service.config.keep_alive_seconds
+    seconds, known = service.config.keep_alive_seconds, _known(service)
 
     def error_event(error: APIError) -> bytes:
         return event(anthropic.error_body(error), "error")
 
-    @app.post("/v1/messages", responses=ANSWER | ANTHROPIC_ERRORS, response_model=None, dependencies=_known(service))
+    @known.post("/v1/messages", responses=ANSWER | ANTHROPIC_ERRORS, response_model=None)
     async def messages(request: Request, body: anthropic.MessagesRequest) -> Response:
         """Answer a conversation in Anthropic's words."""
         key = request.state.key
@@ -128,10 +130,12 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
             return await stream(request, events, service.endings, seconds, error_event, keep_alive=anthropic.PING)
         return await whole(request, anthropic.answer(service, job), service.endings, seconds, anthropic.error_body)
 
-    @app.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS, dependencies=_known(service))
-    async def count_tokens(request: Request, body: anthropic.CountRequest) -> dict[str, int]:
+    @known.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)
+    async def count_tokens(body: anthropic.CountRequest) -> dict[str, int]:
         """How many tokens a conversation has."""
-        return {"input_tokens": len(anthropic.job_of(service, body, request.state.key).prompt.token_ids)}
+        return {"input_tokens": anthropic.count(service, body)}
+
+    app.include_router(known)
 
 
 def _add_ollama(app: FastAPI, service: Service) -> None:
@@ -146,7 +150,7 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
             media_type="application/x-ndjson", keep_alive=b" ",  # its clients take an empty line for an answer
         )  # fmt: skip
 
-    @app.post("/api/chat", responses=LINES | OLLAMA_ERRORS, response_model=None, dependencies=known)
+    @known.post("/api/chat", responses=LINES | OLLAMA_ERRORS, response_model=None)
     async def chat(request: Request, body: ollama.OllamaChatRequest) -> Response:
         """Answer a conversation in Ollama's words."""
         key = request.state.key
@@ -156,7 +160,7 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
             return JSONResponse(ollama.loaded(body.model, chat=True))
         return await answered(request, ollama.chat_of(service, body, key), body.stream is not False, chat=True)
 
-    @app.post("/api/generate", responses=LINES | OLLAMA_ERRORS, response_model=None, dependencies=known)
+    @known.post("/api/generate", responses=LINES | OLLAMA_ERRORS, response_model=None)
     async def generate(request: Request, body: ollama.GenerateRequest) -> Response:
         """Answer a question, or with raw continue a text, in Ollama's words."""
         key = request.state.key
@@ -166,12 +170,12 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
             return JSONResponse(ollama.loaded(body.model, chat=False))
         return await answered(request, ollama.generate_of(service, body, key), body.stream is not False, chat=False)
 
-    @app.get("/api/tags", responses=OLLAMA_ERRORS, dependencies=known)
+    @known.get("/api/tags", responses=OLLAMA_ERRORS)
     async def tags() -> dict[str, Any]:
         """The models, for Ollama's clients."""
         return ollama.tags(service)
 
-    @app.post("/api/show", responses=OLLAMA_ERRORS, dependencies=known)
+    @known.post("/api/show", responses=OLLAMA_ERRORS)
     async def show(body: ollama.ShowRequest) -> dict[str, Any]:
         """What a model is, for Ollama's clients."""
         return ollama.show(service, ollama.own_name(body.model or body.name or ""))
@@ -180,6 +184,8 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
     async def version() -> dict[str, str]:
         """The version of Ollama's API that is spoken here."""
         return {"version": ollama.VERSION}
+
+    app.include_router(known)
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
@@ -198,10 +204,10 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         return entry(model)
 
     for prefix in ("", "/v1"):
-        app.get(f"{prefix}/models", responses=ERRORS, include_in_schema=bool(prefix), dependencies=known)(models)
-        app.get(f"{prefix}/models/{{model}}", responses=ERRORS, include_in_schema=bool(prefix), dependencies=known)(one_model)
+        known.get(f"{prefix}/models", responses=ERRORS, include_in_schema=bool(prefix))(models)
+        known.get(f"{prefix}/models/{{model}}", responses=ERRORS, include_in_schema=bool(prefix))(one_model)
 
-    @app.get("/user/balance", responses=ERRORS, dependencies=known)
+    @known.get("/user/balance", responses=ERRORS)
     async def balance(request: Request) -> dict[str, Any]:
         """What is left on the key."""
         key: Key | None = request.state.key
@@ -240,6 +246,8 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """Counters and histograms as Prometheus reads them."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.include_router(known)
 
 
 def _off_peak(prices: Prices | None) -> dict[str, Any] | None:

@@ -18,16 +18,19 @@ from finback.server.openai import (
     Job,
     chat_job,
     completion_job,
+    form_grammar,
     gathered,
     parsed_arguments,
     written,
 )
-from finback.server.schemas import Body, ChatRequest, CompletionRequest, chat_request
+from finback.server.schemas import Body, ChatRequest, CompletionRequest, ResponseFormat, chat_request
 from finback.server.service import Service
 from finback.server.turn import Delta
 
 VERSION = "0.12.0"
 """The version of Ollama's API that is spoken here."""
+NAMES = {"max_tokens": "num_predict", "response_format": "format", "thinking": "think"}
+"""What Ollama calls the fields of OpenAI's."""
 
 
 class OllamaFunction(BaseModel):
@@ -105,11 +108,15 @@ def _chat_fields(body: Asking) -> dict[str, Any]:
     fields = _common(body)
     if body.think is not None:
         fields["thinking"] = body.think if isinstance(body.think, bool) else True  # "low", "medium", "high"
+    form = _form(body)
+    return fields if form is None else {**fields, "response_format": form}
+
+
+def _form(body: Asking) -> dict[str, Any] | None:
+    """`format` as response_format."""
     if body.format == "json":
-        fields["response_format"] = {"type": "json_object"}
-    elif isinstance(body.format, dict):
-        fields["response_format"] = {"type": "json_schema", "json_schema": {"schema": body.format}}
-    return fields
+        return {"type": "json_object"}
+    return {"type": "json_schema", "json_schema": {"schema": body.format}} if isinstance(body.format, dict) else None
 
 
 def _no_images(images: Any) -> None:
@@ -137,18 +144,22 @@ def chat_of(service: Service, body: OllamaChatRequest, key: Key | None) -> Job:
     if messages and messages[-1]["role"] == "assistant":
         messages[-1]["prefix"] = True
     fields = {**_chat_fields(body), "messages": messages, "tools": body.tools or None}
-    return chat_job(service, chat_request(ChatRequest, fields), key)
+    return chat_job(service, chat_request(ChatRequest, fields, NAMES), key, NAMES)
 
 
 def generate_of(service: Service, body: GenerateRequest, key: Key | None) -> Job | CompletionJob:
     """A chat of one question; with `raw` or a suffix, the text as it stands."""
     _no_images(body.images)
     if body.raw or body.suffix is not None:
+        if body.think:
+            raise APIError(422, "field think: with raw or suffix the text goes on as it stands, without a thought; leave it out")
+        form = _form(body)
+        grammar = None if form is None else form_grammar(chat_request(ResponseFormat, form, NAMES))
         fields = {**_common(body), "prompt": body.prompt, "suffix": body.suffix}
-        return completion_job(service, chat_request(CompletionRequest, fields), key)
+        return completion_job(service, chat_request(CompletionRequest, fields, NAMES), key, grammar, NAMES)
     system = [{"role": "system", "content": body.system}] if body.system else []
     fields = {**_chat_fields(body), "messages": [*system, {"role": "user", "content": body.prompt}]}
-    return chat_job(service, chat_request(ChatRequest, fields), key)
+    return chat_job(service, chat_request(ChatRequest, fields, NAMES), key, {**NAMES, "messages": "prompt"})
 
 
 def lines(service: Service, job: Job | CompletionJob, chat: bool) -> AsyncGenerator[bytes, None]:

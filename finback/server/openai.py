@@ -1,12 +1,15 @@
 """OpenAI's and DeepSeek's door: /chat/completions, /completions (FIM with suffix), and what they answer."""
 
+import codecs
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
+
+import orjson
 
 from finback.config import InputError
 from finback.data.reasoning import ToolCallIncrement
@@ -16,7 +19,7 @@ from finback.engine.grammar_config import Grammar
 from finback.server.errors import APIError
 from finback.server.keys import Key
 from finback.server.prompt import Prompt, chat_prompt, fim_prompt
-from finback.server.schemas import ChatRequest, CompletionRequest, Sampling, Thinking
+from finback.server.schemas import ChatRequest, CompletionRequest, ResponseFormat, Sampling, Thinking
 from finback.server.service import Service
 from finback.server.turn import Delta, TokenLogprob, Usage, run_completion
 from finback.server.wire import DONE, event
@@ -41,51 +44,81 @@ class Job:
         )  # fmt: skip
 
 
-def chat_job(service: Service, body: ChatRequest, key: Key | None) -> Job:
-    """Raises APIError for what cannot be answered."""
-    thinking, budget = service.thinking_of(body.model), body.thinking_budget
-    if isinstance(body.thinking, bool):
-        thinking = body.thinking
-    elif isinstance(body.thinking, Thinking):
-        thinking = {"enabled": True, "disabled": False}.get(body.thinking.type, thinking)
-        budget = body.thinking.budget_tokens or budget
+def chat_job(service: Service, body: ChatRequest, key: Key | None, names: Mapping[str, str] | None = None) -> Job:
+    """Raises APIError for what cannot be answered; it calls the fields as the door does where `names` has them."""
+    service.thinking_of(body.model)
     service.admit()
-    choice = body.tool_choice or "auto"
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []] if choice != "none" else []
-    prompt = chat_prompt(
-        service.tokenizer, [message.model_dump(exclude_unset=True) for message in body.messages], thinking=thinking, tools=tools
-    )
-    grammar = _grammar(body, tools, choice, after_think=prompt.thinking)
+    tools = _tools(body)
+    prompt = conversation_prompt(service, body)
+    grammar = _grammar(body, tools, after_think=prompt.thinking)
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     params = _params(
-        service, body, len(prompt.token_ids), body.max_completion_tokens or body.max_tokens, key,
+        service, body, len(prompt.token_ids), key, limit=limit, prompt_field="messages", names=names or {},
         grammar=grammar, logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )  # fmt: skip
-    return Job(body.model, key, prompt, params, bool(tools), budget)
+    bounded = isinstance(body.thinking, Thinking) and body.thinking.budget_tokens
+    return Job(body.model, key, prompt, params, bool(tools), bounded or body.thinking_budget)
 
 
-def _grammar(body: ChatRequest, tools: list[dict[str, Any]], choice: Any, *, after_think: bool) -> Grammar | None:
+def conversation_prompt(service: Service, body: ChatRequest) -> Prompt:
+    """What the model reads of a conversation, however long it is. Raises APIError for what cannot be written."""
+    messages = [message.model_dump(exclude_unset=True) for message in body.messages]
+    return chat_prompt(service.tokenizer, messages, thinking=_thinking(service, body), tools=_tools(body))
+
+
+def _thinking(service: Service, body: ChatRequest) -> bool | None:
+    """Whether the model shall think; None leaves it to the template."""
+    thinking = service.thinking_of(body.model)
+    if isinstance(body.thinking, bool):
+        return body.thinking
+    if isinstance(body.thinking, Thinking):
+        return {"enabled": True, "disabled": False}.get(body.thinking.type, thinking)
+    return thinking
+
+
+def _tools(body: ChatRequest) -> list[dict[str, Any]]:
+    """The tools that are offered."""
+    if body.tool_choice not in (None, "auto", "none") and not body.tools:
+        raise APIError(
+            422, "field tool_choice asks for a call, but there are no tools; give the field tools", param="tool_choice"
+        )
+    return [] if body.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+
+
+def _grammar(body: ChatRequest, tools: list[dict[str, Any]], *, after_think: bool) -> Grammar | None:
     form = body.response_format
-    wants_json = form is not None and form.type != "text"
-    if tools and wants_json:
+    if not tools:
+        return form_grammar(form, after_think=after_think)
+    if form is not None and form.type != "text":
         raise APIError(422, "response_format and tools cannot be asked for together; leave one out", param="response_format")
+    choice = body.tool_choice or "auto"
+    named = choice if isinstance(choice, str) else choice.model_dump()
     try:
-        if tools:
-            named = choice if isinstance(choice, str) else choice.model_dump()
-            parallel = body.parallel_tool_calls is not False
-            return Grammar.tool_calls(tools, named, parallel=parallel, after_think=after_think)
-        if form is None or form.type == "text":
-            return None
+        return Grammar.tool_calls(tools, named, parallel=body.parallel_tool_calls is not False, after_think=after_think)
+    except InputError as error:
+        raise APIError(422, str(error), param="tools") from None
+
+
+def form_grammar(form: ResponseFormat | None, *, after_think: bool = False) -> Grammar | None:
+    """The grammar of a response_format; None where any text will do."""
+    if form is None or form.type == "text":
+        return None
+    try:
         if form.json_schema is not None and form.type == "json_schema":
             return Grammar.json_schema(form.json_schema.schema_, after_think=after_think)
         return Grammar.json_object(after_think=after_think)
     except InputError as error:
-        raise APIError(422, str(error), param="tools" if tools else "response_format") from None
+        raise APIError(422, str(error), param="response_format") from None
 
 
 def _params(
-    service: Service, body: Sampling, prompt_tokens: int, max_tokens: int | None, key: Key | None, **more: Any
-) -> list[SamplingParams]:
-    """For each of the n answers its own; those after the first have seeds that follow."""
+    service: Service, body: Sampling, prompt_tokens: int, key: Key | None, *, limit: str, prompt_field: str, names: Mapping[str, str],
+    **more: Any,
+) -> list[SamplingParams]:  # fmt: skip
+    """For each of the n answers its own; those after the first have seeds that follow. `limit` is the field with the longest answer."""
+    max_tokens = service.max_tokens(
+        getattr(body, limit), prompt_tokens, field=names.get(limit, limit), prompt_field=names.get(prompt_field, prompt_field)
+    )
     bias = None
     if body.logit_bias:
         try:
@@ -97,7 +130,7 @@ def _params(
         "temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "min_p": body.min_p,
         "frequency_penalty": body.frequency_penalty, "presence_penalty": body.presence_penalty, "logit_bias": bias,
         "stop": body.stop, "ignore_eos": body.ignore_eos,
-        "max_tokens": service.max_tokens(max_tokens, prompt_tokens), "cache_key": cache_key, **more,
+        "max_tokens": max_tokens, "cache_key": cache_key, **more,
     }  # fmt: skip
     return [
         service.params(seed=None if body.seed is None else (body.seed + index) % 2**63, **fields) for index in range(body.n or 1)
@@ -193,8 +226,14 @@ class CompletionJob:
         return service.answer(self.model, self.key, self.token_ids, self.params, self.usage, turn=run_completion)
 
 
-def completion_job(service: Service, body: CompletionRequest, key: Key | None) -> CompletionJob:
-    """Raises APIError for what cannot be answered."""
+def completion_job(
+    service: Service,
+    body: CompletionRequest,
+    key: Key | None,
+    grammar: Grammar | None = None,
+    names: Mapping[str, str] | None = None,
+) -> CompletionJob:
+    """Raises APIError for what cannot be answered; it calls the fields as the door does where `names` has them."""
     service.thinking_of(body.model)
     service.admit()
     tokenizer = service.tokenizer
@@ -206,21 +245,24 @@ def completion_job(service: Service, body: CompletionRequest, key: Key | None) -
         raise APIError(
             400, "the prompt is empty, and this tokenizer starts with no token of its own; give some text", param="prompt"
         )
-    params = _params(service, body, len(token_ids), body.max_tokens, key, logprobs=body.logprobs)
+    params = _params(
+        service, body, len(token_ids), key, limit="max_tokens", prompt_field="prompt", names=names or {},
+        grammar=grammar, logprobs=body.logprobs,
+    )  # fmt: skip
     return CompletionJob(body.model, key, token_ids, params, body.prompt if body.echo else "")
 
 
 def completion_events(service: Service, body: CompletionRequest, job: CompletionJob) -> AsyncGenerator[bytes, None]:
     head = _head("text_completion", "cmpl", body.model)
     with_usage = body.stream_options is not None and body.stream_options.include_usage
-    opened: set[int] = set()
+    offsets: dict[int, Offsets] = {}  # of the answers that have begun
 
     def chunk(index: int, part: Delta) -> bytes:
-        text = part.content if index in opened else job.echo + part.content
-        opened.add(index)
+        text = part.content if index in offsets else job.echo + part.content
+        place = offsets.setdefault(index, Offsets(service.tokenizer, len(job.echo)))
         choice = {
             "index": index, "text": text, "finish_reason": part.finish_reason,
-            "logprobs": _text_logprobs(service.tokenizer, body, part),
+            "logprobs": _text_logprobs(service.tokenizer, body, part, place),
         }  # fmt: skip
         return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 
@@ -233,8 +275,8 @@ def completion_events(service: Service, body: CompletionRequest, job: Completion
 async def completion_answer(service: Service, body: CompletionRequest, job: CompletionJob) -> dict[str, Any]:
     wholes = await gathered(job.deltas(service), len(job.params))
     choices = [
-        {"index": index, "text": job.echo + part.content, "logprobs": _text_logprobs(service.tokenizer, body, part),
-         "finish_reason": part.finish_reason}
+        {"index": index, "text": job.echo + part.content, "finish_reason": part.finish_reason,
+         "logprobs": _text_logprobs(service.tokenizer, body, part, Offsets(service.tokenizer, len(job.echo)))}
         for index, part in enumerate(wholes)
     ]  # fmt: skip
     return {**_head("text_completion", "cmpl", body.model), "choices": choices, "usage": usage_body(job.usage)}
@@ -290,11 +332,14 @@ class Calls:
 
 
 def parsed_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments as an object; one with what came under "arguments" where it is cut, or no object."""
+    """A call's arguments as an object; one with what came under "arguments" where it is cut, no object, or nothing that an answer
+    could hold: JSON has words for numbers without end and for halves of surrogate pairs."""
     text = call["function"]["arguments"]
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+        json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
+        orjson.dumps(value)  # whole numbers of 64 bits, text in Unicode
+    except (ValueError, orjson.JSONEncodeError, RecursionError):  # ValueError: a JSONDecodeError, or thousands of digits
         value = text
     return value if isinstance(value, dict) else {"arguments": value}
 
@@ -327,7 +372,7 @@ def _token(tokenizer: Tokenizer, item: TokenLogprob) -> dict[str, Any]:
     return {**entry(item.token_id, item.logprobs.logprob), "top_logprobs": top}
 
 
-def _text_logprobs(tokenizer: Tokenizer, body: CompletionRequest, part: Delta) -> dict[str, Any] | None:
+def _text_logprobs(tokenizer: Tokenizer, body: CompletionRequest, part: Delta, offsets: "Offsets") -> dict[str, Any] | None:
     if body.logprobs is None:
         return None
     entries = [_token(tokenizer, item) for item in part.content_logprobs]
@@ -335,13 +380,25 @@ def _text_logprobs(tokenizer: Tokenizer, body: CompletionRequest, part: Delta) -
         "tokens": [entry["token"] for entry in entries],
         "token_logprobs": [entry["logprob"] for entry in entries],
         "top_logprobs": [{top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries],
-        "text_offset": _offsets([entry["token"] for entry in entries]),
+        "text_offset": offsets.of([item.token_id for item in part.content_logprobs]),
     }
 
 
-def _offsets(tokens: Sequence[str]) -> list[int]:
-    places, place = [], 0
-    for token in tokens:
-        places.append(place)
-        place += len(token)
-    return places
+class Offsets:
+    """Where the tokens of an answer begin in its text, in characters; a token inside of a character where the character does."""
+
+    def __init__(self, tokenizer: Tokenizer, place: int) -> None:
+        """`place`: where the answer begins."""
+        self._tokenizer, self._place = tokenizer, place
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def of(self, token_ids: Sequence[int]) -> list[int]:
+        """Of the next tokens."""
+        places = []
+        for token_id in token_ids:
+            raw = b"" if token_id in self._tokenizer.control_token_ids else self._tokenizer.token_bytes(token_id)
+            if raw and raw[0] & 0xC0 != 0x80:  # a new character: what was not whole before it stays so
+                self._place += len(self._decoder.decode(b"", final=True))
+            places.append(self._place)
+            self._place += len(self._decoder.decode(raw))
+        return places

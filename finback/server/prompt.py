@@ -37,6 +37,8 @@ def chat_prompt(
     turns = [_turn(message) for message in messages]
     prefix = None
     if turns[-1]["role"] == "assistant":
+        if "tool_calls" in turns[-1]:  # nothing can be written behind them but their results
+            raise APIError(400, "the last message calls tools; add a message with their results", param="messages")
         if not messages[-1].get("prefix"):
             raise APIError(
                 400,

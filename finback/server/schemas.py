@@ -134,7 +134,7 @@ class Sampling(Body):
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[StrictInt, Field(ge=0)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=0, le=2**63 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
@@ -204,10 +204,11 @@ def told(error: dict[str, Any]) -> tuple[str, str]:
     return place, f"field {place}: {words[0].lower() + words[1:]}{shown}" if place else words
 
 
-def chat_request(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
-    """What another door has translated, checked once more; 422 names the field."""
+def chat_request(kind: type[Kind], fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Kind:
+    """What another door has translated, checked once more; 422 names the field, as the door calls it where `names` has it."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        place, words = told(dict(error.errors()[0]))
+        first = error.errors()[0]
+        place, words = told({**first, "loc": [(names or {}).get(str(part), part) for part in first["loc"]]})
         raise APIError(422, words, param=place or None) from None

@@ -104,21 +104,25 @@ class Service:
                 503, "the server is overloaded; ask again in a moment", code="overloaded", headers={"Retry-After": "5"}
             )
 
-    def max_tokens(self, asked: int | None, prompt_tokens: int) -> int:
-        """The longest answer: as asked, up to the room that is left; min(4096, room) if nothing was asked."""
-        room = self.context - prompt_tokens
+    def max_tokens(
+        self, asked: int | None, prompt_tokens: int, *, field: str = "max_tokens", prompt_field: str = "messages"
+    ) -> int:
+        """The longest answer: as asked, up to the room that is left in context and cache; min(4096, room) if nothing was asked.
+
+        `field` and `prompt_field` are the door's names for what APIError blames."""
+        cache = self.worker.llm.num_cache_tokens + 1  # the last token of an answer is never computed
+        room = min(self.context, cache) - prompt_tokens
         if room < 1:
+            limit = f"the context is {self.context}" if self.context <= cache else f"the server's cache holds {cache - 1} tokens"
             raise APIError(
                 400,
-                f"the messages have {prompt_tokens} tokens and the context is {self.context}, which leaves no room for an answer; "
-                "shorten them",
+                f"field {prompt_field} makes a prompt of {prompt_tokens} tokens, and {limit}, which leaves no room for an answer; "
+                "shorten it",
                 code="context_length_exceeded",
-                param="messages",
+                param=prompt_field,
             )
         if asked is not None and asked > self.context:
-            raise APIError(
-                422, f"field max_tokens is {asked}, above the model's context ({self.context}); lower it", param="max_tokens"
-            )
+            raise APIError(422, f"field {field} is {asked}, above the model's context ({self.context}); lower it", param=field)
         return min(DEFAULT_MAX_TOKENS if asked is None else asked, room)
 
     def end_answers_in(self, seconds: float) -> None:

@@ -28,6 +28,7 @@ class Usage:
     """Tokens of one answer so far."""
 
     prompt_tokens: int = 0
+    """0 until the engine has begun with the prompt: what waits costs nothing."""
     hit_tokens: int = 0
     completion_tokens: int = 0
     reasoning_tokens: int = 0
@@ -80,7 +81,6 @@ async def run_turn(
     end of the thought, the answer ends there.
     """
     parser = ReasoningParser(starts_in_thought=thinking, tools=tools)
-    usage.prompt_tokens = len(prompt)
     first, called, written, text = True, False, list[int](), ""
     while True:
         closed = False
@@ -88,7 +88,7 @@ async def run_turn(
         try:
             async for increment in stream:
                 if first:
-                    usage.hit_tokens = increment.num_cached_tokens // CACHE_UNIT * CACHE_UNIT
+                    _count_prompt(usage, prompt, increment)
                     first = False
                 written += increment.token_ids
                 text += increment.text
@@ -156,13 +156,12 @@ async def run_completion(
     engine: Engine, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams, usage: Usage
 ) -> AsyncIterator[Delta]:
     """The continuation of a text as it stands: whatever the model writes is content."""
-    usage.prompt_tokens = len(prompt)
     stream = engine.answer(prompt, params)
     first = True
     try:
         async for increment in stream:
             if first:
-                usage.hit_tokens = increment.num_cached_tokens // CACHE_UNIT * CACHE_UNIT
+                _count_prompt(usage, prompt, increment)
                 first = False
             usage.completion_tokens += len(increment.token_ids)
             delta = Delta(content=increment.text, finish_reason=increment.finish_reason, stop_text=increment.stop_reason)
@@ -173,3 +172,9 @@ async def run_completion(
                 yield delta
     finally:
         await stream.aclose()  # type: ignore[attr-defined]
+
+
+def _count_prompt(usage: Usage, prompt: Sequence[int], first: Increment) -> None:
+    """At the first increment, before which the engine had nothing to do with the prompt."""
+    usage.prompt_tokens = len(prompt)
+    usage.hit_tokens = first.num_cached_tokens // CACHE_UNIT * CACHE_UNIT

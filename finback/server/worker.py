@@ -15,9 +15,12 @@ from finback.engine.output import Increment
 
 logger = logging.getLogger("finback.server")
 
+TROUBLE = "the engine failed; the server's log says why"
+
 
 class EngineFailure(RuntimeError):
-    """The engine failed in a step in which this request ran. The others that run with it get the same; those that wait go on."""
+    """The engine failed at this request, or in a step of it. Where a step fails, every request that has begun gets this; those of which
+    nothing was computed yet go on waiting."""
 
 
 class _Submission(NamedTuple):
@@ -54,7 +57,8 @@ class EngineWorker:
         self._thread.join()
 
     async def answer(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Increment]:
-        """The answer, one increment for each step that adds to it. Leaving early aborts the request, which frees its blocks.
+        """The answer: one increment for each step that adds to it, and an empty one before them where a step has begun with the prompt
+        and not ended it: before the first, no step has done anything for it. Leaving early aborts the request, which frees its blocks.
 
         Raises InputError if the request can never be answered, EngineFailure if the engine failed.
         """
@@ -70,6 +74,9 @@ class EngineWorker:
                     finished = True
                     raise increment
                 finished = increment.finish_reason is not None
+                if increment.is_fault:
+                    logger.error("the engine failed at a request: %s", increment.error)
+                    raise EngineFailure(increment.error)
                 if increment.error is not None:
                     raise InputError(increment.error)
                 yield increment
@@ -81,36 +88,61 @@ class EngineWorker:
     def _run(self) -> None:
         requests: dict[int, _Submission] = {}  # by the engine's id
         ids: dict[int, int] = {}  # ticket -> the engine's id
+        new: dict[int, None] = {}  # the engine's ids of those that have not begun, in the order in which they will
         while True:
             message = None
             while not self._inbox.empty() or not self.llm.has_unfinished:
                 message = self._inbox.get()
                 if message is None:
                     return
-                self._take(message, requests, ids)
+                self._take(message, requests, ids, new)
             try:
                 increments = self.llm.step()
             except Exception:  # whatever it is, it must end these requests and not the server
-                logger.exception("the engine failed in a step of %d requests", len(requests))
-                failed = list(requests.values())
-                for request_id in list(requests):
+                self._begun(new)
+                # If none has begun, no step would ever end them.
+                failed = [request_id for request_id in requests if request_id not in new] or list(requests)
+                logger.exception("the engine failed in a step; %d requests end with it", len(failed))
+                self._deliver([(requests[request_id], EngineFailure(TROUBLE)) for request_id in failed])
+                for request_id in failed:
                     self.llm.abort(request_id)
-                requests.clear()
-                ids.clear()
-                self._deliver([(request, EngineFailure("the engine failed; the server's log says why")) for request in failed])
+                    ids.pop(requests.pop(request_id).ticket)
+                    new.pop(request_id, None)
                 continue
-            self._deliver(
-                [(requests[increment.request_id], increment) for increment in increments if increment.request_id in requests]
-            )
-            for increment in increments:
-                if increment.finish_reason is not None and increment.request_id in requests:
-                    ids.pop(requests.pop(increment.request_id).ticket)
+            ended = {increment.request_id for increment in increments if increment.finish_reason is not None}
+            for request_id in ended:
+                new.pop(request_id, None)
+            told = {increment.request_id for increment in increments}
+            begun = [
+                Increment(request_id, "", [], None, None, cached)
+                for request_id, cached in self._begun(new)
+                if request_id not in told
+            ]
+            parts = [*begun, *(increment for increment in increments if increment.request_id in requests)]
+            self._deliver([(requests[increment.request_id], increment) for increment in parts])
+            for request_id in ended & requests.keys():
+                ids.pop(requests.pop(request_id).ticket)
 
-    def _take(self, message: _Submission | _Abort, requests: dict[int, _Submission], ids: dict[int, int]) -> None:
+    def _begun(self, new: dict[int, None]) -> list[tuple[int, int]]:
+        """Take those out of `new` that have begun, with the tokens of their prompts that were cached; they begin in their order."""
+        begun = []
+        for request_id in new:
+            cached = self.llm.num_cached_tokens(request_id)
+            if cached is None:
+                break
+            begun.append((request_id, cached))
+        for request_id, _ in begun:
+            del new[request_id]
+        return begun
+
+    def _take(
+        self, message: _Submission | _Abort, requests: dict[int, _Submission], ids: dict[int, int], new: dict[int, None]
+    ) -> None:
         if isinstance(message, _Abort):
             request_id = ids.pop(message.ticket, None)
             if request_id is not None:
                 requests.pop(request_id, None)
+                new.pop(request_id, None)
                 self.llm.abort(request_id)
             return
         try:
@@ -118,7 +150,11 @@ class EngineWorker:
         except InputError as error:
             self._deliver([(message, error)])
             return
-        requests[request_id], ids[message.ticket] = message, request_id
+        except Exception:  # a fault of ours at one request: the others and the server go on
+            logger.exception("the engine failed at a request")
+            self._deliver([(message, EngineFailure(TROUBLE))])
+            return
+        requests[request_id], ids[message.ticket], new[request_id] = message, request_id, None
 
     def _deliver(self, parts: "Sequence[tuple[_Submission, Increment | InputError | EngineFailure]]") -> None:
         """Everything of a step at once: the event loop wakes once."""

@@ -463,6 +463,20 @@ def test_what_cannot_be_followed_is_refused_in_one_sentence(
     assert len(str(raised.value)) < 500
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"city": {"type": "string", "required": True}}, "required": ["city"]},
+        {"type": "string", "minItems": "1"},
+        {"type": "string", "required": [["a"]]},
+        {"type": "string", "properties": {"x": {"$ref": "#/foo"}}, "foo": {"allOf": 3, "anyOf": 1, "$ref": [1]}},
+        {"type": "string", "properties": {"x": {"$ref": "#/foo/" + "9" * 5000}}, "foo": [1]},
+    ],
+)
+def test_keywords_that_the_type_does_not_use_may_have_any_form(compiler: GrammarCompiler, schema: dict[str, Any]) -> None:
+    compiler.compile(Grammar.json_schema(schema))
+
+
 def test_recursive_schemas_that_can_end_are_accepted(compiler: GrammarCompiler) -> None:
     for schema in (
         {**NEVER_ENDING, "required": []},

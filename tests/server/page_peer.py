@@ -93,7 +93,7 @@ def handler_for(script: Script) -> type[BaseHTTPRequestHandler]:
                     time.sleep(0.02)
             for reasoning, content in script.answers[word]:
                 self.data({"reasoning_content": reasoning, "content": content})
-            if word == "cut":
+            if word in ("cut", "pondering"):
                 return
             if word == "midway":
                 self.wfile.write(b'data: {"error": {"message": "engine trouble"}}\n\n')

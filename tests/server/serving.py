@@ -57,6 +57,16 @@ class Served:
     service: Service
     llm: LLM
 
+    def slow_down(self, seconds: float = 0.01) -> None:
+        """Let each step take so long: an answer of 900 tokens then runs as long as a test needs it."""
+        forward = self.llm._runner.forward
+
+        def slow(*arguments: Any) -> Any:
+            time.sleep(seconds)
+            return forward(*arguments)
+
+        self.llm._runner.forward = slow  # type: ignore[method-assign]
+
     def is_idle(self) -> bool:
         """Whether, within a while, no request holds a block any more."""
         deadline = time.monotonic() + 20

@@ -98,6 +98,18 @@ def test_max_tokens_is_bounded_by_the_context_and_4096_by_default(served: Served
         service.max_tokens(10_001, 24)
 
 
+def test_an_answer_ends_where_the_cache_does_whether_or_not_its_length_was_asked_for() -> None:
+    with serving(llm={"num_blocks": 4, "max_num_seqs": 1}) as small:
+        url, words = f"{small.url}/v1/chat/completions", {"model": "tiny", "messages": QUESTION, "ignore_eos": True}
+        for more in ({}, {"max_tokens": 1000}):
+            answer = httpx.post(url, json=words | more, timeout=60).raise_for_status().json()
+            assert answer["usage"]["total_tokens"] == 4 * 64 + 1
+            assert answer["choices"][0]["finish_reason"] == "length"
+        long = httpx.post(url, json=words | {"messages": [{"role": "user", "content": "鲸鱼" * 200}]})
+        assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert "the server's cache holds 256 tokens" in long.json()["error"]["message"]
+
+
 def test_earlier_reasoning_never_enters_the_prompt(served: Served) -> None:
     def prompt_tokens(**earlier: Any) -> int:
         turn = {"role": "assistant", "content": "North.", **earlier}
@@ -184,6 +196,28 @@ def test_text_and_fill_in_the_middle(served: Served, client: openai.OpenAI) -> N
     )
 
 
+def test_the_places_of_tokens_go_on_over_the_chunks_of_a_text(served: Served, client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "prompt": "One day 鲸", "max_tokens": 12, "seed": 2, "logprobs": 0, "echo": True, "n": 2}
+    wholes = client.completions.create(**asked).choices
+    pieces = [piece.choices[0] for piece in client.completions.create(**asked, stream=True)]
+    for index, whole in enumerate(wholes):
+        assert whole.logprobs is not None
+        places = whole.logprobs.text_offset or []
+        assert places[0] == len("One day 鲸")
+        tokens = whole.logprobs.tokens or []
+        for place, token in zip(places, tokens, strict=True):
+            part_of_a_character, left_out = "\ufffd" in token, token == "<｜end▁of▁sentence｜>"
+            assert part_of_a_character or left_out or whole.text[place:].startswith(token)
+        own = [piece.logprobs.text_offset or [] for piece in pieces if piece.index == index and piece.logprobs is not None]
+        assert [place for some in own for place in some] == places
+
+
+def test_a_text_that_is_too_long_is_told_by_its_field(served: Served) -> None:
+    answer = httpx.post(f"{served.url}/v1/completions", json={"model": "tiny", "prompt": "鲸鱼" * 2000})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert answer.json()["error"]["message"].startswith("field prompt makes a prompt of")
+
+
 def test_log_probabilities_stop_and_json(served: Served, client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="deepseek-reasoner", messages=QUESTION, max_tokens=6, logprobs=True, top_logprobs=3, temperature=0
@@ -257,6 +291,7 @@ def test_tools_are_called_whole_and_in_pieces_and_answered(client: openai.OpenAI
     assert more.choices[0].message.tool_calls is None
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "get_sea", "arguments": '{"deep": true}'}}
 ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "gpt-4"}, 400, "there is no model 'gpt-4' here"),
     ({"messages": []}, 422, "field messages"),
@@ -281,6 +316,12 @@ ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 422, "surrogates not allowed"),
     ({"stop": "\udfff"}, 422, "surrogates not allowed"),
     ({"seed": 10**30}, 422, "64-bit"),
+    ({"top_k": 2**63}, 422, "field top_k"),
+    ({"max_tokens": 7, "max_completion_tokens": 5000}, 422, "field max_completion_tokens is 5000"),
+    ({"tool_choice": "required"}, 422, "field tool_choice asks for a call, but there are no tools"),
+    ({"tool_choice": {"type": "function", "function": {"name": "a"}}, "tools": []}, 422, "field tool_choice"),
+    ({"messages": [*QUESTION, {"role": "assistant", "tool_calls": [CALL]}]}, 400, "the last message calls tools; add a message"),
+    ({"messages": [*QUESTION, {"role": "assistant", "prefix": True, "content": "x", "tool_calls": [CALL]}]}, 400, "calls tools"),
 ]
 
 

@@ -10,6 +10,7 @@ import ollama
 import openai
 import pytest
 
+from finback.server.openai import parsed_arguments
 from tests.server.serving import Served, serving
 
 QUESTION: list[Any] = [{"role": "user", "content": "Where does the whale swim?"}]
@@ -138,6 +139,53 @@ def test_a_stop_sequence_is_named(served: Served, claude: anthropic.Anthropic) -
     assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", thought[2:5])
 
 
+def test_tokens_are_counted_of_what_is_too_long_and_under_load(claude: anthropic.Anthropic) -> None:
+    long: Any = [{"role": "user", "content": "鲸" * 2000}]
+    assert claude.messages.count_tokens(model="tiny", messages=long).input_tokens > 1024
+    with serving(max_num_seqs=1, max_waiting=0) as full:
+        full.slow_down()
+        body = {"model": "tiny", "messages": QUESTION}
+        endless = body | {"max_tokens": 900, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{full.url}/v1/chat/completions", json=endless, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            assert httpx.post(f"{full.url}/v1/messages", json=body | {"max_tokens": 1}).status_code == 503
+            assert httpx.post(f"{full.url}/v1/messages/count_tokens", json=body).status_code == 200
+
+
+ARGUMENTS = [
+    '{"a": 18446744073709551616}',
+    '{"a": "\\ud800"}',
+    '{"a": 1e999}',
+    f'{{"a": {"9" * 5000}}}',
+    '{"a": ' + "[" * 9999,
+    "{",
+]
+
+
+@pytest.mark.parametrize("text", ARGUMENTS)
+def test_arguments_that_no_answer_can_hold_come_as_their_text(text: str) -> None:
+    call = {"function": {"name": "get_sea", "arguments": text}}
+    assert parsed_arguments(call) == {"arguments": text}
+    json.dumps(parsed_arguments(call), ensure_ascii=False, allow_nan=False).encode()
+
+
+def test_arguments_are_an_object() -> None:
+    assert parsed_arguments({"function": {"arguments": '{"a": [1, "鲸"]}'}}) == {"a": [1, "鲸"]}
+    assert parsed_arguments({"function": {"arguments": "3"}}) == {"arguments": 3}
+
+
+def test_messages_that_ask_for_what_is_not_there_are_refused(served: Served, claude: anthropic.Anthropic) -> None:
+    with pytest.raises(anthropic.UnprocessableEntityError, match="there are no tools"):
+        claude.messages.create(model="tiny", messages=QUESTION, max_tokens=1, tool_choice={"type": "any"})
+    with pytest.raises(anthropic.UnprocessableEntityError, match="field top_k"):
+        claude.messages.create(model="tiny", messages=QUESTION, max_tokens=1, extra_body={"top_k": 2**63})
+    claude.messages.create(model="tiny", messages=QUESTION, max_tokens=1, extra_body={"top_k": 2**63 - 1})
+    call: Any = {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "get_sea", "input": {}}]}
+    with pytest.raises(anthropic.BadRequestError, match="the last message calls tools"):
+        claude.messages.create(model="tiny", messages=[*QUESTION, call], max_tokens=1)
+
+
 def test_errors_of_the_messages_are_in_their_shape(served: Served, claude: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="there is no model 'claude'"):
         claude.messages.create(model="claude", messages=QUESTION, max_tokens=1)
@@ -218,6 +266,10 @@ def test_ollama_generates_and_fills_in(served: Served, llama: ollama.Client) -> 
     assert "".join(piece.response for piece in pieces) == raw
     filled = llama.generate(model="tiny", prompt="One ", suffix=" whale", options=options)
     assert (filled.prompt_eval_count or 0) > 3
+    made = llama.generate(model="tiny", prompt="One day", raw=True, format=PARAMETERS, options={"num_predict": 300, "seed": 4})
+    assert isinstance(json.loads(made.response)["deep"], bool)
+    with pytest.raises(ollama.ResponseError, match="field think"):
+        llama.generate(model="tiny", prompt="One day", raw=True, think=True)
     assert llama.generate(model="tiny").done_reason == "load"
 
 
@@ -234,3 +286,14 @@ def test_ollama_lists_shows_and_refuses(served: Served, llama: ollama.Client) ->
         llama.generate(model="tiny", prompt="What is it?", images=[b"a picture"])
     with pytest.raises(ollama.ResponseError, match="temperature"):
         llama.chat(model="tiny", messages=QUESTION, options={"temperature": 9})
+    for options, words in (({"num_predict": 5000}, "field num_predict is 5000"), ({"num_predict": "x"}, "field num_predict: ")):
+        for ask in (
+            lambda o: llama.chat("tiny", QUESTION, options=o),
+            lambda o: llama.generate("tiny", "x", raw=True, options=o),
+        ):
+            with pytest.raises(ollama.ResponseError, match=words):
+                ask(options)
+    with pytest.raises(ollama.ResponseError, match="field prompt makes a prompt of"):
+        llama.generate("tiny", "鲸" * 2000)
+    with pytest.raises(ollama.ResponseError, match="field top_k"):
+        llama.chat("tiny", QUESTION, options={"top_k": 2**63})

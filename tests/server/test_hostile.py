@@ -4,7 +4,9 @@ import asyncio
 import logging
 import random
 import sqlite3
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,51 @@ def test_a_fault_of_our_own_is_a_500_and_ends(monkeypatch: pytest.MonkeyPatch, s
         body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4, "stream": stream}
         answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=30)
         assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert served.is_idle()
+
+
+def test_a_request_that_the_engine_cannot_take_ends_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+    schema = {"type": "object", "properties": {"city": {"type": "string", "required": True}}, "required": ["city"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with serving() as served:
+        url = f"{served.url}/v1/chat/completions"
+        assert httpx.post(url, json=body | {"response_format": form}, timeout=30).status_code == 200
+        with monkeypatch.context() as patch:
+            patch.setattr(served.llm, "add", lambda *_: 1 / 0)
+            answer = httpx.post(url, json=body, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert "ZeroDivisionError" in caplog.text
+        assert httpx.post(url, json=body, timeout=30).status_code == 200
+        assert served.is_idle()
+
+
+def test_a_step_that_fails_ends_what_had_begun_and_not_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "ignore_eos": True}
+    fails = threading.Event()
+    with serving(llm={"max_num_seqs": 1}) as served, ThreadPoolExecutor(1) as pool:
+        served.slow_down()
+        forward, url = served.llm._runner.forward, f"{served.url}/v1/chat/completions"
+
+        def fragile(*arguments: Any) -> Any:
+            if fails.is_set():
+                fails.clear()
+                raise RuntimeError("out of memory")
+            return forward(*arguments)
+
+        monkeypatch.setattr(served.llm._runner, "forward", fragile)
+        with httpx.stream("POST", url, json=body | {"stream": True}, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            waits = pool.submit(httpx.post, url, json=body | {"max_tokens": 3}, timeout=60)
+            deadline = time.monotonic() + 20
+            while served.llm.scheduler_stats.num_waiting < 1:
+                assert time.monotonic() < deadline
+            fails.set()
+            assert "the engine failed" in list(lines)[-2]
+        assert waits.result().json()["usage"]["completion_tokens"] == 3
         assert served.is_idle()
 
 

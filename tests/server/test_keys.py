@@ -1,12 +1,13 @@
 """Keys and money: the store alone, the verb, and a server that charges."""
 
+import json
 import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -98,6 +99,9 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, table = run("list")
     assert code == 0
     assert re.search(r"ann .* 3\.50 +0 +0 +0\.00 +7", table)
+    for name in ("[prod]", "[/x]", ":whale:"):  # text, and no mark-up
+        assert run(f"add {name}")[0] == 0
+        assert name in run("list")[1]
     assert run("revoke ann") == (0, "the key 'ann' is revoked\n")
     assert run("revoke ann")[0] == 2
     assert "it must be above 0" in run("top-up bob 0")[1]
@@ -132,6 +136,8 @@ def test_keys_are_asked_for_charged_and_refused(served: Served, keys: Path, secr
     store = KeyStore(keys)
     assert ask(served, None).status_code == 401
     assert ask(served, "sk-wrong").status_code == 401
+    for path in ("v1/chat/completions", "v1/messages", "api/chat"):
+        assert httpx.post(f"{served.url}/{path}", content="{", headers={"content-type": "application/json"}).status_code == 401
     assert ask(served, secrets["bob"]).status_code == 402
     usage = ask(served, secrets["ann"]).raise_for_status().json()["usage"]
     cost = R1.cost(
@@ -188,6 +194,69 @@ def test_what_the_engine_refuses_or_fails_at_costs_nothing(served: Served, keys:
     assert store.usage(store.named("ann").id)[0] == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_model_that_breaks_in_the_middle_is_our_failure_and_costs_nothing(
+    served: Served, keys: Path, secrets: dict[str, str], stream: bool
+) -> None:
+    forward, calls = served.llm._runner.forward, iter(range(9))
+
+    def breaks(*arguments: Any) -> Any:
+        made = forward(*arguments)
+        return made if next(calls) < 5 else made._replace(logits=made.logits * float("nan"))
+
+    served.llm._runner.forward = breaks  # type: ignore[method-assign]
+    answer = ask(served, secrets["ann"], max_tokens=20, ignore_eos=True, stream=stream)
+    error = json.loads(answer.text.strip().splitlines()[-1].removeprefix("data: "))["error"] if stream else answer.json()["error"]
+    assert answer.status_code == (200 if stream else 500)
+    assert error["type"] == "server_error"
+    assert "logits are NaN" in error["message"]
+    assert served.is_idle()
+    assert KeyStore(keys).named("ann").balance == NANO
+
+
+def test_what_waits_costs_nothing_where_its_client_leaves_or_the_server_stops(keys: Path, secrets: dict[str, str]) -> None:
+    headers = {"authorization": f"Bearer {secrets['ann']}"}
+    endless = QUESTION | {"max_tokens": 900, "ignore_eos": True, "stream": True}
+    with serving(keys, llm={"max_num_seqs": 1}) as served, ThreadPoolExecutor(1) as pool:
+        served.slow_down()
+        url = f"{served.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=endless, headers=headers, timeout=60) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(url, json=QUESTION, headers=headers, timeout=0.2)
+            wait_for(lambda: served.service.worker.open == 1 and served.llm.scheduler_stats.num_waiting == 0)
+            waits = pool.submit(ask, served, secrets["ann"])
+            wait_for(lambda: served.llm.scheduler_stats.num_waiting == 1)
+            loop = served.service.worker._loop
+            assert loop is not None
+            loop.call_soon_threadsafe(served.service.end_answers_in, 0)
+            assert waits.result().status_code == 503
+            assert "the server is stopping" in list(lines)[-2]
+        assert charged_once(served, KeyStore(keys)) > 10, "and what runs pays for what was written"
+
+
+def test_a_prompt_that_was_begun_is_paid_for(keys: Path, secrets: dict[str, str]) -> None:
+    """A long one, read in many steps: whoever leaves before its end has used the engine."""
+    with serving(keys, llm={"max_num_batched_tokens": 8}) as served:
+        served.slow_down()
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{served.url}/v1/chat/completions",
+                json=QUESTION | {"messages": [{"role": "user", "content": "鲸鱼" * 450}]},
+                headers={"authorization": f"Bearer {secrets['ann']}"},
+                timeout=0.4,
+            )
+        assert charged_once(served, KeyStore(keys)) > 800
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def test_a_client_that_leaves_pays_for_what_was_written(served: Served, keys: Path, secrets: dict[str, str]) -> None:
     store = KeyStore(keys)
     headers = {"authorization": f"Bearer {secrets['ann']}"}
@@ -203,10 +272,7 @@ def test_a_client_that_leaves_pays_for_what_was_written(served: Served, keys: Pa
 def charged_once(served: Served, store: KeyStore) -> int:
     """The tokens of ann's only request, which the server may yet have to end."""
     assert served.is_idle()
-    deadline = time.monotonic() + 20
-    while not store.usage(store.named("ann").id)[0]:
-        assert time.monotonic() < deadline, "nothing was charged"
-        time.sleep(0.01)
+    wait_for(lambda: store.usage(store.named("ann").id)[0] > 0)
     requests, tokens, cost = store.usage(store.named("ann").id)
     assert requests == 1
     assert store.named("ann").balance == NANO - cost < NANO

@@ -23,6 +23,7 @@ ANSWERS = {
         ("", " = -1$, 你好。\n\n$$\\frac{1}{2}$$\n\n| a | b |\n|--:|---|\n| 1 | 2 |\n"),
     ],
     "cut": [("", "Only half of the")],
+    "pondering": [("Half of a thou", "")],
     "midway": [("", "Some words")],
     "求和": [("先想一想。", ""), ("", "答案是 42。")],
     "bare": [("", "No thought.")],
@@ -299,8 +300,15 @@ def test_reload_in_the_middle_keeps_what_had_come(page: Page) -> None:
 def test_broken_answers_say_so_and_keep_their_text(page: Page, question: str, note: str) -> None:
     page.ask(question)
     assert page.text(".note") == note
-    assert len(page.text(".answer")) > 5
+    page.wait("document.querySelector('.answer').innerText.length > 5")  # drawn with the next frame
     assert "Ask again" in page.text(".actions .again")
+
+
+@needs_browser
+def test_a_thought_that_nothing_follows_stays_open(page: Page) -> None:
+    page.ask("pondering")
+    assert page.tab.locator(".thought").evaluate("node => node.open")
+    page.wait("document.querySelector('.thought-body').innerText.trim() === 'Half of a thou'")
 
 
 @needs_browser

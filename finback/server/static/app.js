@@ -115,7 +115,10 @@ async function stream(run, request) {
     const now = performance.now();
     if (value.reasoning || value.content) first ||= now;
     if (value.reasoning) run.thinkingSince ??= now;
-    if (value.content) endThought(run);
+    if (value.content && run.thinkingSince !== null) {
+      endThought(run);
+      run.view?.foldThought();
+    }
     message.reasoning += value.reasoning;
     message.content += value.content;
     message.end = value.end ?? message.end;
@@ -132,12 +135,11 @@ async function stream(run, request) {
   }
 }
 
-/** The thought is over: its time is known, and it folds where an answer follows it. */
+/** The thought is over: its time is known. It folds where an answer follows it, and stays open where nothing does. */
 function endThought(run) {
   if (run.thinkingSince === null) return;
   run.message.seconds = (run.message.seconds ?? 0) + (performance.now() - run.thinkingSince) / 1000;
   run.thinkingSince = null;
-  if (run.message.end !== "stopped") run.view?.foldThought();
 }
 
 function tellFailure({ message, controller }, error) {
