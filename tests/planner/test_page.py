@@ -58,7 +58,7 @@ def test_serving_on_the_page_is_the_commands(html: str, name: str) -> None:
         units = [usual_unit(MODELS[name], hardware, precision, several) for several in (32, 144)]
         traffic = Traffic(hit_share=0.5)
         if not row["decode"]["4989|8"][2]:  # the command refuses what the page shows as not fitting
-            with pytest.raises(InputError, match="GB of weights|no request fits|requests of"):
+            with pytest.raises(InputError, match=r"GB of weights|no request fits|requests of"):
                 plan_serve(MODELS[name], hardware, *units, precision=precision, batch=8, traffic=traffic)
             continue
         plan = plan_serve(MODELS[name], hardware, *units, precision=precision, batch=8, traffic=traffic)
