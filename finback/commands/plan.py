@@ -29,7 +29,7 @@ from finback.parallel.schedule import SCHEDULES, Action, Costs, interleaved, sim
 from finback.planner import drawing
 from finback.planner.fit import fit_table
 from finback.planner.hardware import ROWS, Hardware, Precision
-from finback.planner.inference import Unit, weight_bytes_per_device
+from finback.planner.inference import Unit, usual_copies, usual_unit
 from finback.planner.layout import Layout
 from finback.planner.measured import hardware_of
 from finback.planner.model import plan_model
@@ -175,9 +175,10 @@ def _rl(fields: RLFields) -> None:
     plan = plan_rl(
         model,
         hardware,
-        Layout(fields.devices, pp=fields.pp, ep=fields.ep),
+        Layout(fields.devices, pp=fields.pp, ep=fields.ep, recompute=fields.recompute or "selective"),
         Unit(ep=fields.ep),
         replace(RECIPES[fields.recipe], **changed),
+        free=frozenset({"recompute"} if fields.recompute is None else ()),
         precision=_precision(fields.precision, hardware),
         prices=Prices(fields.usd_per_device_hour),
         mtp_acceptance=fields.mtp_acceptance,
@@ -200,10 +201,8 @@ def _serve(fields: ServeFields) -> None:
             fields.input_tokens_per_day,
             fields.output_tokens_per_day,
             fields.hit_share,
-            fields.prompt_tokens,
-            min(fields.context_tokens, float(model.max_position_embeddings))
-            if fields.context_tokens == Traffic.context_tokens
-            else fields.context_tokens,
+            _within(fields.prompt_tokens, Traffic.prompt_tokens, model),
+            _within(fields.context_tokens, Traffic.context_tokens, model),
         ),
         tariff=Tariff(fields.usd_per_million_hit, fields.usd_per_million_miss, fields.usd_per_million_output),
         usd_per_device_hour=fields.usd_per_device_hour,
@@ -212,23 +211,19 @@ def _serve(fields: ServeFields) -> None:
     _show(fields, asdict(plan), lambda: print_serve(fields.model, plan), lambda: drawing.serve_png(plan))
 
 
+def _within(tokens: float, usual: float, model: ModelConfig) -> float:
+    """What was asked for; of what was not, no more than the model takes."""
+    return min(tokens, float(model.max_position_embeddings)) if tokens == usual else tokens
+
+
 def _unit(
     fields: ServeFields, model: ModelConfig, hardware: Hardware, precision: Precision, ep: int | None, several_nodes: int
 ) -> Unit:
-    """The unit that was asked for; else the smallest that holds the model, or DeepSeek's where one node does not."""
-    if not model.n_routed_experts:
-        return Unit(ep=1 if ep is None else ep, tp=fields.tp)
-    if ep is None:
-        units = [Unit(ep=size, tp=fields.tp) for size in (1, 2, 4, 8) if size <= hardware.devices_per_node]
-        room = 0.8 * hardware.memory_bytes
-        holding = (
-            u.ep for u in units if weight_bytes_per_device(model, u, precision) <= room and model.n_routed_experts % u.ep == 0
-        )
-        ep = next(holding, several_nodes)
+    """The unit that was asked for; else the usual one."""
     copies = fields.redundant_experts
-    if copies is None:
-        copies = 32 if ep > hardware.devices_per_node else 0
-    return Unit(ep=ep, tp=fields.tp, redundant_experts=copies)
+    if ep is None:
+        return usual_unit(model, hardware, precision, several_nodes, fields.tp, copies)
+    return Unit(ep, fields.tp, usual_copies(hardware, ep) if copies is None else copies)
 
 
 def _fit(fields: FitFields) -> None:
@@ -248,10 +243,13 @@ def _schedule(fields: ScheduleFields) -> None:
     _check_positive(fields, "forward", "backward_input", "backward_weight", "overlapped")
     if not (fields.send >= 0 and math.isfinite(fields.send)):
         raise InputError(f"--send is {fields.send:g}, it must be at least 0")
-    if fields.stages * fields.microbatches > MOST_CELLS:
-        raise InputError(
-            f"--stages x --microbatches is {fields.stages * fields.microbatches}, above {MOST_CELLS}; give fewer micro-batches"
-        )
+    chunks = fields.chunks if name == "interleaved" else 1
+    size = fields.stages * fields.microbatches * chunks
+    if size > MOST_CELLS:
+        told = "--stages x --microbatches" + (" x --chunks" if name == "interleaved" else "")
+        most = MOST_CELLS // max(1, fields.stages * fields.microbatches)
+        remedy = f"use at most --chunks {most}" if chunks > 1 and most > 1 else "give fewer micro-batches"
+        raise InputError(f"{told} is {size}, above {MOST_CELLS}; {remedy}")
     costs = Costs(fields.forward, fields.backward_input, fields.backward_weight, fields.overlapped, fields.send)
     try:
         if name == "interleaved":
@@ -287,6 +285,7 @@ def _schedule(fields: ScheduleFields) -> None:
 
 
 MOST_CELLS = 20_000
+"""Forwards of the largest schedule that is simulated and drawn."""
 
 
 def _action(action: Action) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from finback.planner.hardware import Precision
 from finback.planner.layout import Recompute, ScheduleName
 from finback.planner.serve import Tariff, Traffic
 
+TrainingPrecision = Literal["fp32", "bf16", "fp8"]
+"""int4 is a format of weights that are served; nothing trains in it."""
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 CEILINGS = Path("bench/results/ceilings.json")
 
@@ -53,7 +55,7 @@ class TrainFields(Output):
     """Sequences of an optimizer step."""
     micro_batch_size: int = 1
     """Sequences of a micro-batch."""
-    precision: Precision | None = None
+    precision: TrainingPrecision | None = None
     """Of matrix products; None: fp8 where the hardware has it, else bf16."""
     pp: int | None = None
     """Pipeline stages; None: searched."""
@@ -95,6 +97,8 @@ class RLFields(Output):
     """Pipeline stages in training."""
     ep: int = 32
     """Devices over which experts are spread, in training and in a rollout unit."""
+    recompute: Recompute | None = None
+    """What the backward computes again: none, selective (as V3) or full; None: the least with which training fits."""
     steps: int | None = None
     """Optimizer steps; None: the recipe's."""
     batch_size: int | None = None
@@ -107,7 +111,7 @@ class RLFields(Output):
     """Longest sample of a rollout; None: the recipe's."""
     mtp_acceptance: float = 0.0
     """Share of MTP's drafts that are accepted in sampling; 0: none are made."""
-    precision: Precision | None = None
+    precision: TrainingPrecision | None = None
     """None: fp8 where the hardware has it, else bf16."""
     usd_per_device_hour: float | None = None
     """Rent; None: that of the hardware row."""
@@ -130,9 +134,9 @@ class ServeFields(Output):
     decode_ep: int | None = None
     """The same in decoding; None: the fewest, or 144."""
     tp: int = 1
-    """Devices that share each layer, where experts are not spread."""
+    """Devices that share each layer; experts are not spread then."""
     redundant_experts: int | None = None
-    """Copies of busy experts; None: 32 in units of several nodes, else 0."""
+    """Copies of busy experts in both units; None: 32 in units of several nodes, else 0."""
     batch: int | None = None
     """Requests per decode device that the bill counts on; None: 88, or as many as fit."""
     mtp_acceptance: float = 0.0

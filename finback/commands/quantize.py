@@ -122,7 +122,8 @@ def _to_fp8(fields: QuantizeFields) -> int:
     """What `finback convert --fp8` does."""
     source_config = _plain_config(fields.source)
     defaults = QuantizeFields(fields.source, fields.out, "fp8")
-    for name in ("calibration", "bits", "group_size", "sym", "act_order", "damping", "min_expert_tokens"):
+    bound = ("calibration", "bits", "group_size", "sym", "act_order", "damping", "min_expert_tokens")
+    for name in (*bound, "samples", "held_out", "sequence_length", "text_field"):
         if getattr(fields, name) != getattr(defaults, name):
             raise InputError(f"--{name.replace('_', '-')} is for gptq and rtn, FP8 blocks have no use for it; leave it out")
     from finback.model.checkpoint import converted, open_checkpoint, write_checkpoint

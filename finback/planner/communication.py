@@ -4,9 +4,15 @@ the network, and from there over the links inside the node (V3 section 3.2.2).""
 from dataclasses import dataclass
 
 from finback.config import ModelConfig
-from finback.planner.hardware import GIGA, Hardware
+from finback.planner.hardware import GIGA, Hardware, Precision
 
 COMBINE_BYTES = 2.0
+
+
+def dispatch_bytes(precision: Precision) -> float:
+    """Bytes of a value on its way to its experts: 1 where products are FP8, whose input is quantised before it leaves (V3 section
+    3.3.3), else bf16's 2. Results come back in bf16."""
+    return 1.0 if precision == "fp8" else 2.0
 
 
 @dataclass(frozen=True)

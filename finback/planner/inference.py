@@ -1,10 +1,12 @@
 """The time of prefill and of a decode step on one device of a serving unit, by component."""
 
 from dataclasses import dataclass, replace
+from math import lcm
 
 from finback.config import InputError, ModelConfig, count_params
-from finback.planner.communication import all_to_all, distinct
+from finback.planner.communication import COMBINE_BYTES, all_to_all, dispatch_bytes, distinct
 from finback.planner.hardware import GIGA, Hardware, Precision
+from finback.planner.layout import nearest_divisor
 from finback.planner.model import WEIGHT_BYTES, absorbed_core_flops, attention_core_flops, cache_bytes_per_token, shape
 from finback.planner.step import elementwise_bytes, product_seconds
 
@@ -13,7 +15,7 @@ RESERVED = 0.10  # of memory: activations, communication buffers, graphs
 
 @dataclass(frozen=True)
 class Unit:
-    """Devices that serve together: experts over `ep` of them, attention replicated (data-parallel) or cut over `tp`.
+    """Devices that serve together: experts spread over `ep` of them, attention replicated (data-parallel); or each layer cut over `tp`.
     `redundant_experts` are copies that even out the load (V3 section 3.4)."""
 
     ep: int = 1
@@ -25,27 +27,78 @@ class Unit:
     def devices(self) -> int:
         return max(self.ep, self.tp)
 
+    @property
+    def sharing(self) -> int:
+        """Devices that work on the same request: all of a cut unit, one of a unit with spread experts."""
+        return self.tp if self.ep == 1 else 1
 
-def check_unit(c: ModelConfig, unit: Unit) -> None:
-    """Refuse what does not divide, with the nearest value that does."""
-    if unit.ep < 1 or unit.tp < 1:
-        raise InputError(f"--ep is {unit.ep} and --tp is {unit.tp}, both must be at least 1")
-    if unit.ep > 1 and not c.n_routed_experts:
-        raise InputError(f"--ep is {unit.ep}, but the model is dense; use 1, and --tp to cut it")
+
+def check_unit(c: ModelConfig, unit: Unit, field: str = "--ep", beside: int = 1) -> None:
+    """Refuse what does not divide, with the nearest value that does. `field` is the word of the command line for `unit.ep`; the number
+    of copies that is offered also suits the `beside` devices of another unit."""
+    for name, value, least in (
+        (field, unit.ep, 1),
+        ("--tp", unit.tp, 1),
+        ("--redundant-experts", unit.redundant_experts, 0),
+    ):
+        if value < least:
+            raise InputError(f"{name} is {value}, it must be at least {least}")
+    if not c.n_routed_experts:
+        if unit.ep > 1:
+            raise InputError(f"{field} is {unit.ep}, but the model is dense; use 1, and --tp to cut it")
+        if unit.redundant_experts:
+            raise InputError(f"--redundant-experts is {unit.redundant_experts}, but the model is dense; use 0")
+    if unit.ep > 1 and unit.tp > 1:
+        raise InputError(f"--tp is {unit.tp}, but experts are spread over {field} {unit.ep} devices; use 1")
     experts = c.n_routed_experts + unit.redundant_experts
     if unit.ep > 1 and experts % unit.ep:
-        near = -(-experts // unit.ep) * unit.ep - c.n_routed_experts
+        every = lcm(unit.ep, beside)
+        copies = -(-c.n_routed_experts // every) * every - c.n_routed_experts
+        told = f", or --redundant-experts {copies}" if copies < c.n_routed_experts else ""
         raise InputError(
-            f"--ep is {unit.ep}, it must divide experts with their copies ({c.n_routed_experts} + {unit.redundant_experts}); "
-            f"the nearest is --redundant-experts {near}"
+            f"{field} is {unit.ep}, it must divide experts with their copies ({c.n_routed_experts} + {unit.redundant_experts}); "
+            f"the nearest is {nearest_divisor(experts, unit.ep)}{told}"
         )
     if c.num_attention_heads % unit.tp:
-        near = min(
-            (d for d in range(1, c.num_attention_heads + 1) if c.num_attention_heads % d == 0), key=lambda d: abs(d - unit.tp)
-        )
+        near = nearest_divisor(c.num_attention_heads, unit.tp)
         raise InputError(
             f"--tp is {unit.tp}, it must divide num_attention_heads ({c.num_attention_heads}); the nearest is {near}"
         )
+
+
+def check_acceptance(c: ModelConfig, mtp_acceptance: float) -> None:
+    """Refuse a share of accepted drafts that is none, and drafts of a model that makes none."""
+    if not 0 <= mtp_acceptance <= 1:
+        raise InputError(f"--mtp-acceptance is {mtp_acceptance:g}, it must be between 0 and 1")
+    if mtp_acceptance and not c.num_nextn_predict_layers:
+        raise InputError(f"--mtp-acceptance is {mtp_acceptance:g}, but the model has no MTP layer; use 0")
+
+
+def usual_unit(
+    c: ModelConfig,
+    hardware: Hardware,
+    precision: Precision,
+    several_nodes: int,
+    tp: int = 1,
+    redundant_experts: int | None = None,
+) -> Unit:
+    """The unit of a question that leaves it open: the fewest devices of a node over which experts can be spread such that each holds
+    its part, `several_nodes` where there are none, as in DeepSeek's deployment. With `tp`, every layer is cut instead."""
+    if tp < 1:
+        raise InputError(f"--tp is {tp}, it must be at least 1")
+    if not c.n_routed_experts:
+        return Unit(1, tp, redundant_experts or 0)
+    for ep in (1, 2, 4, 8) if tp == 1 else (1,):
+        unit = Unit(ep, tp, redundant_experts or 0)
+        divides = ep <= hardware.devices_per_node and (c.n_routed_experts + unit.redundant_experts) % ep == 0
+        if divides and weight_bytes_per_device(c, unit, precision) <= 0.8 * hardware.memory_bytes:
+            return unit
+    return Unit(several_nodes, tp, usual_copies(hardware, several_nodes) if redundant_experts is None else redundant_experts)
+
+
+def usual_copies(hardware: Hardware, ep: int) -> int:
+    """Copies of experts: DeepSeek's 32 in units of several nodes (V3 section 3.4)."""
+    return 32 if ep > hardware.devices_per_node else 0
 
 
 def plain_parameters(c: ModelConfig) -> int:
@@ -62,7 +115,7 @@ def weight_bytes_per_device(c: ModelConfig, unit: Unit, precision: Precision) ->
     s, size = shape(c), WEIGHT_BYTES[precision]
     ends = (1 if c.tie_word_embeddings else 2) * s.embedding * (size if precision == "fp32" else min(2.0, 2 * size))
     experts = c.num_moe_layers * (c.n_routed_experts + unit.redundant_experts) / unit.ep * s.expert if c.n_routed_experts else 0
-    return (plain_parameters(c) * size + ends) / unit.tp + experts * size / (unit.tp if unit.ep == 1 else 1)
+    return (plain_parameters(c) * size + ends) / unit.tp + experts * size / unit.sharing
 
 
 def largest_batch(
@@ -70,10 +123,10 @@ def largest_batch(
 ) -> int:
     """Requests per device whose caches fit beside the weights; 0 where the weights alone do not."""
     left = (1 - RESERVED) * hardware.memory_bytes - weight_bytes_per_device(c, unit, precision)
-    return max(0, int(left / (cache_bytes_per_token(c, bytes_per_value=cache_value_bytes) * context / _cache_split(c, unit))))
+    return max(0, int(left / (cache_bytes_per_token(c, bytes_per_value=cache_value_bytes) * context / cache_split(c, unit))))
 
 
-def _cache_split(c: ModelConfig, unit: Unit) -> int:
+def cache_split(c: ModelConfig, unit: Unit) -> int:
     """Devices that share one request's cache: key-value heads are cut by tp, a latent is not."""
     return 1 if c.kv_lora_rank else min(unit.tp, c.num_key_value_heads)
 
@@ -115,7 +168,7 @@ def decode_step(
     brings one draft, verified in the same step."""
     rows = batch * (2 if mtp_acceptance else 1)
     whole_weights, cache = _decode_compute(c, hardware, unit, precision, rows, batch, context, cache_value_bytes)
-    exchange = _exchange_seconds(c, hardware, unit, rows)
+    exchange = _exchange_seconds(c, hardware, unit, precision, rows)
     half_weights, half_cache = _decode_compute(
         c, hardware, unit, precision, max(1, rows // 2), max(1, batch // 2), context, cache_value_bytes
     )
@@ -137,7 +190,7 @@ def decode_step(
         idle_ms=1e3 * (step - kernels - draft),
         tpot_ms=1e3 * tpot,
         tokens_per_second_per_request=1 / tpot,
-        tokens_per_second_per_device=batch / tpot / (unit.devices if unit.ep == 1 else 1),
+        tokens_per_second_per_device=batch / tpot / unit.sharing,
         overlapped=overlapped,
         fits=batch <= largest_batch(c, hardware, unit, precision, context, cache_value_bytes),
     )
@@ -173,7 +226,7 @@ def _decode_compute(
         """Of products of all rows, `together` of them by one matrix."""
         return 2.0 * rows * parameters / hardware.decode_flops(precision, together) if known else 0.0
 
-    alone = unit.tp if unit.ep == 1 else 1  # devices that share an expert
+    alone = unit.sharing  # devices that share an expert
     plain, head = plain_parameters(c) / unit.tp, s.embedding / unit.tp
     parts = [
         (plain * size, seconds(plain, rows)),
@@ -186,7 +239,7 @@ def _decode_compute(
         products = uneven * c.num_moe_layers * c.num_experts_per_tok * s.expert / alone
         together = c.num_experts_per_tok * rows * unit.ep / (c.n_routed_experts * hit)
         parts.append((local * hit * size, seconds(products, together)))
-    cached = batch * context * cache_bytes_per_token(c, bytes_per_value=value_bytes) / _cache_split(c, unit)
+    cached = batch * context * cache_bytes_per_token(c, bytes_per_value=value_bytes) / cache_split(c, unit)
     # Steps choose other experts each time: a cache would have to hold them all.
     memory = hardware.read_bytes_per_second(cached + weight_bytes_per_device(c, unit, precision))
     weights = sum(max(read / memory, computed) for read, computed in parts)
@@ -197,15 +250,16 @@ def _decode_compute(
     return weights, max(cached / memory, scores / rate)
 
 
-def _exchange_seconds(c: ModelConfig, hardware: Hardware, unit: Unit, rows: int) -> float:
-    """Dispatch in FP8 and combine in bf16, each copy sent directly (V3 section 3.4.2); or the two sums per layer of a cut model."""
+def _exchange_seconds(c: ModelConfig, hardware: Hardware, unit: Unit, precision: Precision, rows: int) -> float:
+    """Dispatch in the precision of products and combine in bf16, each copy sent directly (V3 section 3.4.2); or the two sums per layer
+    of a cut model."""
     latency = hardware.exchange_latency_us * 1e-6
     seconds = 0.0
     if unit.ep > 1:
         nodes = -(-unit.ep // hardware.devices_per_node)
         link = hardware.need("scale_out_gb_per_second" if nodes > 1 else "scale_up_gb_per_second")
         copies = c.num_experts_per_tok * (unit.ep - 1) / unit.ep
-        moved = rows * copies * c.hidden_size * 3.0 * unit.expert_imbalance
+        moved = rows * copies * c.hidden_size * exchange_bytes(precision) * unit.expert_imbalance
         share = hardware.efficiencies.low_latency_network
         seconds += c.num_moe_layers * (moved / (link * GIGA * share) + 2 * latency)
     if unit.tp > 1:
@@ -244,7 +298,7 @@ def prefill(c: ModelConfig, hardware: Hardware, unit: Unit, precision: Precision
     core_rate = hardware.peak_flops(wide) * hardware.efficiencies.attention_forward
     attention = layers * attention_core_flops(c, seen) / core_rate / unit.tp
     elementwise = layers * elementwise_bytes(c, precision) / hardware.bytes_per_second / unit.tp
-    hops = all_to_all(c, unit.ep, hardware.devices_per_node, 1.0 if precision == "fp8" else 2.0)
+    hops = all_to_all(c, unit.ep, hardware.devices_per_node, dispatch_bytes(precision))
     exchange = uneven * moe * max(hops.seconds(hardware)) if unit.ep > 1 else 0.0
     if unit.tp > 1:
         moved = 4.0 * 2.0 * c.hidden_size * layers * (unit.tp - 1) / unit.tp
@@ -252,7 +306,7 @@ def prefill(c: ModelConfig, hardware: Hardware, unit: Unit, precision: Precision
     compute = products + attention + elementwise
     total = max(compute + exchange * hardware.efficiencies.communication_cores, exchange)
     busy = hardware.efficiencies.busy
-    rate = busy / total / (unit.tp if unit.ep == 1 else 1)
+    rate = busy / total / unit.sharing
     return Prefill(
         products_us=1e6 * products,
         attention_us=1e6 * attention,
@@ -265,12 +319,17 @@ def prefill(c: ModelConfig, hardware: Hardware, unit: Unit, precision: Precision
     )
 
 
+def exchange_bytes(precision: Precision) -> float:
+    """Bytes of a value out to its experts and back."""
+    return dispatch_bytes(precision) + COMBINE_BYTES
+
+
 def network_limit_ms(
     *, batch: int = 32, picks: int = 9, width: int = 7168, layers: int = 61, gb_per_second: float = 50.0, value_bytes: float = 3.0
 ) -> float:
     """The shortest possible step where only the network counts (V3 hardware paper, section 2.3.2): every layer exchanges twice `batch`
-    tokens, for the two micro-batches that hide each other, 1 byte out and 2 back. The paper writes 7K for the width and gets
-    14.76 ms."""
+    tokens, for the two micro-batches that hide each other; a value takes `value_bytes`, 1 out and 2 back in FP8. The paper writes 7K
+    for the width and gets 14.76 ms."""
     return 2e3 * layers * value_bytes * batch * picks * width / (gb_per_second * GIGA)
 
 

@@ -73,6 +73,19 @@ class Layout:
 
 def check_layout(c: ModelConfig, layout: Layout, global_batch_size: int) -> None:
     """Refuse what does not divide, with the nearest value that does."""
+    check_devices(c, layout)
+    unit = layout.dp * layout.micro_batch_size
+    if global_batch_size % unit:
+        near = nearest_multiple(global_batch_size, unit)
+        raise InputError(
+            f"--global-batch-size is {global_batch_size}, it must be a multiple of dp x micro_batch_size = {unit}; the "
+            f"nearest is {near}"
+        )
+    _check_microbatches(layout, global_batch_size // unit, unit)
+
+
+def check_devices(c: ModelConfig, layout: Layout) -> None:
+    """The part of `check_layout` that needs no batch."""
     group = layout.pp * layout.tp
     for name in ("devices", "pp", "ep", "tp", "micro_batch_size"):
         if getattr(layout, name) < 1:
@@ -94,21 +107,13 @@ def check_layout(c: ModelConfig, layout: Layout, global_batch_size: int) -> None
         raise InputError(f"--ep is {layout.ep}, but the model is dense; use 1")
     for what, size in (("n_routed_experts", c.n_routed_experts), ("dp x tp", layout.dp * layout.tp)):
         if layout.ep > 1 and size % layout.ep:
-            near = _nearest_divisor(size, layout.ep)
+            near = nearest_divisor(size, layout.ep)
             raise InputError(f"--ep is {layout.ep}, it must divide {what} ({size}); the nearest is {near}")
     if c.num_attention_heads % layout.tp:
-        near = _nearest_divisor(c.num_attention_heads, layout.tp)
+        near = nearest_divisor(c.num_attention_heads, layout.tp)
         raise InputError(
             f"--tp is {layout.tp}, it must divide num_attention_heads ({c.num_attention_heads}); the nearest is {near}"
         )
-    unit = layout.dp * layout.micro_batch_size
-    if global_batch_size % unit:
-        near = nearest_multiple(global_batch_size, unit)
-        raise InputError(
-            f"--global-batch-size is {global_batch_size}, it must be a multiple of dp x micro_batch_size = {unit}; the "
-            f"nearest is {near}"
-        )
-    _check_microbatches(layout, global_batch_size // unit, unit)
 
 
 def _check_microbatches(layout: Layout, microbatches: int, unit: int) -> None:
@@ -132,7 +137,8 @@ def _check_microbatches(layout: Layout, microbatches: int, unit: int) -> None:
         )
 
 
-def _nearest_divisor(size: int, value: int) -> int:
+def nearest_divisor(size: int, value: int) -> int:
+    """The divisor of `size` that is nearest to `value`, the smaller of two."""
     return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - value), d))
 
 
@@ -214,10 +220,10 @@ def training_memory(
     precision: Precision,
     sequence_length: int,
     live_activations: Sequence[float],
-    moments_bytes: float = 2.0,
+    moments_bytes: float | None = None,
 ) -> Memory:
     """The device that holds most. ZeRO-1: weights in bf16 and gradients in fp32 whole, master copy and both moments shared out over the
-    replicas of each part.
+    replicas of each part. A moment takes `moments_bytes`; None: bf16's 2 (V3 section 3.3.3), in fp32 4.
 
     `live_activations` has for each rank how many activations of one micro-batch on one stage it holds at once, from the schedule's
     simulation.
@@ -225,6 +231,8 @@ def training_memory(
     parts, kept = stages(c, layout), activation_bytes_per_layer(c, precision, layout.recompute)
     tokens = layout.micro_batch_size * sequence_length / layout.tp
     weight, master = (4.0, 0.0) if precision == "fp32" else (2.0, 4.0)
+    if moments_bytes is None:
+        moments_bytes = 4.0 if precision == "fp32" else 2.0
     replicas = max(1, layout.dp * layout.tp // layout.ep)
     logits = tokens * 2.0 * weight * c.vocab_size
     found = []

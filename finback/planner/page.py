@@ -15,7 +15,7 @@ from finback.parallel.schedule import SCHEDULES, simulate
 from finback.planner.drawing import COLORS
 from finback.planner.fit import PUBLISHED, USABLE
 from finback.planner.hardware import HARDWARE, Hardware, Precision
-from finback.planner.inference import Unit, decode_step, prefill, weight_bytes_per_device
+from finback.planner.inference import RESERVED, Unit, decode_step, prefill, usual_unit, weight_bytes_per_device
 from finback.planner.layout import Layout, training_memory
 from finback.planner.model import WEIGHT_BYTES
 from finback.planner.serve import HIT_SHARES, Tariff, Traffic
@@ -54,10 +54,9 @@ def layout_on_page(c: ModelConfig, hardware: Hardware, devices: int) -> Layout:
 
 
 def units_on_page(c: ModelConfig, hardware: Hardware) -> tuple[Unit, Unit]:
-    """Units of prefill and decode: one device where it holds the model, else DeepSeek's."""
-    if weight_bytes_per_device(c, Unit(), precision_of(hardware)) <= 0.8 * hardware.memory_bytes:
-        return Unit(), Unit()
-    return Unit(ep=32, redundant_experts=32), Unit(ep=144, redundant_experts=32)
+    """Units of prefill and decode: those that `finback plan serve` takes where it is not told."""
+    precision = precision_of(hardware)
+    return usual_unit(c, hardware, precision, 32), usual_unit(c, hardware, precision, 144)
 
 
 def _train_table(c: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -88,13 +87,15 @@ def _serve_table(c: ModelConfig) -> dict[str, dict[str, Any]]:
             for context in CONTEXTS
             for batch in BATCHES
         }
+        weights = [weight_bytes_per_device(c, unit, precision) for unit in (first, second)]
+        held = max(weights) <= (1 - RESERVED) * hardware.memory_bytes  # the plan is refused where prefill has no room
         table[name] = {
             "units": [first.devices, second.devices],
-            "weights_gb": [weight_bytes_per_device(c, unit, precision) / 1e9 for unit in (first, second)],
+            "weights_gb": [size / 1e9 for size in weights],
             "prefill": {
                 f"{share:g}": rate.tokens_per_second_per_device_with_hits for share, rate in zip(HIT_SHARES, rates, strict=True)
             },
-            "decode": {key: [step.tpot_ms, step.tokens_per_second_per_device, step.fits] for key, step in steps.items()},
+            "decode": {key: [step.tpot_ms, step.tokens_per_second_per_device, held and step.fits] for key, step in steps.items()},
         }
     return table
 

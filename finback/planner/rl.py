@@ -1,13 +1,14 @@
 """`finback plan rl`: rollout, reward and training time of GRPO at the scale of R1-Zero and R1 (R1 paper, Methods and appendix B.1)."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from finback.config import InputError, ModelConfig
 from finback.planner.hardware import Hardware, Precision
-from finback.planner.inference import Unit, decode_step, largest_batch
-from finback.planner.layout import Layout, check_layout
-from finback.planner.step import per_token, step_time
-from finback.planner.train import Bill, Prices, bill
+from finback.planner.inference import Unit, check_acceptance, check_unit, decode_step, largest_batch
+from finback.planner.layout import Layout, check_devices, check_layout, nearest_divisor
+from finback.planner.step import per_token
+from finback.planner.train import RECOMPUTES, Bill, Candidate, Prices, bill, evaluate
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,15 @@ RECIPES = {"r1-zero": R1_ZERO, "r1": R1}
 
 @dataclass(frozen=True)
 class RLPlan:
-    """Seconds of one rollout cycle by part, and the run's bill. `rollout_seconds` is the longer of the two bounds beside it."""
+    """Seconds of one rollout cycle by part, and the run's bill. `rollout_seconds` is the longer of the two bounds beside it;
+    `memory_gb` is what training takes on the device that holds most, and `fits` whether it has that."""
 
     recipe: str
     hardware: str
     devices: int
+    layout: str
+    memory_gb: float
+    fits: bool
     cycles: float
     rollout_seconds: float
     rollout_throughput_bound_seconds: float
@@ -62,13 +67,15 @@ def plan_rl(
     layout: Layout,
     unit: Unit,
     recipe: Recipe,
+    free: frozenset[str] = frozenset(),
     *,
     precision: Precision = "fp8",
     prices: Prices | None = None,
     mtp_acceptance: float = 0.0,
 ) -> RLPlan:
-    """All phases use all devices in turn, models are moved in and out between them (R1 paper, appendix B.1)."""
-    _check(recipe, layout, unit)
+    """All phases use all devices in turn, models are moved in and out between them (R1 paper, appendix B.1). With "recompute" in
+    `free`, the backward computes as little again as fits; nothing else is searched."""
+    _check(c, hardware, layout, unit, recipe, precision, mtp_acceptance)
     outputs, devices = recipe.outputs_per_rollout, layout.devices
     if outputs % recipe.batch_size:
         near = max(1, round(outputs / recipe.batch_size)) * recipe.batch_size
@@ -76,8 +83,7 @@ def plan_rl(
             f"--outputs-per-rollout is {outputs}, it must be a multiple of --batch-size ({recipe.batch_size}); take {near}"
         )
     context = recipe.prompt_tokens + recipe.mean_tokens / 2
-    share = 1 if unit.ep > 1 else unit.devices
-    wanted = -(-outputs * share // devices)
+    wanted = -(-outputs * unit.sharing // devices)
     room = largest_batch(c, hardware, unit, precision, context, 2.0)
     if room < 1:
         raise InputError(f"--ep {unit.ep}: the weights leave no room for a cache on {hardware.name}; take more devices per unit")
@@ -94,7 +100,8 @@ def plan_rl(
     reference = seen * (forward.forward + forward.all_to_all) / devices / hardware.efficiencies.busy * layout.tp
     rows = max(1, round(recipe.batch_size / layout.dp)) * layout.dp
     check_layout(c, layout, rows)
-    update = step_time(c, hardware, layout, precision, length, rows).seconds * recipe.batch_size / rows
+    trained = _training(c, hardware, layout, free, precision, length, rows)
+    update = trained.step_seconds * recipe.batch_size / rows
     updates = outputs / recipe.batch_size
     reward = recipe.reward_seconds + (reference if recipe.uses_reward_model else 0.0)
     training = update * updates
@@ -105,6 +112,9 @@ def plan_rl(
         recipe=recipe.name,
         hardware=hardware.title,
         devices=devices,
+        layout=trained.description,
+        memory_gb=trained.memory_gb,
+        fits=trained.fits,
         cycles=cycles,
         rollout_seconds=rollout,
         rollout_throughput_bound_seconds=throughput_bound,
@@ -121,14 +131,51 @@ def plan_rl(
     )
 
 
-def _check(recipe: Recipe, layout: Layout, unit: Unit) -> None:
+def _training(
+    c: ModelConfig, hardware: Hardware, layout: Layout, free: frozenset[str], precision: Precision, length: int, rows: int
+) -> Candidate:
+    """An update's time and memory, of sequences of the average length."""
+    if "recompute" not in free:
+        return evaluate(c, hardware, layout, precision, length, rows)
+    found = [evaluate(c, hardware, replace(layout, recompute=recompute), precision, length, rows) for recompute in RECOMPUTES]
+    return next((one for one in found if one.fits), found[-1])
+
+
+def _check(
+    c: ModelConfig,
+    hardware: Hardware,
+    layout: Layout,
+    unit: Unit,
+    recipe: Recipe,
+    precision: Precision,
+    mtp_acceptance: float,
+) -> None:
     for name in ("steps", "batch_size", "outputs_per_rollout", "mean_tokens", "longest_tokens"):
-        if getattr(recipe, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(recipe, name):g}, it must be at least 1")
+        value = getattr(recipe, name)
+        if not (value >= 1 and math.isfinite(value)):
+            raise InputError(f"--{name.replace('_', '-')} is {value:g}, it must be a number of at least 1")
+    check_acceptance(c, mtp_acceptance)
+    if precision == "fp8" and hardware.fp8_tflops is None:
+        raise InputError(f"--precision is fp8, but {hardware.name} has no FP8 units; use bf16")
     if recipe.longest_tokens < recipe.mean_tokens:
         raise InputError(
             f"--longest-tokens is {recipe.longest_tokens:g}, below --mean-tokens ({recipe.mean_tokens:g}); give the longer of the two"
         )
+    room = c.max_position_embeddings - recipe.prompt_tokens
+    if recipe.longest_tokens > room:
+        remedy = f"use at most {room:.0f}" if room >= 1 else "take a model of longer sequences"
+        raise InputError(
+            f"--longest-tokens is {recipe.longest_tokens:.0f}, above what the model's max_position_embeddings "
+            f"({c.max_position_embeddings}) leave beside a prompt of {recipe.prompt_tokens:.0f}; {remedy}"
+        )
+    check_unit(c, unit)
+    groups, rest = divmod(layout.devices, max(1, layout.ep))
+    if rest == 0 < groups and layout.pp > 0 and groups % layout.pp:
+        raise InputError(
+            f"--pp is {layout.pp}, it must divide --devices / --ep ({layout.devices} / {layout.ep} = {groups}); "
+            f"the nearest is {nearest_divisor(groups, layout.pp)}"
+        )
+    check_devices(c, layout)
     if layout.devices % unit.devices:
         near = max(unit.devices, round(layout.devices / unit.devices) * unit.devices)
         raise InputError(

@@ -1,16 +1,21 @@
 """`finback plan serve`: throughput, latency and money of serving, and dense against mixture for a given traffic."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields, replace
 
 from finback.config import InputError, ModelConfig
 from finback.planner.dense import dense_equivalent
 from finback.planner.hardware import Hardware, Precision
 from finback.planner.inference import (
+    RESERVED,
     DecodeStep,
     Prefill,
     Unit,
+    cache_split,
+    check_acceptance,
     check_unit,
     decode_step,
+    exchange_bytes,
     largest_batch,
     network_limit_ms,
     prefill,
@@ -150,14 +155,14 @@ def plan_serve(
     """Plan serving with separate units for prefill and decode. `batch` is the number of requests per decode device that the bill
     counts on."""
     traffic, tariff = traffic or Traffic(), tariff or Tariff()
-    _check(c, hardware, prefill_unit, decode_unit, traffic, mtp_acceptance, precision)
+    _check(c, hardware, prefill_unit, decode_unit, traffic, tariff, mtp_acceptance, precision)
     largest = largest_batch(c, hardware, decode_unit, precision, traffic.context_tokens, cache_value_bytes)
-    for unit in (prefill_unit, decode_unit):
+    for unit, field in ((prefill_unit, "--prefill-ep"), (decode_unit, "--decode-ep")):
         weights = weight_bytes_per_device(c, unit, precision)
-        if weights > 0.9 * hardware.memory_bytes:
+        if weights > (1 - RESERVED) * hardware.memory_bytes:
             raise InputError(
                 f"{hardware.name} has {hardware.memory_bytes / 1e9:.0f} GB and each of {unit.devices} devices would hold "
-                f"{weights / 1e9:.0f} GB of weights; take {_more_devices(c, unit, precision, hardware)}"
+                f"{weights / 1e9:.0f} GB of weights; take {_more_devices(c, unit, precision, hardware, field)}"
             )
     batch = _fitting_batch(batch, largest, traffic.context_tokens)
     node = hardware.devices_per_node
@@ -176,14 +181,21 @@ def plan_serve(
         )
 
     chosen = step(batch)
-    cache = traffic.context_tokens * cache_bytes_per_token(c, bytes_per_value=cache_value_bytes)
+    cache = traffic.context_tokens * cache_bytes_per_token(c, bytes_per_value=cache_value_bytes) / cache_split(c, decode_unit)
     rate = usd_per_device_hour if usd_per_device_hour is not None else hardware.usd_per_hour
     output_rate = node * chosen.tokens_per_second_per_device
     link = hardware.scale_out_gb_per_second if decode_unit.ep > node else hardware.scale_up_gb_per_second
     limit = None
     if decode_unit.ep > 1 and link is not None:
         picks = c.num_experts_per_tok + c.n_shared_experts
-        limit = network_limit_ms(batch=32, picks=picks, width=c.hidden_size, layers=c.num_hidden_layers, gb_per_second=link)
+        limit = network_limit_ms(
+            batch=32,
+            picks=picks,
+            width=c.hidden_size,
+            layers=c.num_hidden_layers,
+            gb_per_second=link,
+            value_bytes=exchange_bytes(precision),
+        )
     return ServePlan(
         hardware=hardware.title,
         precision=precision,
@@ -197,7 +209,9 @@ def plan_serve(
         input_tokens_per_second_per_node_with_hits=node * filled.tokens_per_second_per_device_with_hits,
         decode=chosen,
         output_tokens_per_second_per_node=output_rate,
-        latencies=[_latency(filled, step(size), node, traffic, cache) for size in sorted({*BATCHES, batch})],
+        latencies=[
+            _latency(filled, prefill_unit.sharing, step(size), node, traffic, cache) for size in sorted({*BATCHES, batch})
+        ],
         network_limit_tpot_ms=limit,
         economics=economics(filled, output_rate, node, traffic, tariff, rate),
         cache_hits=[
@@ -215,25 +229,27 @@ def _check(
     prefill_unit: Unit,
     decode_unit: Unit,
     traffic: Traffic,
+    tariff: Tariff,
     mtp_acceptance: float,
     precision: Precision,
 ) -> None:
-    for unit in (prefill_unit, decode_unit):
-        check_unit(c, unit)
-    if traffic.context_tokens > c.max_position_embeddings:
-        limit = c.max_position_embeddings
-        raise InputError(
-            f"--context-tokens is {traffic.context_tokens:.0f}, above the model's max_position_embeddings; use {limit}"
-        )
+    check_unit(c, prefill_unit, "--prefill-ep", decode_unit.ep)
+    check_unit(c, decode_unit, "--decode-ep", prefill_unit.ep)
     for name in ("input_tokens_per_day", "output_tokens_per_day", "prompt_tokens", "context_tokens"):
-        if getattr(traffic, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(traffic, name):g}, it must be positive")
+        value = getattr(traffic, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise InputError(f"--{name.replace('_', '-')} is {value:g}, it must be a positive number")
+    for name in ("prompt_tokens", "context_tokens"):
+        value, limit = getattr(traffic, name), c.max_position_embeddings
+        if value > limit:
+            raise InputError(f"--{name.replace('_', '-')} is {value:.0f}, above the model's max_position_embeddings; use {limit}")
     if not 0 <= traffic.hit_share < 1:
         raise InputError(f"--hit-share is {traffic.hit_share:g}, it must be at least 0 and below 1")
-    if not 0 <= mtp_acceptance <= 1:
-        raise InputError(f"--mtp-acceptance is {mtp_acceptance:g}, it must be between 0 and 1")
-    if mtp_acceptance and not c.num_nextn_predict_layers:
-        raise InputError(f"--mtp-acceptance is {mtp_acceptance:g}, but the model has no MTP layer; use 0")
+    for price in fields(tariff):
+        value = getattr(tariff, price.name)
+        if not (value >= 0 and math.isfinite(value)):
+            raise InputError(f"--{price.name.replace('_', '-')} is {value:g}, it must be at least 0; use 0 for what is free")
+    check_acceptance(c, mtp_acceptance)
     if precision == "fp8" and hardware.fp8_tflops is None and hardware.bf16_tflops is None:
         raise InputError(
             f"hardware {hardware.name} has no published matrix rates; measure this machine and use --hardware measured"
@@ -243,7 +259,10 @@ def _check(
 def _fitting_batch(batch: int | None, largest: int, context: float) -> int:
     """The requests that were asked for; else as many as DeepSeek's day implies, if they fit."""
     if largest < 1:
-        raise InputError(f"--context-tokens is {context:.0f}, of which no request fits beside the weights; take larger units")
+        raise InputError(
+            f"--context-tokens is {context:.0f}, of which no request fits beside the weights; shorten it, or take more devices by "
+            "--decode-ep or --tp"
+        )
     if batch is None:
         return min(USUAL_BATCH, largest)
     if not 1 <= batch <= largest:
@@ -253,23 +272,27 @@ def _fitting_batch(batch: int | None, largest: int, context: float) -> int:
     return batch
 
 
-def _more_devices(c: ModelConfig, unit: Unit, precision: Precision, hardware: Hardware) -> str:
-    """The smallest unit of the same kind that holds the weights."""
+def _more_devices(c: ModelConfig, unit: Unit, precision: Precision, hardware: Hardware, field: str) -> str:
+    """The smallest unit of the same kind that holds the weights; `field` is the word of the command line for its experts' devices."""
     for power in range(1, 12):
-        bigger = Unit(ep=1 << power) if c.n_routed_experts else Unit(tp=1 << power)
+        size = 1 << power
+        bigger = replace(unit, ep=size, tp=1) if c.n_routed_experts else Unit(tp=size)
         try:
             check_unit(c, bigger)
         except InputError:
             break
         if weight_bytes_per_device(c, bigger, precision) <= 0.8 * hardware.memory_bytes:
-            return f"--ep {bigger.ep}" if c.n_routed_experts else f"--tp {bigger.tp}"
+            if not c.n_routed_experts:
+                return f"--tp {size}"
+            return f"{field} {size}" + (" and --tp 1" if unit.tp > 1 else "")
     return "a device with more memory, or a lower precision"
 
 
-def _latency(filled: Prefill, step: DecodeStep, node: int, traffic: Traffic, cache_bytes: float) -> Latency:
-    """First token: the prompt's own prefill, its wait in a queue at the planned load (M/D/1), and one decode step."""
+def _latency(filled: Prefill, sharing: int, step: DecodeStep, node: int, traffic: Traffic, cache_bytes: float) -> Latency:
+    """First token: the prompt's own prefill by the `sharing` devices that work on it together, its wait in a queue at the planned load
+    (M/D/1), and one decode step. `cache_bytes` are those of a request on one device."""
     computed = traffic.prompt_tokens * (1 - traffic.hit_share)
-    service = computed / filled.tokens_per_second_per_device
+    service = computed / (sharing * filled.tokens_per_second_per_device)
     wait = service * PREFILL_LOAD / (2 * (1 - PREFILL_LOAD))
     return Latency(
         batch_per_device=step.batch,
@@ -377,7 +400,7 @@ def dense_or_moe(
     if not c.n_routed_experts or hardware.scale_up_gb_per_second is None:
         return []
     twin = dense_twin(c)
-    moe_units = [Unit(ep=ep) for ep in (8, 16, 32, 64, 128, 256) if c.n_routed_experts % ep == 0]
+    moe_units = [Unit(ep=ep) for ep in (1, 2, 4, 8, 16, 32, 64, 128, 256) if c.n_routed_experts % ep == 0]
     dense_units = [Unit(tp=tp) for tp in (1, 2, 4, 8) if twin.num_attention_heads % tp == 0]
     found = []
     for requests in (1, 8, 64, 512, 4096, 32768):
@@ -415,9 +438,9 @@ def _cheapest_unit(
         largest = min(256, largest_batch(c, hardware, unit, precision, context, 2.0))
         if largest < 1:
             continue
-        places = largest * (unit.devices if unit.ep > 1 else 1)  # requests that one unit holds
-        count = -(-requests // places)
-        batch = -(-requests // (count * (unit.devices if unit.ep > 1 else 1)))
+        apart = unit.devices // unit.sharing  # devices with requests of their own
+        count = -(-requests // (largest * apart))
+        batch = -(-requests // (count * apart))
         tpot = decode_step(c, hardware, unit, precision, batch, context).tpot_ms / 1e3
         devices = count * unit.devices
         best = min(best or (float("inf"), 0, 0.0), (devices * tpot, devices, tpot))

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from finback.config import ModelConfig
 from finback.parallel.schedule import SCHEDULES, Costs, Simulation, interleaved, simulate
-from finback.planner.communication import all_to_all
+from finback.planner.communication import all_to_all, dispatch_bytes
 from finback.planner.hardware import GIGA, Hardware, Precision
 from finback.planner.layout import INTERLEAVED_CHUNKS, Layout, ScheduleName, parameters_of_ranks, stages
 from finback.planner.model import (
@@ -74,7 +74,7 @@ def per_token(c: ModelConfig, hardware: Hardware, layout: Layout, precision: Pre
         "selective": 2.0 * layers * s.attention_expand / hardware.matmul_flops(precision) + 0.25 * traffic,
         "full": product + core / share.attention_forward + traffic,
     }[layout.recompute]
-    hops = all_to_all(c, layout.ep, hardware.devices_per_node, 1.0 if precision == "fp8" else 2.0)
+    hops = all_to_all(c, layout.ep, hardware.devices_per_node, dispatch_bytes(precision))
     network, links = (uneven * seconds for seconds in hops.seconds(hardware))
     split = 0.0
     if layout.tp > 1:

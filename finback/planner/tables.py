@@ -194,6 +194,8 @@ def print_rl(name: str, plan: RLPlan) -> None:
             ("the cycle", _number(plan.cycle_seconds, 0), "s"),
             ("cycles", _number(plan.cycles, 0), ""),
             ("samples at once per device", str(plan.requests_per_device), ""),
+            ("layout in training", plan.layout, ""),
+            ("memory in training", _number(plan.memory_gb), "GB per device" + ("" if plan.fits else ", does not fit")),
             *_bill_rows(plan.bill),
         ],
     )

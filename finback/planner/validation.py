@@ -124,7 +124,7 @@ def predicted_rows(v3: ModelConfig) -> Iterator[Row]:
         yield told(
             Row(serving.name, "predicted", "tokens/s", serving.tokens_per_second, rate, 0.30, serving.source), serving.if_off
         )
-    zero = plan_rl(v3, h800, RL_LAYOUT, Unit(ep=ROLLOUT_UNIT), R1_ZERO)
+    zero = plan_rl(v3, h800, RL_LAYOUT, Unit(ep=ROLLOUT_UNIT), R1_ZERO, frozenset({"recompute"}))
     yield told(
         Row("R1-Zero on 512 H800", "predicted", "K hours", 101, zero.bill.device_hours / 1e3, 0.30, "R1 paper v2, table 7"),
         "the average length of answers is not published",

@@ -64,6 +64,21 @@ def test_numbers_carry_their_units(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["best"]["layout"]["pp"] == 16
 
 
+def test_the_rl_run_that_is_asked_without_a_layout_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "rl", "v3-671b", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] is True
+    assert plan["memory_gb"] < 0.92 * 80
+    assert main(["plan", "rl", "v3-671b", "--recompute", "selective"]) == 0
+    assert "GB per device, does not fit" in capsys.readouterr().out
+
+
+def test_what_a_model_takes_bounds_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    """`tiny` has shorter sequences than the default prompt."""
+    assert main(["plan", "serve", "tiny", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["decode"]["fits"] is True
+
+
 def test_a_directory_is_a_model_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(v3_671b().model.to_dict()))
     assert main(["plan", "model", str(tmp_path), "--json"]) == 0
@@ -144,10 +159,28 @@ def test_help_names_every_kind_and_field(capsys: pytest.CaptureFixture[str]) -> 
         (["schedule", "dualpipe", "--forward", "0"], "--forward is 0, it must be positive"),
         (["schedule", "zb1p", "--microbatches", "1000000"], "give fewer micro-batches"),
         (["schedule"], "NAME is missing"),
+        (["schedule", "interleaved", "--stages", "8", "--microbatches", "16", "--chunks", "1000000"], "use at most --chunks 156"),
+        (["schedule", "interleaved", "--stages", "100", "--microbatches", "200", "--chunks", "2"], "give fewer micro-batches"),
         (
             ["serve", "v3-671b", "--decode-ep", "100"],
-            "it must divide experts with their copies (256 + 32); the nearest is --redundant-experts 44",
+            "--decode-ep is 100, it must divide experts with their copies (256 + 32); the nearest is 96",
         ),
+        (["serve", "v3-671b", "--prefill-ep", "0"], "--prefill-ep is 0, it must be at least 1"),
+        (["serve", "v3-671b", "--tp", "0"], "--tp is 0, it must be at least 1"),
+        (["serve", "v3-671b", "--tp", "8"], "--tp is 8, but experts are spread over --prefill-ep 32 devices; use 1"),
+        (["serve", "v3-671b", "--redundant-experts", "-60"], "--redundant-experts is -60, it must be at least 0"),
+        (["serve", "v3-671b", "--context-tokens", "nan"], "--context-tokens is nan, it must be a positive number"),
+        (["serve", "v3-671b", "--output-tokens-per-day", "inf", "--json"], "--output-tokens-per-day is inf"),
+        (["serve", "v3-671b", "--prompt-tokens", "1e9"], "--prompt-tokens is 1000000000, above the model's max_position_embed"),
+        (["serve", "v3-671b", "--usd-per-million-hit", "-1"], "--usd-per-million-hit is -1, it must be at least 0"),
+        (["rl", "v3-671b", "--mean-tokens", "nan"], "--mean-tokens is nan, it must be a number of at least 1"),
+        (["rl", "v3-671b", "--mtp-acceptance", "5"], "--mtp-acceptance is 5, it must be between 0 and 1"),
+        (["rl", "v3-671b", "--pp", "0"], "--pp is 0, it must be at least 1"),
+        (["rl", "v3-671b", "--ep", "0"], "--ep is 0, it must be at least 1"),
+        (["rl", "v2-lite-16b", "--devices", "8", "--ep", "8"], "it must divide --devices / --ep (8 / 8 = 1); the nearest is 1"),
+        (["rl", "v3-671b", "--hardware", "a100", "--precision", "fp8"], "a100 has no FP8 units; use bf16"),
+        (["rl", "v3-671b", "--precision", "int4"], "invalid choice 'int4' for argument '--precision'"),
+        (["train", "v3-671b", "--precision", "int4"], "invalid choice 'int4' for argument '--precision'"),
         (["serve", "tiny-dense", "--hardware", "laptop-cpu"], "no published"),
         (["fit", "rtx4090", "--context", "0"], "--context is 0"),
         (["fit", "rtx4090", "--png", "x.png"], "there is no picture of it"),

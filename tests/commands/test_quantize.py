@@ -81,6 +81,25 @@ def quantised(root: Path) -> Path:
     return root / "gptq"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--samples", "5"),
+        ("--held-out", "9"),
+        ("--sequence-length", "64"),
+        ("--text-field", "x"),
+        ("--bits", "8"),
+        ("--act-order",),
+    ],
+)
+def test_fp8_refuses_what_it_has_no_use_for(
+    words: tuple[str, ...], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quantize(root / "moe", tmp_path / "out", "--method", "fp8", *words) == 2
+    assert f"{words[0]} is for gptq and rtn, FP8 blocks have no use for it; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_layout_is_the_ecosystems(quantised: Path) -> None:
     tensors = load_file(quantised / "model.safetensors")
     name = "model.layers.0.mlp.down_proj"

@@ -1,5 +1,6 @@
 """The page: whole in itself, and in a browser it says what the Python formulas say."""
 
+import json
 import random
 import re
 import shutil
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from finback.config import InputError
 from finback.planner.fit import fit_table
 from finback.planner.hardware import HARDWARE
-from finback.planner.inference import decode_step, prefill
+from finback.planner.inference import decode_step, prefill, usual_unit
 from finback.planner.page import (
     BATCHES,
     CLUSTERS,
@@ -25,7 +27,7 @@ from finback.planner.page import (
     precision_of,
     units_on_page,
 )
-from finback.planner.serve import Tariff, Traffic, economics
+from finback.planner.serve import Tariff, Traffic, economics, plan_serve
 from finback.planner.train import Prices, evaluate, plan_train
 from finback.presets import PRESETS
 
@@ -43,6 +45,27 @@ def test_the_page_fetches_nothing(html: str) -> None:
     assert "default-src 'none'" in html
     assert "/*TABLES*/" not in html
     assert 'name="viewport"' in html
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_serving_on_the_page_is_the_commands(html: str, name: str) -> None:
+    """The tables that the script looks up, against the plan of the same question."""
+    start = html.index('{"models"')
+    tables = json.JSONDecoder().raw_decode(html, start)[0]
+    for cluster in CLUSTERS:
+        hardware, row = HARDWARE[cluster], tables["serve"][name][cluster]
+        precision = precision_of(hardware)
+        units = [usual_unit(MODELS[name], hardware, precision, several) for several in (32, 144)]
+        traffic = Traffic(hit_share=0.5)
+        if not row["decode"]["4989|8"][2]:  # the command refuses what the page shows as not fitting
+            with pytest.raises(InputError, match=r"GB of weights|no request fits|requests of"):
+                plan_serve(MODELS[name], hardware, *units, precision=precision, batch=8, traffic=traffic)
+            continue
+        plan = plan_serve(MODELS[name], hardware, *units, precision=precision, batch=8, traffic=traffic)
+        assert row["units"] == [plan.prefill_unit_devices, plan.decode_unit_devices]
+        assert row["weights_gb"] == [plan.weight_gb_per_prefill_device, plan.weight_gb_per_decode_device]
+        assert row["prefill"]["0.5"] == plan.prefill.tokens_per_second_per_device_with_hits
+        assert row["decode"]["4989|8"] == [plan.decode.tpot_ms, plan.decode.tokens_per_second_per_device, plan.decode.fits]
 
 
 def test_everything_is_said_in_both_languages(html: str) -> None:

@@ -1,5 +1,6 @@
 """Serving and RL plans: published arithmetic, what must grow with what, and impossible units."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,12 +17,14 @@ from finback.planner.inference import (
     largest_batch,
     network_limit_ms,
     prefill,
+    usual_unit,
     weight_bytes_per_device,
 )
-from finback.planner.layout import Layout
+from finback.planner.layout import Layout, training_memory
 from finback.planner.model import cache_bytes_per_token
 from finback.planner.rl import R1_ZERO, plan_rl
 from finback.planner.serve import Tariff, Traffic, daily_cost_usd, dense_twin, margin, plan_serve, revenue_usd
+from finback.planner.step import step_time
 from finback.presets import tiny_dense, v2_lite_16b, v3_671b
 
 V3, H800 = v3_671b().model, HARDWARE["h800"]
@@ -165,9 +168,12 @@ def test_v2_lite_of_the_table_is_the_preset() -> None:
 @pytest.mark.parametrize(
     ("unit", "words"),
     [
-        (Unit(ep=48), r"it must divide experts with their copies \(256 \+ 0\); the nearest is --redundant-experts 32"),
+        (Unit(ep=48), r"it must divide experts with their copies \(256 \+ 0\); the nearest is 32, or --redundant-experts 32"),
         (Unit(tp=3), r"--tp is 3, it must divide num_attention_heads \(128\)"),
-        (Unit(ep=0), "both must be at least 1"),
+        (Unit(ep=0), "--ep is 0, it must be at least 1"),
+        (Unit(tp=-1), "--tp is -1, it must be at least 1"),
+        (Unit(redundant_experts=-60), "--redundant-experts is -60, it must be at least 0"),
+        (Unit(ep=8, tp=4), "--tp is 4, but experts are spread over --ep 8 devices; use 1"),
     ],
 )
 def test_units_that_do_not_divide(unit: Unit, words: str) -> None:
@@ -178,8 +184,14 @@ def test_units_that_do_not_divide(unit: Unit, words: str) -> None:
 def test_impossible_servings() -> None:
     with pytest.raises(InputError, match="the model is dense"):
         check_unit(tiny_dense().model, Unit(ep=8))
-    with pytest.raises(InputError, match=r"each of 4 devices would hold \d+ GB of weights; take --ep 16"):
+    with pytest.raises(InputError, match="--redundant-experts is 2, but the model is dense; use 0"):
+        check_unit(tiny_dense().model, Unit(redundant_experts=2))
+    with pytest.raises(InputError, match=r"each of 4 devices would hold \d+ GB of weights; take --prefill-ep 16"):
         plan_serve(V3, H800, Unit(ep=4), Unit(ep=4))
+    with pytest.raises(InputError, match=r"each of 4 devices would hold \d+ GB of weights; take --decode-ep 16"):
+        plan_serve(V3, H800, Unit(ep=16), Unit(ep=4))
+    with pytest.raises(InputError, match=r"each of 8 devices would hold \d+ GB of weights; take --prefill-ep 16 and --tp 1"):
+        plan_serve(V3, H800, Unit(tp=8), Unit(tp=8))
     with pytest.raises(InputError, match="a device with more memory, or a lower precision"):
         plan_serve(V3, HARDWARE["laptop-rtx4070"], Unit(ep=8), Unit(ep=8))
     with pytest.raises(InputError, match="--batch is 500, but from 1 to 136 requests of 4989 tokens fit on a device; use 136"):
@@ -188,8 +200,9 @@ def test_impossible_servings() -> None:
         plan_serve(V3, H800, PREFILL, DECODE, traffic=Traffic(hit_share=1.0))
     with pytest.raises(InputError, match="--mtp-acceptance is 2"):
         plan_serve(V3, H800, PREFILL, DECODE, mtp_acceptance=2.0)
-    with pytest.raises(InputError, match="use 163840"):
-        plan_serve(V3, H800, PREFILL, DECODE, traffic=Traffic(context_tokens=1e6))
+    for name in ("context_tokens", "prompt_tokens"):
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is 1000000, above .* use 163840"):
+            plan_serve(V3, H800, PREFILL, DECODE, traffic=replace(Traffic(), **{name: 1e6}))
 
 
 def test_an_rl_cycle_is_the_sum_of_its_parts_and_the_longest_answer_binds() -> None:
@@ -203,11 +216,105 @@ def test_an_rl_cycle_is_the_sum_of_its_parts_and_the_longest_answer_binds() -> N
     assert short.cycle_seconds < plan.cycle_seconds
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+def test_numbers_that_are_none_are_refused(value: float) -> None:
+    for name in ("input_tokens_per_day", "output_tokens_per_day", "prompt_tokens", "context_tokens", "hit_share"):
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is {value:g}"):
+            plan_serve(V3, H800, PREFILL, DECODE, traffic=replace(Traffic(), **{name: value}))
+    for name in ("usd_per_million_hit", "usd_per_million_miss", "usd_per_million_output"):
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is {value:g}, it must be at least 0"):
+            plan_serve(V3, H800, PREFILL, DECODE, tariff=replace(Tariff(), **{name: value}))
+    for name in ("mean_tokens", "longest_tokens"):
+        with pytest.raises(InputError, match=f"--{name.replace('_', '-')} is {value:g}"):
+            plan_rl(V3, H800, Layout(512, pp=16, ep=32), Unit(ep=32), replace(R1_ZERO, **{name: value}))
+    with pytest.raises(InputError, match=f"--mtp-acceptance is {value:g}, it must be between 0 and 1"):
+        plan_rl(V3, H800, Layout(512, pp=16, ep=32), Unit(ep=32), R1_ZERO, mtp_acceptance=value)
+
+
+def test_a_unit_that_does_not_divide_is_offered_what_the_other_takes_too() -> None:
+    """144 devices of 256 experts: with 32 copies both units divide, with 44 only one would."""
+    with pytest.raises(InputError, match=r"--decode-ep is 144, .* the nearest is 128, or --redundant-experts 32"):
+        plan_serve(V3, H800, Unit(ep=32), Unit(ep=144))
+    plan_serve(V3, H800, Unit(ep=32, redundant_experts=32), Unit(ep=144, redundant_experts=32))
+    with pytest.raises(InputError, match=r"--decode-ep is 100, .* the nearest is 96$"):
+        plan_serve(V3, H800, PREFILL, Unit(ep=100, redundant_experts=32))
+    plan_serve(V3, H800, PREFILL, Unit(ep=96, redundant_experts=32))
+
+
+def test_a_cut_model_prefills_a_prompt_together_and_shares_its_cache() -> None:
+    twin, unit, traffic = dense_twin(V3), Unit(tp=8), Traffic(hit_share=0.0)
+    plan = plan_serve(twin, H800, unit, unit, traffic=traffic, batch=1)
+    first = plan.latencies[0]
+    filled = prefill(twin, H800, unit, "fp8", traffic.prompt_tokens, 0.0)
+    parts = filled.products_us + filled.attention_us + filled.elementwise_us + filled.exposed_exchange_us + filled.idle_us
+    own = traffic.prompt_tokens * parts / 1e3  # each of eight does its part of every token, at the same time
+    assert first.ttft_ms == pytest.approx(own * (1 + 0.7 / 0.6) + first.tpot_ms)
+    whole = traffic.context_tokens * cache_bytes_per_token(twin) / 1e9
+    assert first.cache_gb_per_device == pytest.approx(whole / 8)
+    assert twin.num_key_value_heads == 8
+
+
+def test_experts_are_sent_out_in_the_precision_of_products() -> None:
+    """FP8: one byte out, two back; bf16: two and two."""
+    instant = replace(H800, exchange_latency_us=0.0)
+    low, wide = (decode_step(V3, instant, DECODE, precision, 32, 4989) for precision in ("fp8", "bf16"))
+    assert wide.exchange_ms / low.exchange_ms == pytest.approx(4 / 3)
+    limits = [plan_serve(V3, HARDWARE["h200"], DECODE, DECODE, precision=one).network_limit_tpot_ms for one in ("fp8", "bf16")]
+    assert limits == [pytest.approx(network_limit_ms()), pytest.approx(network_limit_ms(value_bytes=4.0))]
+
+
+def test_a_mixture_that_fits_one_card_is_offered_on_one_card() -> None:
+    """And is then the cheaper one from the first request on: it reads fewer weights than the dense model of equal loss."""
+    choices = plan_serve(v2_lite_16b().model, H800, Unit(), Unit()).traffic_choices
+    assert choices[0].moe_devices == 1
+    assert {choice.cheaper for choice in choices} == {"mixture"}
+    assert plan_serve(V3, H800, PREFILL, DECODE).traffic_choices[0].moe_devices > 8
+
+
+def test_the_usual_unit_is_the_smallest_that_holds_the_model() -> None:
+    small = v2_lite_16b().model
+    assert usual_unit(small, H800, "bf16", 32) == Unit()
+    assert usual_unit(small, HARDWARE["rtx4090"], "bf16", 32) == Unit(ep=2)
+    assert usual_unit(V3, HARDWARE["h200"], "fp8", 144) == Unit(ep=8)
+    assert usual_unit(V3, H800, "fp8", 144) == DECODE
+    assert usual_unit(small, H800, "bf16", 32, tp=4) == Unit(tp=4)
+    assert usual_unit(tiny_dense().model, H800, "bf16", 32, tp=2) == Unit(tp=2)
+    with pytest.raises(InputError, match="--tp is 0"):
+        usual_unit(small, H800, "bf16", 32, tp=0)
+
+
+def test_training_in_an_rl_run_fits_or_is_said_not_to() -> None:
+    layout = Layout(512, pp=16, ep=32)
+    fixed = plan_rl(V3, H800, layout, Unit(ep=32), R1_ZERO)
+    assert not fixed.fits
+    assert fixed.memory_gb > 0.92 * 80
+    length = int(R1_ZERO.mean_tokens + R1_ZERO.prompt_tokens)
+    step = step_time(V3, H800, layout, "fp8", length, 512)
+    assert fixed.memory_gb == training_memory(V3, layout, "fp8", length, step.live_activations).total_bytes / 1e9
+    free = plan_rl(V3, H800, layout, Unit(ep=32), R1_ZERO, frozenset({"recompute"}))
+    assert free.fits
+    assert free.layout.endswith("recompute full")
+    assert free.training_seconds > fixed.training_seconds
+    roomy = plan_rl(V3, HARDWARE["h200"], layout, Unit(ep=32), R1_ZERO, frozenset({"recompute"}))
+    assert roomy.layout.endswith("recompute selective")
+
+
 def test_impossible_rl_runs() -> None:
     layout = Layout(512, pp=16, ep=32)
     with pytest.raises(InputError, match="multiple of --batch-size"):
         plan_rl(V3, H800, layout, Unit(ep=32), replace(R1_ZERO, outputs_per_rollout=8000))
     with pytest.raises(InputError, match="multiple of a rollout unit"):
         plan_rl(V3, H800, Layout(80, pp=16), Unit(ep=32), R1_ZERO)
+    small = v2_lite_16b().model
+    with pytest.raises(InputError, match=r"--pp is 16, it must divide --devices / --ep \(8 / 8 = 1\); the nearest is 1"):
+        plan_rl(small, H800, Layout(8, pp=16, ep=8), Unit(ep=8), R1_ZERO)
+    plan_rl(small, H800, Layout(8, pp=1, ep=8), Unit(ep=8), R1_ZERO)
+    for name in ("pp", "ep"):
+        with pytest.raises(InputError, match=f"--{name} is 0, it must be at least 1"):
+            plan_rl(V3, H800, replace(layout, **{name: 0}), Unit(ep=0 if name == "ep" else 32), R1_ZERO)
+    with pytest.raises(InputError, match="--precision is fp8, but a100 has no FP8 units; use bf16"):
+        plan_rl(V3, HARDWARE["a100"], layout, Unit(ep=32), R1_ZERO)
+    with pytest.raises(InputError, match=r"--longest-tokens is 200000, .* use at most 163640"):
+        plan_rl(V3, H800, layout, Unit(ep=32), replace(R1_ZERO, longest_tokens=200_000.0))
     with pytest.raises(InputError, match="below --mean-tokens"):
         plan_rl(V3, H800, layout, Unit(ep=32), replace(R1_ZERO, longest_tokens=10.0))

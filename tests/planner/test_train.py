@@ -66,6 +66,13 @@ def test_memory_of_v3_by_hand() -> None:
     assert memory.total_bytes < 80e9  # it did run
 
 
+def test_moments_are_as_wide_as_the_precision() -> None:
+    """fp32: two moments of 4 bytes and no master copy; else two of 2 bytes and a master copy of 4: 8 bytes either way."""
+    wide, mixed = (training_memory(V3, PAPER, precision, 4096, [17] * 16).optimizer_bytes for precision in ("fp32", "bf16"))
+    assert wide == mixed
+    assert training_memory(V3, PAPER, "fp32", 4096, [17] * 16, moments_bytes=2.0).optimizer_bytes == wide / 2
+
+
 def test_stages_hold_every_parameter_of_the_model_once() -> None:
     for model in (V3, v2_lite_16b().model, tiny_dense().model):
         for count in (1, 2, 4):

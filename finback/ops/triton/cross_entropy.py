@@ -25,7 +25,8 @@ def softmax_gradient_kernel(logits, targets, losses, vocab, ignore_index, gradie
         column = start + tl.arange(0, block)
         x = tl.load(logits + row * vocab + column, mask=column < vocab, other=_LOWEST).to(tl.float32)
         higher = tl.maximum(largest, tl.max(x, 0))
-        total = total * tl.exp(largest - higher) + tl.sum(tl.exp(x - higher), 0)
+        origin = tl.where(higher == _LOWEST, 0.0, higher)  # all -inf so far: they add nothing, and -inf - -inf would be nan
+        total = total * tl.exp(largest - origin) + tl.sum(tl.exp(x - origin), 0)
         largest = higher
     log_total = tl.log(total) + largest
     own = tl.load(logits + row * vocab + tl.where(kept, target, 0)).to(tl.float32)

@@ -83,25 +83,27 @@ def activate_quantize_kernel(
 
 def activate(gate: Tensor, up: Tensor, row_weight: Tensor | None) -> Tensor:
     """As `finback.ops.swiglu.activate`, rounded once at the end."""
+    gate, up = gate.contiguous(), up.contiguous()  # before the results take over their strides
     rows, width = _flat_shape(gate)
     out = torch.empty_like(gate)
     if out.numel():
         block = min(_BLOCK, triton.next_power_of_2(width))
         activate_kernel[(rows, triton.cdiv(width, block))](
-            gate.contiguous(), up.contiguous(), _weights(row_weight, gate), out, width, row_weight is not None, block
+            gate, up, _weights(row_weight, gate), out, width, row_weight is not None, block
         )
     return out
 
 
 def activate_backward(grad: Tensor, gate: Tensor, up: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """As `finback.ops.swiglu.activate_backward`."""
+    gate, up = gate.contiguous(), up.contiguous()
     rows, width = _flat_shape(gate)
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    grad_weight = None if row_weight is None else torch.empty_like(row_weight)
+    grad_weight = None if row_weight is None else torch.empty(row_weight.shape, dtype=row_weight.dtype, device=row_weight.device)
     if gate.numel():
         block = min(_BLOCK, triton.next_power_of_2(width))
         activate_backward_kernel[(rows,)](
-            grad.contiguous(), gate.contiguous(), up.contiguous(), _weights(row_weight, gate), grad_gate, grad_up,
+            grad.contiguous(), gate, up, _weights(row_weight, gate), grad_gate, grad_up,
             grad_gate if grad_weight is None else grad_weight, width, row_weight is not None, block,
         )  # fmt: skip
     return grad_gate, grad_up, grad_weight

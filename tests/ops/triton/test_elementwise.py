@@ -81,6 +81,22 @@ def test_swiglu(shape: tuple[int, int], dtype: torch.dtype, weighted: bool) -> N
         assert got is None or plain is None or wanted is None or obeys(got, plain, wanted)
 
 
+@pytest.mark.parametrize("turned", [(0,), (1,), (0, 1, 2, 3)])
+def test_swiglu_of_views_that_are_not_contiguous(turned: tuple[int, ...]) -> None:
+    """Transposed gate, up, output gradient and row weights with a stride, by themselves and together."""
+    values = operands((7, 48), torch.float32, 3)
+    gate, up, grad = (value.t().contiguous().t() if place in turned else value for place, value in enumerate(values))
+    weight = torch.rand(14)[::2] if 3 in turned else torch.rand(7)
+    torch.testing.assert_close(triton_swiglu.activate(gate, up, weight), swiglu.activate(gate, up, weight))
+    got, wanted = (one.activate_backward(grad, gate, up, weight) for one in (triton_swiglu, swiglu))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    payload, scale = triton_swiglu.activate_quantize(gate, up, weight)
+    expected = fp8.quantize_1x128(triton_swiglu.activate(gate, up, weight))
+    assert torch.equal(payload.view(torch.uint8), expected[0].view(torch.uint8))
+    assert torch.equal(scale, expected[1])
+
+
 @pytest.mark.parametrize("ue8m0", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu_with_the_cast_is_the_cast_of_swiglu(dtype: torch.dtype, ue8m0: bool) -> None:
@@ -111,6 +127,23 @@ def test_softmax_and_its_gradient(vocab: int, dtype: torch.dtype, gradient: bool
         assert torch.equal(got, logits)
     with pytest.raises(ValueError, match="must be contiguous"):
         triton_cross_entropy.softmax_gradient(torch.randn(6, 4).T, targets[:4], -100, False)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:divide by zero:RuntimeWarning", "ignore:invalid value:RuntimeWarning"
+)  # of the row without any
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_softmax_of_tokens_that_are_ruled_out(gradient: bool) -> None:
+    """A whole first block of -inf, single ones, and a row of nothing else, whose loss is nan as PyTorch's."""
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5000)
+    logits[0, :4500] = logits[1, ::2] = logits[2] = float("-inf")
+    targets, plain = torch.tensor([4800, 1, 0]), logits.clone()
+    losses = triton_cross_entropy.softmax_gradient(logits, targets, -100, gradient)
+    wanted = cross_entropy.softmax_gradient(plain, targets, -100, gradient)
+    torch.testing.assert_close(losses, wanted, equal_nan=True)
+    torch.testing.assert_close(logits, plain, equal_nan=True)
+    assert losses.isnan().tolist() == [False, False, True]
 
 
 def test_they_compile_for_hopper_and_read_sixteen_bytes_at_once(compile_for_hopper: Callable[..., list[str]]) -> None:
