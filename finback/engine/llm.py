@@ -348,7 +348,7 @@ class LLM:
                 try:
                     masks.append(matcher.masks(sequence.request.draft_token_ids[: sequence.num_drafts]))
                     rows += range(first, first + count)
-                except InputError as error:  # too complex from here on
+                except ValueError as error:  # too complex from here on
                     self._answers[sequence.request.request_id].error = str(error)
             first += count
         return (torch.cat(masks) if masks else None), rows
@@ -369,7 +369,7 @@ class LLM:
             if answer.error is None and answer.matcher is not None:
                 try:
                     answer.matcher.advance(token)
-                except InputError as error:
+                except ValueError as error:  # too complex from here on, or not in the grammar
                     answer.error = str(error)
             if answer.error is not None:
                 reason = "error"

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from finback.config import InputError
-from finback.data.tokenizer import save_tokenizer, train_tokenizer
+from finback.data.tokenizer import Tokenizer, save_tokenizer, train_tokenizer
 from finback.engine.config import SamplingParams
+from finback.engine.grammar_config import Grammar
 from finback.engine.llm import LLM
 from finback.engine.runner import Backend
 from finback.model.checkpoint import save
@@ -86,7 +87,7 @@ def test_a_perfect_draft_is_accepted() -> None:
 
 def predictable(vocab: int) -> Transformer:
     """Token i is followed by i + 1, and the MTP module knows it too: blocks add nothing, embeddings are random directions."""
-    model = build(V3_MTP)
+    model = build(replace(V3_MTP, vocab_size=vocab))
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(vocab, model.config.hidden_size, generator=generator), dim=-1)
     with torch.no_grad():
@@ -478,6 +479,47 @@ def test_a_request_that_fails_leaves_the_others_alone(backend: Backend, temperat
     assert all_free(llm)
 
 
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return train_tokenizer(["The fox saw the grapes."] * 20, vocab_size=290)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_grammar_that_has_ended_goes_on_with_stop_tokens(drafts: int, trained: Tokenizer) -> None:
+    """With `ignore_eos`, where every draft is the stop token and the model itself wants something else behind it."""
+    model = predictable(trained.vocab_size)
+    torch.nn.init.zeros_(model.mtp_modules[0].eh_proj.weight)
+    llm = engine(model, tokenizer=trained, num_speculative_tokens=drafts)
+    stop, letter = trained.eos_token_id, trained.encode("a")
+    params = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True, grammar=Grammar.regex("a"), logit_bias={stop: 1.0})
+    output = llm.generate([5], params)[0]
+    assert (output.token_ids, output.finish_reason, output.error) == (letter + [stop] * 6, "length", None)
+    assert llm.stats.accepted_tokens == (4 if drafts else 0)
+
+
+@pytest.mark.parametrize("method", ["advance", "masks"])
+def test_a_matcher_that_fails_ends_its_own_request(method: str, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any) -> Any:
+        raise ValueError("token 7 is not allowed by the grammar")
+
+    llm = engine(build(replace(V3_MTP, vocab_size=trained.vocab_size)), tokenizer=trained, num_speculative_tokens=1)
+    params = SamplingParams(temperature=0, max_tokens=4, grammar=Grammar.regex("[a-z]{9}"))
+    (alone,) = llm.generate([[1, 2]], params)
+    failed, fine = llm.add([1, 2], params), llm.add([1, 2], params)
+    monkeypatch.setattr(llm._answers[failed].matcher, method, failing)
+    tokens: list[int] = []
+    while llm.has_unfinished:
+        for increment in llm.step():
+            if increment.request_id == failed:
+                assert (increment.token_ids, increment.finish_reason) == ([], "error")
+                assert increment.error == "token 7 is not allowed by the grammar"
+            else:
+                assert increment.request_id == fine
+                tokens += increment.token_ids
+    assert tokens == alone.token_ids
+    assert all_free(llm)
+
+
 def test_a_stream_gives_an_empty_piece_for_each_step_of_a_long_prompt() -> None:
     """So that whoever reads it can stop before the answer begins."""
     llm = engine(build(CONFIGS["v3"]), max_num_batched_tokens=4)
@@ -516,9 +558,8 @@ def test_inference_mode_may_come_and_go(backend: Backend) -> None:
         assert llm.generate([1, 2, 3], params) == first
 
 
-def test_what_is_told_by_a_path_or_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_told_by_a_path_or_a_name(trained: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """~ is the user's home, a tokenizer may be the directory of one, and a device must be one of this machine."""
-    trained = train_tokenizer(["The fox saw the grapes."] * 20, vocab_size=290)
     save_tokenizer(trained, tmp_path / "tokenizer")
     save(build(replace(CONFIGS["v3"], vocab_size=290)), tmp_path / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
