@@ -270,6 +270,64 @@ def test_an_interrupted_step_leaves_nothing_behind(backend: Backend) -> None:
     assert all_free(llm)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_interrupted_draft_pass_loses_no_token(backend: Backend) -> None:
+    """Ctrl-C when a step's tokens are known already, again and again: each gets to whom it belongs, and answers end as ever."""
+    model = build(V3_MTP)
+    prompts = random_prompts(model.config.vocab_size, (13, 22, 5))
+    params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=9 + seed, ignore_eos=True) for seed in range(3)]
+    expected = [output.token_ids for output in engine(model).generate(prompts, params)]
+    llm = engine(model, backend=backend, max_num_batched_tokens=64, num_speculative_tokens=1)
+    stream = llm.stream(prompts[0], params[0])
+    streamed = next(stream).token_ids
+    added = {llm.add(prompts[i], params[i]): i for i in (1, 2)}
+    draft, tokens, ends = llm._runner.draft, {1: list[int](), 2: list[int]()}, []
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for step in range(40):
+        llm._runner.draft = interrupted if step % 3 == 0 else draft  # type: ignore[method-assign]
+        try:
+            increments = llm.step()
+        except KeyboardInterrupt:
+            continue
+        for increment in increments:
+            tokens[added[increment.request_id]] += increment.token_ids
+            ends += [increment.finish_reason] if increment.finish_reason else []
+    parts = list(stream)
+    assert [streamed + [token for part in parts for token in part.token_ids], tokens[1], tokens[2]] == expected
+    assert [*ends, parts[-1].finish_reason] == ["length"] * 3
+    assert all_free(llm)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("first_answer", [1, 7])
+def test_drafts_after_a_prefix_hit_are_those_of_a_prompt_that_was_computed(first_answer: int, backend: Backend) -> None:
+    """The MTP module sees the tokens of a request to the last that the prefix cache keeps, though the request ends in that step."""
+    model = build(V3_MTP)
+    prompt = random_prompts(model.config.vocab_size, (22,))[0]
+    whole: dict[str, Any] = {"backend": backend, "max_num_batched_tokens": 64, "num_speculative_tokens": 1}
+    cached, fresh = engine(model, **whole), engine(model, enable_prefix_caching=False, **whole)
+    params = SamplingParams(temperature=0, max_tokens=first_answer, ignore_eos=True)
+    prompt += [*cached.generate(prompt, params)[0].token_ids, 3]
+
+    def drafts(llm: LLM) -> tuple[list[list[int]], torch.Tensor]:
+        request_id = llm.add(prompt, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+        request, found, rows = llm._answers[request_id].request, [], torch.empty(0)
+        while llm.has_unfinished:
+            llm.step()
+            found.append(list(request.draft_token_ids))
+            if len(found) == 1:
+                rows = llm._runner.cache[-1, request.block_table].flatten(0, 1)[: len(prompt)].clone()
+        assert request.num_cached_tokens == ((len(prompt) - 1) // 4 * 4 if llm is cached else 0)
+        return found, rows
+
+    (guesses, rows), (expected, expected_rows) = drafts(cached), drafts(fresh)
+    assert guesses == expected
+    torch.testing.assert_close(rows, expected_rows)
+
+
 def test_answers_go_on_where_the_prompt_and_its_answer_were_cached() -> None:
     """The blocks of an answer are cached too: the next turn of a conversation finds them."""
     model = build(CONFIGS["v3"])
