@@ -169,6 +169,8 @@ class LLM:
         self._end_token_ids = frozenset(end_token_ids)
         if num_blocks is None:
             num_blocks = self._fitting_blocks(max_num_seqs, block_size)
+        else:
+            self._check_room(num_blocks, block_size)
         self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self._scheduler = Scheduler(self._blocks, max_num_seqs, max_num_batched_tokens, self.max_model_len)
         self._runner = Runner(
@@ -568,11 +570,9 @@ class LLM:
 
     def _fitting_blocks(self, max_num_seqs: int, block_size: int) -> int:
         """Blocks for `max_num_seqs` requests of full length, or what fits into a share of the free memory."""
-        config, weight = self.model.config, self.model.lm_head.weight
         per_request = -(-self.max_model_len // block_size)
-        layers = config.num_hidden_layers + int(self.num_speculative_tokens > 0)
-        block_bytes = layers * block_size * self.cache_bytes_per_token
-        available = available_memory(weight.device)
+        block_bytes = self._block_bytes(block_size)
+        available = available_memory(self.model.lm_head.weight.device)
         if available is None:
             return per_request * max_num_seqs
         fitting = int(available * CACHE_SHARE) // block_bytes
@@ -582,6 +582,25 @@ class LLM:
                 "memory; free some, or lower block_size"
             )
         return min(per_request * max_num_seqs, fitting)
+
+    def _check_room(self, num_blocks: int, block_size: int) -> None:
+        """InputError for more blocks than the free memory holds."""
+        available = available_memory(self.model.lm_head.weight.device)
+        if available is None or not is_integer(num_blocks):  # the block manager tells the latter
+            return
+        block_bytes = self._block_bytes(block_size)
+        if num_blocks * block_bytes > available:
+            fitting = available // block_bytes
+            raise InputError(
+                f"num_blocks is {num_blocks}: so many cache blocks of {block_size} tokens take "
+                f"{num_blocks * block_bytes / 2**20:,.0f} MiB, and {available / 2**20:,.0f} MiB of memory are free; "
+                + (f"give at most {fitting}" if fitting else "free some, or lower block_size")
+            )
+
+    def _block_bytes(self, block_size: int) -> int:
+        """Of one block in all layers."""
+        layers = self.model.config.num_hidden_layers + int(self.num_speculative_tokens > 0)
+        return layers * block_size * self.cache_bytes_per_token
 
 
 def _listed(prompts: Any) -> list[Any]:

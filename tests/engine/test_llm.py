@@ -474,6 +474,7 @@ def test_drafts_stay_within_the_context(backend: Backend, block_size: int) -> No
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
         ({"block_size": 0}, "block_size is 0"),
         ({"num_blocks": 0}, "num_blocks is 0"),
+        ({"num_blocks": 10**13}, r"num_blocks is 10000000000000: .* MiB of memory are free; give at most \d+$"),
         ({"num_speculative_tokens": 1}, "no MTP module"),
         ({"num_speculative_tokens": -1}, "at least 0"),
         ({"kv_cache_dtype": "int4"}, "kv_cache_dtype is 'int4', it must be 'auto' .*'int8' or 'fp8'"),
