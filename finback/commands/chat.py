@@ -73,6 +73,10 @@ def main(argv: list[str]) -> int:
         description="Talk with a model in the terminal. Without one, each line of standard input is a question and the answers "
         "go to standard output. /help lists what can be done meanwhile.",
     )
+    try:
+        fields.system.encode()
+    except UnicodeEncodeError:  # an argument that is no UTF-8 comes with surrogates
+        raise InputError("--system is not UTF-8 text; convert it first") from None
     if fields.plan_with or fields.write_with:
         return _paired(fields)
     if fields.directory is None:

@@ -96,10 +96,11 @@ def _to_gguf(fields: ConvertFields) -> int:
     # Read in float32, so that what is stored as float32 was never rounded to anything shorter than its source.
     config = replace(without_mtp(source.config), torch_dtype="float32", fp8=False)
     total = sum(map(tensor_bytes, checkpoint_tensors(config)))
-    write_gguf(fields.out, config, dtype, metadata, _with_progress(converted(source, config), total))
     generation_file = fields.source / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
-    write_atomic(modelfile_path, modelfile(fields.out.name, tokenizer, config.max_position_embeddings, generation))
+    beside = modelfile(fields.out.name, tokenizer, config.max_position_embeddings, generation)
+    write_gguf(fields.out, config, dtype, metadata, _with_progress(converted(source, config), total))
+    write_atomic(modelfile_path, beside)
     left_out = "; its MTP layers are left out, llama.cpp has none for it" if source.config.num_nextn_predict_layers else ""
     print(f"{fields.out}: {dtype}, {fields.out.stat().st_size / 1e6:,.1f} MB, with a Modelfile for Ollama beside it{left_out}")
     return 0

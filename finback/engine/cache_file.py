@@ -9,22 +9,47 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finback.config import InputError
 from finback.data.files import write_atomic
+from finback.model.layers import Linear
+from finback.model.moe import Experts
 from finback.model.transformer import Transformer
+from finback.ops.packed import PackedWeight
 
 _IDENTITY = "identity"
 
 
 def model_identity(model: Transformer) -> str:
-    """A digest of everything that decides what is cached. It reads all weights once."""
+    """A digest of everything that decides what is cached, packed weights as they are. It reads all weights once."""
     digest = hashlib.sha256(repr(model.config).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+
+    def update(name: str, tensor: Tensor) -> None:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    for name, tensor in sorted(model.state_dict().items()):
+        if not tensor.is_meta:  # those stand for packed ones
+            update(name, tensor)
+    for name, module in model.named_modules():
+        for number, weight in enumerate(_packed(module)):
+            digest.update(f"{weight.shape} {weight.bits}".encode())
+            for part in ("codes", "scales", "shifts"):
+                tensor = getattr(weight, part)
+                if tensor is not None:
+                    update(f"{name} {number} {part}", tensor)
     return digest.hexdigest()
+
+
+def _packed(module: nn.Module) -> tuple[PackedWeight, ...]:
+    """What stands in the place of a module's weights. A rounded copy beside the plain weight, as of the head, decides nothing that is
+    cached."""
+    if isinstance(module, Experts):
+        return module.packed or ()
+    if isinstance(module, Linear) and module.packed is not None and module.weight.is_meta:
+        return (module.packed,)
+    return ()
 
 
 def write_blocks(file: Path, identity: str, digests: Sequence[bytes], rows: Tensor) -> None:

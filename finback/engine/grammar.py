@@ -154,10 +154,10 @@ class GrammarMatcher:
 
     def masks(self, drafts: Sequence[int]) -> Int32[Tensor, "rows words"]:
         """The mask of the next token and those behind each draft. Behind a draft that is not allowed, where nothing that is
-        sampled will count, everything is."""
+        sampled will count, everything is; behind a stop token, which not every answer ends at, stop tokens are."""
         masks = [self.mask()]
         for token in drafts:
-            if not _has_bit(masks[-1], token) or self._phase is _Phase.ENDED:
+            if not _has_bit(masks[-1], token):
                 break
             self.advance(token)
             masks.append(self.mask())

@@ -169,6 +169,8 @@ class LLM:
         self._end_token_ids = frozenset(end_token_ids)
         if num_blocks is None:
             num_blocks = self._fitting_blocks(max_num_seqs, block_size)
+        else:
+            self._check_room(num_blocks, block_size)
         self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self._scheduler = Scheduler(self._blocks, max_num_seqs, max_num_batched_tokens, self.max_model_len)
         self._runner = Runner(
@@ -310,15 +312,19 @@ class LLM:
             chunks = [Chunk(s.token_ids, s.start, s.request.block_table) for s in scheduled]
             wanted = [1 + s.num_drafts if s.samples else 0 for s in scheduled]
             forward = self._runner.forward(chunks, wanted)
-        except BaseException:  # interrupted, or out of memory: the cache knows blocks that may not have been written
+            behind = self._take(scheduled, wanted, forward)
+            if self.num_speculative_tokens:
+                self._draft(scheduled, wanted, behind, forward)
+        except BaseException:
+            # Interrupted, or out of memory: the cache knows blocks that may not have been written, in the layer of the MTP module at
+            # least. Tokens that were taken before are in their mailboxes; every request goes on from its last one.
             self._scheduler.restart()
             raise
-        for increment in self._take(scheduled, wanted, forward):
-            self._mailboxes.get(increment.request_id, self._mailbox).append(increment)
         self.stats.steps += 1
 
-    def _take(self, scheduled: list[ScheduledSequence], wanted: list[int], forward: Forward) -> list[Increment]:
-        """Sample, keep the drafts that were right, tell the scheduler, and make the next drafts."""
+    def _take(self, scheduled: list[ScheduledSequence], wanted: list[int], forward: Forward) -> list[Chunk | None]:
+        """Sample, keep the drafts that were right, tell the scheduler, and fill the mailboxes. Returns what the MTP module has to see
+        of each of `scheduled`: the tokens behind those that were computed; None if there is nothing."""
         sampling = [(sequence, rows) for sequence, rows in zip(scheduled, wanted, strict=True) if rows]
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] | None = None
@@ -331,19 +337,18 @@ class LLM:
             mask, mask_rows = self._grammar_masks(sampling)
             sampled = sample(forward.logits, self._rows, drafts=drafts, mask=mask, mask_rows=mask_rows)
             tokens, logprobs = sampled.token_ids.tolist(), sampled.logprobs
-        increments, row = [], 0
+        behind, row = list[Chunk | None](), 0
         for sequence, rows in zip(scheduled, wanted, strict=True):
             if not rows:
                 self._scheduler.advance(sequence, [])
+                behind.append(self._behind(sequence))
                 continue
             end = row + 1 + accept(sequence.request.draft_token_ids[: sequence.num_drafts], tokens[row : row + rows])
             self.stats.drafted_tokens += sequence.num_drafts
             self.stats.accepted_tokens += end - row - 1
-            increments.append(self._extend(sequence, tokens[row:end], None if logprobs is None else logprobs[row:end]))
+            behind.append(self._extend(sequence, tokens[row:end], None if logprobs is None else logprobs[row:end]))
             row += rows
-        if self.num_speculative_tokens:
-            self._draft(scheduled, wanted, forward)
-        return increments
+        return behind
 
     def _grammar_masks(self, sampling: list[tuple[ScheduledSequence, int]]) -> tuple[Tensor | None, list[int]]:
         """The tokens allowed at each row whose request follows a grammar, as bits, and which rows those are."""
@@ -356,13 +361,15 @@ class LLM:
                 try:
                     masks.append(matcher.masks(sequence.request.draft_token_ids[: sequence.num_drafts]))
                     rows += range(first, first + count)
-                except InputError as error:  # too complex from here on
+                except ValueError as error:  # too complex from here on
                     self._answers[sequence.request.request_id].error = str(error)
             first += count
         return (torch.cat(masks) if masks else None), rows
 
-    def _extend(self, sequence: ScheduledSequence, new: list[int], logprobs: list[TokenLogprobs | None] | None) -> Increment:
-        """Add sampled tokens to an answer, up to the one that ends it."""
+    def _extend(self, sequence: ScheduledSequence, new: list[int], logprobs: list[TokenLogprobs | None] | None) -> Chunk | None:
+        """Add sampled tokens to an answer, up to the one that ends it, and give them to whoever waits for them.
+
+        Returns what the MTP module has to see of the request, as `_take` does."""
         request = sequence.request
         answer = self._answers[request.request_id]
         room = request.max_tokens - len(request.output_token_ids)
@@ -377,7 +384,7 @@ class LLM:
             if answer.error is None and answer.matcher is not None:
                 try:
                     answer.matcher.advance(token)
-                except InputError as error:
+                except ValueError as error:  # too complex from here on, or not in the grammar
                     answer.error = str(error)
             if answer.error is not None:
                 reason = "error"
@@ -392,8 +399,11 @@ class LLM:
             reason = "length"
         failed = NO_TOKEN in new[: taken + 1]
         new = new[:taken]
+        behind: Chunk | None = None
         if new:
             self._scheduler.advance(sequence, new)
+            if not failed:
+                behind = self._behind(sequence, ended=reason is not None)
         self.stats.generated_tokens += taken
         experts: Tensor | None = None
         if reason is not None:
@@ -406,33 +416,48 @@ class LLM:
                 self._clear(blocks)
         asked = None if logprobs is None or request.params.logprobs is None else [one for one in logprobs[:taken] if one]
         stop = answer.stops.found if reason == "stop" else None
-        return Increment(
-            request.request_id, text, new, asked, reason, request.num_cached_tokens, answer.error, experts, stop, failed
+        self._mailboxes.get(request.request_id, self._mailbox).append(
+            Increment(
+                request.request_id, text, new, asked, reason, request.num_cached_tokens, answer.error, experts, stop, failed
+            )
         )
+        return behind
+
+    def _behind(self, sequence: ScheduledSequence, ended: bool = False) -> Chunk | None:
+        """After `advance`: the tokens behind those that the step computed, without the rejected drafts. If the answer has ended, only
+        as far as they fill blocks, which the prefix cache keeps."""
+        request, start, size = sequence.request, sequence.start, self._blocks.block_size
+        end, table = request.num_computed_tokens, request.block_table
+        if ended:
+            end = end // size * size if self._blocks.enable_prefix_caching else 0
+            table = list(table)  # the request's own is about to be emptied
+        if end <= start or not self.num_speculative_tokens:
+            return None
+        return Chunk(request.token_ids[start + 1 : end + 1], start, table)
 
     def _clear(self, blocks: list[int]) -> None:
         """Remove NaN from the cache: rows that are masked count 0 times, and 0 times NaN is NaN, for whoever gets the block next."""
         self._blocks.reset_prefix_cache()
         self._runner.cache[:, [block for block in blocks if not self._blocks.is_used(block)]] = 0
 
-    def _draft(self, scheduled: list[ScheduledSequence], wanted: list[int], forward: Forward) -> None:
+    def _draft(self, scheduled: list[ScheduledSequence], wanted: list[int], behind: list[Chunk | None], forward: Forward) -> None:
         """Guess the next tokens of the requests that go on. The MTP module sees every position once, with the hidden state that the
         model computed there and the token that follows; for guesses beyond the first it sees its own hidden state instead (V3 section
-        2.2; 5.4.3), and the rows that it caches then are written again when the true ones are known."""
+        2.2; 5.4.3), and the rows that it caches then are written again when the true ones are known. Of a request that has ended it
+        sees what the prefix cache keeps: nobody is given its blocks before the next step."""
         chunks: list[Chunk] = []
         rows: list[int] = []
         live: list[Request] = []
         counts: list[int] = []
-        for sequence, first, samples in zip(scheduled, forward.first_rows, wanted, strict=True):
-            request, start = sequence.request, sequence.start
-            if request.request_id not in self._answers:
+        for sequence, first, samples, chunk in zip(scheduled, forward.first_rows, wanted, behind, strict=True):
+            if chunk is None:
                 continue
-            known = request.num_computed_tokens - start  # without the rejected drafts
-            chunks.append(Chunk(request.token_ids[start + 1 : start + known + 1], start, request.block_table))
-            rows += range(first, first + known)
-            counts.append(1 if samples else 0)
-            if samples:
-                live.append(request)
+            chunks.append(chunk)
+            rows += range(first, first + len(chunk.token_ids))
+            guessing = samples > 0 and sequence.request.request_id in self._answers
+            counts.append(int(guessing))
+            if guessing:
+                live.append(sequence.request)
         if not chunks:
             return
         hidden = forward.hidden
@@ -560,11 +585,9 @@ class LLM:
 
     def _fitting_blocks(self, max_num_seqs: int, block_size: int) -> int:
         """Blocks for `max_num_seqs` requests of full length, or what fits into a share of the free memory."""
-        config, weight = self.model.config, self.model.lm_head.weight
         per_request = -(-self.max_model_len // block_size)
-        layers = config.num_hidden_layers + int(self.num_speculative_tokens > 0)
-        block_bytes = layers * block_size * self.cache_bytes_per_token
-        available = available_memory(weight.device)
+        block_bytes = self._block_bytes(block_size)
+        available = available_memory(self.model.lm_head.weight.device)
         if available is None:
             return per_request * max_num_seqs
         fitting = int(available * CACHE_SHARE) // block_bytes
@@ -574,6 +597,25 @@ class LLM:
                 "memory; free some, or lower block_size"
             )
         return min(per_request * max_num_seqs, fitting)
+
+    def _check_room(self, num_blocks: int, block_size: int) -> None:
+        """InputError for more blocks than the free memory holds."""
+        available = available_memory(self.model.lm_head.weight.device)
+        if available is None or not is_integer(num_blocks):  # the block manager tells the latter
+            return
+        block_bytes = self._block_bytes(block_size)
+        if num_blocks * block_bytes > available:
+            fitting = available // block_bytes
+            raise InputError(
+                f"num_blocks is {num_blocks}: so many cache blocks of {block_size} tokens take "
+                f"{num_blocks * block_bytes / 2**20:,.0f} MiB, and {available / 2**20:,.0f} MiB of memory are free; "
+                + (f"give at most {fitting}" if fitting else "free some, or lower block_size")
+            )
+
+    def _block_bytes(self, block_size: int) -> int:
+        """Of one block in all layers."""
+        layers = self.model.config.num_hidden_layers + int(self.num_speculative_tokens > 0)
+        return layers * block_size * self.cache_bytes_per_token
 
 
 def _listed(prompts: Any) -> list[Any]:

@@ -188,9 +188,11 @@ class Runner:
     def _logits(self, hidden: Tensor, ends: Sequence[int], wanted: Sequence[int]) -> Tensor:
         """Of the last `wanted[i]` of the rows that end at ends[i]."""
         rows = [row for end, count in zip(ends, wanted, strict=True) for row in range(end - count, end)]
+        if not rows:  # a packed head would be unpacked for nothing
+            return hidden.new_empty(0, self.model.config.vocab_size)
         if len(rows) < len(hidden):
             hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=hidden.device)]
-        if self._native is not None and 0 < len(rows) <= self._native.max_head_rows:
+        if self._native is not None and len(rows) <= self._native.max_head_rows:
             return self._native.logits(hidden)
         logits: Tensor = self.model.lm_head(hidden)
         return logits

@@ -1,5 +1,5 @@
 """Plain cached generation: one cache of [layers, B, S, row width], no paging, no scheduler. The twin that the engine is tested
-against, and what `finback generate` runs."""
+against, and what training draws its samples with."""
 
 import math
 from collections.abc import Callable

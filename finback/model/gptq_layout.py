@@ -77,20 +77,20 @@ def read_for_products(
     """The weights that stay packed, by the path of the module that takes them, and the names under which they are stored.
 
     A projection of attention is taken alone; of a feed-forward, or of the experts of a layer, all are or none: one kernel computes
-    them. Quantised weights whose form has no place in `ops.packed`, such as 3 bits or groups out of order (act-order), are left for
-    dequantisation, which is logged once. `kv_b_proj` is left, too: absorbed attention reads it by heads.
+    them. Quantised weights whose form has no place in `ops.packed`, such as 3 bits or groups out of order (act-order), and those of a
+    feed-forward that is quantised in part are left for dequantisation, which is logged once. `kv_b_proj` is left, too: absorbed
+    attention reads it by heads.
     """
     taken: dict[str, tuple[PackedWeight, ...]] = {}
     names, refused = set[str](), set[str]()
     for path, module in model.named_modules():
         unit = _stored_names(path, module)
         flat = {name for stack in unit for name in stack}
-        if (
-            not flat
-            or flat & (names | refused)
-            or not all(stored[n].dtype == GPTQ for n in flat if n in stored)
-            or flat - stored.keys()
-        ):
+        quantised = {name for name in flat if name in stored and stored[name].dtype == GPTQ}
+        if not quantised or flat & (names | refused):
+            continue
+        if quantised < flat:
+            refused |= quantised
             continue
         weights = [_packed_stack(reader, stored, stack) for stack in unit]
         whole = tuple(weight for weight in weights if weight is not None)
@@ -100,7 +100,8 @@ def read_for_products(
             taken[path], names = whole, names | flat
     if refused:
         logger.info(
-            "%d of %d quantised weights are dequantised, with 3 bits, act-order, or groups of other than whole words: %s, ...",
+            "%d of %d quantised weights are dequantised, with 3 bits, act-order, groups of other than whole words, or plain weights in "
+            "the same feed-forward: %s, ...",
             len(refused), len(refused | names), min(refused),
         )  # fmt: skip
     return taken, names

@@ -542,6 +542,8 @@ def test_a_model_without_a_chat_template_is_sent_to_generate(verb: Callable[...,
         (["nowhere"], "nowhere is not a directory"),
         (["nowhere", "--temprature", "1"], "the nearest is --temperature"),
         ([], "directory"),
+        (["nowhere", "--system", "\udcff"], "--system is not UTF-8 text; convert it first"),
+        (["--plan-with", "nowhere", "--write-with", "nowhere", "--system", "\udcff"], "--system is not UTF-8 text"),
     ],
 )
 def test_bad_words_are_one_sentence(words: list[str], sentence: str, verb: Callable[..., tuple[int, str, str]]) -> None:

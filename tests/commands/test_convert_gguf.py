@@ -1,5 +1,6 @@
 """`finback convert DIR OUT.gguf`: what llama.cpp computes from the file is what we compute from the directory."""
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -177,6 +178,7 @@ def test_modelfile_stands_beside_it(directory: Callable[..., Path], tmp_path: Pa
         (["TMP/nowhere", "TMP/new.gguf"], "nowhere is not a directory"),
         (["TMP/v2", "TMP/new.gguf"], "llama.cpp ranks groups by their two best experts"),
         (["SOURCE", "TMP/new.gguf", "--dtype", "float64"], "float64"),
+        (["TMP/broken", "TMP/new.gguf"], "broken/generation_config.json"),
         (["SOURCE", "TMP/new", "--dtype", "float16"], "--dtype is float16, which only GGUF files are written in"),
     ],
 )
@@ -188,6 +190,8 @@ def test_mistake_is_one_sentence(
     (tmp_path / "there.gguf").touch()
     save(build(BASE), tmp_path / "bare")
     save(build(CONFIGS["v2"]), tmp_path / "v2")
+    shutil.copytree(directory(BASE), tmp_path / "broken")
+    (tmp_path / "broken" / "generation_config.json").write_text("{")
     before = sorted(tmp_path.rglob("*"))
     places = {"SOURCE": str(directory(BASE)), "TMP": str(tmp_path)}
     for name, place in places.items():

@@ -1,15 +1,20 @@
 """The prefix cache in a file: the same hits and the same answers after a restart, and none of another model's."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from finback.config import InputError
+from finback.config import InputError, ModelConfig
+from finback.engine.cache_file import model_identity
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
+from finback.model.checkpoint import load
 from finback.model.transformer import Transformer, init_weights
 from tests.engine.models import CONFIGS
+from tests.engine.test_packed_weights import DENSE, MOE, quantised
 
 PARAMS = SamplingParams(temperature=0, max_tokens=6)
 PROMPTS = [[(7 * i + j) % 90 + 1 for i in range(40 + 9 * j)] for j in range(4)]
@@ -56,6 +61,31 @@ def test_another_models_prefixes_are_not_used(tmp_path: Path) -> None:
     first.save_prefix_cache(file)
     assert engine(small("v3", seed=1)).load_prefix_cache(file) == 0
     assert LLM(model=small("v3"), block_size=16, num_blocks=32).load_prefix_cache(file) == 0
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+def test_packed_weights_belong_to_the_identity(config: ModelConfig, tmp_path: Path) -> None:
+    """A directory finds its own prefixes again. One that differs in packed weights alone has others, and so has one of 8 bits."""
+
+    def packed(directory: Path, **options: int) -> LLM:
+        return LLM(directory, dtype=torch.float32, block_size=8, num_blocks=64, **options)  # type: ignore[arg-type]
+
+    directory, file = quantised(tmp_path / "one", config), tmp_path / "cache.safetensors"
+    first = packed(directory)
+    assert first.model.is_packed
+    first.generate(PROMPTS, PARAMS)
+    kept = first.save_prefix_cache(file)
+    assert kept > 0
+    assert packed(directory, head_bits=8).load_prefix_cache(file) == kept
+    weights, other = (tmp_path / name / "packed" / "model.safetensors" for name in ("one", "two"))
+    other.parent.mkdir(parents=True)
+    shutil.copytree(directory, other.parent, dirs_exist_ok=True)
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith(("mlp.gate_proj.qweight", "experts.1.up_proj.qweight")))
+    tensors[name][0, 0] ^= 1
+    save_file(tensors, other)
+    assert packed(other.parent).load_prefix_cache(file) == 0
+    assert model_identity(load(quantised(tmp_path / "three", config, "--bits", "8"), packed=True)) != model_identity(first.model)
 
 
 def test_a_broken_file_is_told(tmp_path: Path) -> None:

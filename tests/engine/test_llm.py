@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from finback.config import InputError
-from finback.data.tokenizer import save_tokenizer, train_tokenizer
+from finback.data.tokenizer import Tokenizer, save_tokenizer, train_tokenizer
 from finback.engine.config import SamplingParams
+from finback.engine.grammar_config import Grammar
 from finback.engine.llm import LLM
 from finback.engine.runner import Backend
 from finback.model.checkpoint import save
@@ -86,7 +87,7 @@ def test_a_perfect_draft_is_accepted() -> None:
 
 def predictable(vocab: int) -> Transformer:
     """Token i is followed by i + 1, and the MTP module knows it too: blocks add nothing, embeddings are random directions."""
-    model = build(V3_MTP)
+    model = build(replace(V3_MTP, vocab_size=vocab))
     generator = torch.Generator().manual_seed(0)
     directions = torch.nn.functional.normalize(torch.randn(vocab, model.config.hidden_size, generator=generator), dim=-1)
     with torch.no_grad():
@@ -269,6 +270,64 @@ def test_an_interrupted_step_leaves_nothing_behind(backend: Backend) -> None:
     assert all_free(llm)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_interrupted_draft_pass_loses_no_token(backend: Backend) -> None:
+    """Ctrl-C when a step's tokens are known already, again and again: each gets to whom it belongs, and answers end as ever."""
+    model = build(V3_MTP)
+    prompts = random_prompts(model.config.vocab_size, (13, 22, 5))
+    params = [SamplingParams(temperature=1.0, seed=seed, max_tokens=9 + seed, ignore_eos=True) for seed in range(3)]
+    expected = [output.token_ids for output in engine(model).generate(prompts, params)]
+    llm = engine(model, backend=backend, max_num_batched_tokens=64, num_speculative_tokens=1)
+    stream = llm.stream(prompts[0], params[0])
+    streamed = next(stream).token_ids
+    added = {llm.add(prompts[i], params[i]): i for i in (1, 2)}
+    draft, tokens, ends = llm._runner.draft, {1: list[int](), 2: list[int]()}, []
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    for step in range(40):
+        llm._runner.draft = interrupted if step % 3 == 0 else draft  # type: ignore[method-assign]
+        try:
+            increments = llm.step()
+        except KeyboardInterrupt:
+            continue
+        for increment in increments:
+            tokens[added[increment.request_id]] += increment.token_ids
+            ends += [increment.finish_reason] if increment.finish_reason else []
+    parts = list(stream)
+    assert [streamed + [token for part in parts for token in part.token_ids], tokens[1], tokens[2]] == expected
+    assert [*ends, parts[-1].finish_reason] == ["length"] * 3
+    assert all_free(llm)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("first_answer", [1, 7])
+def test_drafts_after_a_prefix_hit_are_those_of_a_prompt_that_was_computed(first_answer: int, backend: Backend) -> None:
+    """The MTP module sees the tokens of a request to the last that the prefix cache keeps, though the request ends in that step."""
+    model = build(V3_MTP)
+    prompt = random_prompts(model.config.vocab_size, (22,))[0]
+    whole: dict[str, Any] = {"backend": backend, "max_num_batched_tokens": 64, "num_speculative_tokens": 1}
+    cached, fresh = engine(model, **whole), engine(model, enable_prefix_caching=False, **whole)
+    params = SamplingParams(temperature=0, max_tokens=first_answer, ignore_eos=True)
+    prompt += [*cached.generate(prompt, params)[0].token_ids, 3]
+
+    def drafts(llm: LLM) -> tuple[list[list[int]], torch.Tensor]:
+        request_id = llm.add(prompt, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+        request, found, rows = llm._answers[request_id].request, [], torch.empty(0)
+        while llm.has_unfinished:
+            llm.step()
+            found.append(list(request.draft_token_ids))
+            if len(found) == 1:
+                rows = llm._runner.cache[-1, request.block_table].flatten(0, 1)[: len(prompt)].clone()
+        assert request.num_cached_tokens == ((len(prompt) - 1) // 4 * 4 if llm is cached else 0)
+        return found, rows
+
+    (guesses, rows), (expected, expected_rows) = drafts(cached), drafts(fresh)
+    assert guesses == expected
+    torch.testing.assert_close(rows, expected_rows)
+
+
 def test_answers_go_on_where_the_prompt_and_its_answer_were_cached() -> None:
     """The blocks of an answer are cached too: the next turn of a conversation finds them."""
     model = build(CONFIGS["v3"])
@@ -415,6 +474,7 @@ def test_drafts_stay_within_the_context(backend: Backend, block_size: int) -> No
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
         ({"block_size": 0}, "block_size is 0"),
         ({"num_blocks": 0}, "num_blocks is 0"),
+        ({"num_blocks": 10**13}, r"num_blocks is 10000000000000: .* MiB of memory are free; give at most \d+$"),
         ({"num_speculative_tokens": 1}, "no MTP module"),
         ({"num_speculative_tokens": -1}, "at least 0"),
         ({"kv_cache_dtype": "int4"}, "kv_cache_dtype is 'int4', it must be 'auto' .*'int8' or 'fp8'"),
@@ -478,6 +538,47 @@ def test_a_request_that_fails_leaves_the_others_alone(backend: Backend, temperat
     assert all_free(llm)
 
 
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return train_tokenizer(["The fox saw the grapes."] * 20, vocab_size=290)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_grammar_that_has_ended_goes_on_with_stop_tokens(drafts: int, trained: Tokenizer) -> None:
+    """With `ignore_eos`, where every draft is the stop token and the model itself wants something else behind it."""
+    model = predictable(trained.vocab_size)
+    torch.nn.init.zeros_(model.mtp_modules[0].eh_proj.weight)
+    llm = engine(model, tokenizer=trained, num_speculative_tokens=drafts)
+    stop, letter = trained.eos_token_id, trained.encode("a")
+    params = SamplingParams(temperature=0, max_tokens=7, ignore_eos=True, grammar=Grammar.regex("a"), logit_bias={stop: 1.0})
+    output = llm.generate([5], params)[0]
+    assert (output.token_ids, output.finish_reason, output.error) == (letter + [stop] * 6, "length", None)
+    assert llm.stats.accepted_tokens == (4 if drafts else 0)
+
+
+@pytest.mark.parametrize("method", ["advance", "masks"])
+def test_a_matcher_that_fails_ends_its_own_request(method: str, trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any) -> Any:
+        raise ValueError("token 7 is not allowed by the grammar")
+
+    llm = engine(build(replace(V3_MTP, vocab_size=trained.vocab_size)), tokenizer=trained, num_speculative_tokens=1)
+    params = SamplingParams(temperature=0, max_tokens=4, grammar=Grammar.regex("[a-z]{9}"))
+    (alone,) = llm.generate([[1, 2]], params)
+    failed, fine = llm.add([1, 2], params), llm.add([1, 2], params)
+    monkeypatch.setattr(llm._answers[failed].matcher, method, failing)
+    tokens: list[int] = []
+    while llm.has_unfinished:
+        for increment in llm.step():
+            if increment.request_id == failed:
+                assert (increment.token_ids, increment.finish_reason) == ([], "error")
+                assert increment.error == "token 7 is not allowed by the grammar"
+            else:
+                assert increment.request_id == fine
+                tokens += increment.token_ids
+    assert tokens == alone.token_ids
+    assert all_free(llm)
+
+
 def test_a_stream_gives_an_empty_piece_for_each_step_of_a_long_prompt() -> None:
     """So that whoever reads it can stop before the answer begins."""
     llm = engine(build(CONFIGS["v3"]), max_num_batched_tokens=4)
@@ -516,9 +617,8 @@ def test_inference_mode_may_come_and_go(backend: Backend) -> None:
         assert llm.generate([1, 2, 3], params) == first
 
 
-def test_what_is_told_by_a_path_or_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_told_by_a_path_or_a_name(trained: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """~ is the user's home, a tokenizer may be the directory of one, and a device must be one of this machine."""
-    trained = train_tokenizer(["The fox saw the grapes."] * 20, vocab_size=290)
     save_tokenizer(trained, tmp_path / "tokenizer")
     save(build(replace(CONFIGS["v3"], vocab_size=290)), tmp_path / "model")
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,11 +1,13 @@
 """Quantised directories in the engine: weights stay packed where the native kernels run, and the text is that of dequantised ones."""
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finback import cli
 from finback.config import InputError, ModelConfig
@@ -104,6 +106,25 @@ def test_what_cannot_stay_packed_is_dequantised_and_told_once(tmp_path: Path, ca
     assert "21 of 21 quantised weights are dequantised" in caplog.text
     outputs, expected = (engine.generate(PROMPTS[:1], GREEDY) for engine in (llm, LLM(model=load(directory))))
     assert outputs[0].token_ids == expected[0].token_ids
+
+
+def test_a_feed_forward_that_is_quantised_in_part_is_dequantised(
+    dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As GPTQModel leaves it where `dynamic` excludes a projection."""
+    plain, directory = load(dense), tmp_path / "part"
+    shutil.copytree(dense, directory)
+    file = directory / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if ".down_proj." not in name}
+    tensors |= {name: tensor for name, tensor in hf_tensors(plain) if ".down_proj." in name}
+    save_file(tensors, file)
+    with caplog.at_level(logging.INFO, logger="finback"):
+        llm = LLM(directory, dtype=torch.float32)
+    assert llm.model.is_packed
+    assert "6 of 18 quantised weights are dequantised" in caplog.text
+    outputs, expected = (engine.generate(PROMPTS, GREEDY) for engine in (llm, LLM(model=plain)))
+    for prompt, output, other in zip(PROMPTS, outputs, expected, strict=True):
+        assert_same_tokens(plain, prompt, output.token_ids, other.token_ids)
 
 
 def test_a_packed_model_is_for_inference_only(dense: Path, tmp_path: Path) -> None:
