@@ -1,6 +1,6 @@
 """Runs beside the ladder, each of which answers one question of the paper's.
 
-- What does one language cost? R1-Zero for longer, and once more in the same steps with a reward for the question's language (R1
+- What does one language cost? R1-Zero again, from the same base in the same steps, with a reward for the question's language (R1
   section 2.3.2 has it that accuracy falls a little).
 - Would reinforcement learning alone have done as much for the student? (R1 section 4.1 has it that it would not.)
 """
@@ -26,26 +26,16 @@ SPARE = 2.0
 """Samples that become shorter, and groups that teach nothing, leave reinforcement learning below its estimate."""
 
 
-def r1_zero_longer(run: Run, ladder: LadderConfig, settings: GRPOConfig) -> dict[str, Any]:
-    """R1-Zero from the base again, by `settings`: the rung of the ladder is stopped before its habits are settled."""
-    rewards = _zero_rewards(ladder)
-    return _zero_again(run, ladder, "r1-zero-longer", "r1-zero", replace(settings, reward=rewards))
-
-
-def r1_zero_language(run: Run, ladder: LadderConfig, settings: GRPOConfig) -> dict[str, Any]:
-    """The same, the reward for the question's language added and nothing else changed; `r1-zero-longer` went before."""
+def r1_zero_language(run: Run, ladder: LadderConfig) -> dict[str, Any]:
+    """R1-Zero once more, the reward for the question's language added and nothing else changed."""
     rewards = (*_zero_rewards(ladder), LANGUAGE_REWARD)
-    after = _zero_again(run, ladder, "r1-zero-language", "r1-zero-longer", replace(settings, reward=rewards))
+    settings = replace(ladder.zero, data=(str(ladder.prompts),), reward=rewards, template=ladder.zero_template)
+    facts = train_by_grpo(run, "r1-zero-language", "base", settings)
+    after = measure(run, ladder, "r1-zero-language", ladder.zero_form)
+    tell_rise("r1-zero", run.facts("r1-zero"), "r1-zero-language", after)
     for title, numbers in after["results"].items():
-        before = run.facts("r1-zero-longer")["results"][title]["mixing_rate"]
+        before = run.facts("r1-zero")["results"][title]["mixing_rate"]
         print(f"thoughts that mix languages on {title}: {before:.1%} without the reward, {numbers['mixing_rate']:.1%} with it")
-    return after
-
-
-def _zero_again(run: Run, ladder: LadderConfig, name: str, beside: str, settings: GRPOConfig) -> dict[str, Any]:
-    facts = train_by_grpo(run, name, "base", replace(settings, data=(str(ladder.prompts),), template=ladder.zero_template))
-    after = measure(run, ladder, name, ladder.zero_form)
-    tell_rise(beside, run.facts(beside), name, after)
     return {**after, **facts}
 
 

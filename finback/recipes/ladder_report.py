@@ -11,12 +11,11 @@ from finback.eval.statistics import paired_difference
 from finback.recipes.stages import Run
 from finback.rl.report import first_and_last
 from finback.train.metrics import METRICS_FILE, read_metrics
-from finback.train.report import BLUE, GREEN, GREY, ORANGE, PALE_BLUE, RED
+from finback.train.report import BLUE, GREEN, GREY, ORANGE, RED
 
 LADDER = (
     ("base", "r1-zero", "base"),
     ("r1-zero", "r1-zero", None),
-    ("r1-zero-longer", "r1-zero-longer", None),
     ("r1-zero-language", "r1-zero-language", None),
     ("cold-start", "cold-start", None),
     ("reasoning-rl", "reasoning-rl", None),
@@ -27,10 +26,10 @@ LADDER = (
     ("student-rl", "student-rl", None),
 )
 """Model, stage whose entry in the manifest holds its numbers, and the key inside it where they are not the stage's own."""
-RL_STAGES = ("r1-zero", "r1-zero-longer", "r1-zero-language", "reasoning-rl", "all-scenario-rl", "student-rl")
+RL_STAGES = ("r1-zero", "r1-zero-language", "reasoning-rl", "all-scenario-rl", "student-rl")
 _STEPS = (
     ("base", "r1-zero"),
-    ("r1-zero-longer", "r1-zero-language"),
+    ("r1-zero", "r1-zero-language"),
     ("base", "cold-start"),
     ("cold-start", "reasoning-rl"),
     ("base", "rejection-sft"),
@@ -133,7 +132,7 @@ def draw_ladder(run: Run) -> Path | None:
         (grid[1, 1], "Share of samples that are right", ("reward/exact_answer_tag", "reward/exact", "reward/rule")),
     )
     for axes, name, keys in panels:
-        for stage, colour in zip(RL_STAGES, (BLUE, PALE_BLUE, ORANGE, GREEN, RED, GREY), strict=True):
+        for stage, colour in zip(RL_STAGES, (BLUE, ORANGE, GREEN, RED, GREY), strict=True):
             rows = _rows(run.directory / "training" / stage) if stage in run.manifest["stages"] else []
             points = [(row["step"], row[key]) for row in rows for key in keys if key in row]
             if points:

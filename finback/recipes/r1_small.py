@@ -11,7 +11,7 @@ from finback.recipes.ladder_report import curves, draw_ladder, ladder_table, ris
 from finback.recipes.pace import fit_to_machine
 from finback.recipes.small_claims import claims, claims_table
 from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip, stage_times
-from finback.recipes.sums_with_room import SUMS_WITH_ROOM, longer_zero_settings, roomy_ladder, student_rl_settings
+from finback.recipes.sums_with_room import SUMS_WITH_ROOM, roomy_ladder, student_rl_settings
 from finback.train.config import PretrainConfig
 from finback.train.report import write_report
 
@@ -42,19 +42,14 @@ def r1_small(config: QuickstartConfig, preset: PretrainConfig, student_preset: P
 def r1_small_stages(run: Run, config: QuickstartConfig, preset: PretrainConfig, student_preset: PretrainConfig) -> list[Stage]:
     """The recipe, in order."""
     steps = roomy_ladder(run.directory / "data", config)
-    alone, longer = student_rl_settings(steps), longer_zero_settings(steps, config)
+    alone = student_rl_settings(steps)
     return [
         Stage("corpus", "Corpus", partial(base_model.corpus, config=config, task=SUMS_WITH_ROOM)),
         Stage("tokenizer", "Tokenizer", partial(base_model.tokenizer, config=config, preset=preset)),
         Stage("shards", "Token shards", partial(base_model.shards, config=config)),
         Stage("base", "Pre-training", partial(base_model.base, config=config, preset=preset)),
         Stage("r1-zero", "R1-Zero: GRPO from the base", partial(ladder.r1_zero, ladder=steps)),
-        Stage("r1-zero-longer", "R1-Zero for longer", partial(ablations.r1_zero_longer, ladder=steps, settings=longer)),
-        Stage(
-            "r1-zero-language",
-            "The same, one language rewarded",
-            partial(ablations.r1_zero_language, ladder=steps, settings=longer),
-        ),
+        Stage("r1-zero-language", "R1-Zero, one language rewarded", partial(ablations.r1_zero_language, ladder=steps)),
         Stage("cold-start", "Cold start: SFT", partial(ladder.cold_start, ladder=steps)),
         Stage("reasoning-rl", "Reasoning RL", partial(ladder.reasoning_rl, ladder=steps)),
         Stage("rejection-sft", "Rejection sampling, SFT", partial(ladder.rejection_sft, ladder=steps)),

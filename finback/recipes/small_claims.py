@@ -10,7 +10,6 @@ MOST_MIXED, LEAST_FORM = 0.02, 0.95
 LEAST_MIXED_BEFORE, MOST_LEFT = 0.10, 1 / 3
 _LADDER = (
     "r1-zero",
-    "r1-zero-longer",
     "r1-zero-language",
     "cold-start",
     "reasoning-rl",
@@ -44,7 +43,7 @@ def claims(stages: Mapping[str, Any]) -> list[Verdict]:
         ),
         _above("the last model is the best of all", "all-scenario-rl", found["all-scenario-rl"], {"base": base, **found}),
         distillation_verdict(student_base, found["student"], found["student-rl"], *flops),
-        _language(found["r1-zero-longer"], found["r1-zero-language"]),
+        _language(found["r1-zero"], found["r1-zero-language"]),
     ]
 
 

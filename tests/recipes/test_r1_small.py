@@ -23,7 +23,6 @@ from tests.recipes.test_quickstart import PNG, small_config, small_preset, small
 MODELS = (
     "base",
     "r1-zero",
-    "r1-zero-longer",
     "r1-zero-language",
     "cold-start",
     "reasoning-rl",
@@ -66,9 +65,9 @@ def test_every_stage_leaves_a_model_and_its_numbers(run: Path) -> None:
 @pytest.mark.slow
 def test_the_two_runs_of_r1_zero_differ_in_one_reward(run: Path) -> None:
     without, rewarded = (
-        json.loads((run / "training" / name / "config.json").read_text()) for name in ("r1-zero-longer", "r1-zero-language")
+        json.loads((run / "training" / name / "config.json").read_text()) for name in ("r1-zero", "r1-zero-language")
     )
-    assert rewarded["reward"] == [*without["reward"], "finback.rewards.language:language_consistency"]
+    assert rewarded["reward"] == [*without["reward"], "finback.rewards.language:language_consistency:0.5"]
     assert {**rewarded, "reward": None} == {**without, "reward": None}
 
 
@@ -83,7 +82,7 @@ def test_the_report_has_every_model_claim_and_curve(run: Path) -> None:
         assert claim["measured"] in report
     assert "sums: 0 of" in report
     assert report.count("▌") >= 5  # a dialogue of each reinforcement learning at least
-    for name in ("r1-zero", "r1-zero-longer", "r1-zero-language", "reasoning-rl", "all-scenario-rl", "student-rl"):
+    for name in ("r1-zero", "r1-zero-language", "reasoning-rl", "all-scenario-rl", "student-rl"):
         assert f"training/{name}/plots/curves.png" in report
         assert (run / "training" / name / "plots" / "curves.png").read_bytes().startswith(PNG)
     assert (run / "plots" / "ladder.png").read_bytes().startswith(PNG)
@@ -119,7 +118,6 @@ _longer: dict[str, Any] = {}  # the claims are about the first set
 def _stages(**changes: Any) -> dict[str, Any]:
     stages: dict[str, Any] = {
         "r1-zero": {"base": _numbers(0.2, greedy=0.3), **_numbers(0.6, greedy=0.6, mixed=0.3)},
-        "r1-zero-longer": _numbers(0.6, mixed=0.3),
         "r1-zero-language": _numbers(0.58, mixed=0.09),
         "cold-start": _numbers(0.5),
         "reasoning-rl": _numbers(0.7),
@@ -153,8 +151,7 @@ def test_a_ladder_as_in_the_paper_bears_out_every_claim() -> None:
         (3, {"r1_zero_language": _numbers(0.77)}),
         (4, {"student": {"base": _numbers(0.02), **_numbers(0.06)}}),
         (4, {"student_rl": {"rl_flops": 0.9e12, "distillation_flops": 1e12, **_numbers(0.03)}}),
-        (3, {"r1_zero_longer": _numbers(0.77, mixed=0.3)}),
-        (5, {"r1_zero_longer": _numbers(0.6, mixed=0.09)}),
+        (5, {"r1_zero": {"base": _numbers(0.2, greedy=0.3), **_numbers(0.6, greedy=0.6, mixed=0.09)}}),
         (5, {"r1_zero_language": _numbers(0.58, mixed=0.11)}),
     ],
 )
