@@ -9,6 +9,7 @@ from rich.console import Console
 
 from finback.recipes import judging
 from finback.recipes.ablations import distillation_flops
+from finback.recipes.base_model import seen_problems
 from finback.recipes.config import LadderConfig
 from finback.recipes.ladder import (
     CHAT,
@@ -66,6 +67,18 @@ def test_a_row_ends_where_its_line_does_and_nowhere_else(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n \n", encoding="utf-8")
     assert read_rows(file) == rows
+
+
+def test_problems_are_found_in_the_texts_of_rows_as_they_read(tmp_path):
+    asked = ["What is the sum\nof 3 and 4?", "Wie viele \u00c4pfel sind es noch?", "Was never asked before?"]
+    (tmp_path / "data").mkdir()
+    held_out = tmp_path / "data" / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps({"prompt": text, "answer": "7"}) + "\n" for text in asked))
+    (tmp_path / "data" / "fables.jsonl").write_text(json.dumps({"text": "A fox saw the grapes."}) + "\n")
+    rows = [{"prompt": f"Now: {asked[0]}"}, {"messages": [{"role": "user", "content": asked[1]}]}]
+    (tmp_path / "data" / "cold-start.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = Run(tmp_path, {"stages": {"corpus": {"groups": {"fables": {}}}}}, Console())
+    assert seen_problems(run, {"sums": held_out}) == "sums: 2 of 3 problems occur in the 3 texts of training."
 
 
 def test_a_copy_of_a_model_holds_its_files_where_the_source_holds_links_to_them(tmp_path):
