@@ -6,7 +6,9 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Sequence
+import typing
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +36,8 @@ def parse_arguments(
     user's home: shells replace it only where it begins a word, not in --out=~/run, nor inside quotes.
 
     Raises:
-        InputError: a word that is no field (the nearest one is named), a missing field or a value of the wrong type.
+        InputError: a word that is no field (the nearest one is named), a missing field, a value of the wrong type, or a field that is
+            given twice where each time would not add to it.
     """
     prog = f"finback {verb}"
     start = tyro.MISSING_NONPROP if default is None else default
@@ -61,6 +64,7 @@ def parse_arguments(
         raise InputError(f"{sentence}; see {prog} --help") from None
     if unknown:
         raise InputError(f"{_unknown_word(unknown[0], _flags(fields, default))}; see {prog} --help")
+    _check_given_once(fields, argv)
     expanded: Fields = _with_home(filled)
     return expanded
 
@@ -98,6 +102,25 @@ def _with_home(filled: Any) -> Any:
 
 def _name(word: str) -> str:
     return word.partition("=")[0].replace("_", "-")
+
+
+def _check_given_once(fields: type[Any], argv: Sequence[str]) -> None:
+    """InputError for a flag that comes again: of several, all but the last would be dropped without a word."""
+    hints = dict(_hints(fields))
+    for flag, times in Counter(_name(word) for word in argv if word.startswith("--")).items():
+        hint = hints.get(flag.rpartition(".")[2].lstrip("-"))
+        if times > 1 and tyro.conf.UseAppendAction not in getattr(hint, "__metadata__", ()):
+            once = f"put its values behind one {flag}" if "tuple[" in str(hint) else "give it once"
+            raise InputError(f"{flag} is given twice; {once}")
+
+
+def _hints(fields: type[Any]) -> Iterator[tuple[str, Any]]:
+    """The name on the line and the type of each field of a dataclass, and of those of dataclasses inside it."""
+    for name, hint in typing.get_type_hints(fields, include_extras=True).items():
+        inner = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+        if dataclasses.is_dataclass(inner):
+            yield from _hints(typing.cast(type[Any], inner))
+        yield name.replace("_", "-"), hint
 
 
 def _flags(fields: type[Fields], default: Fields | None) -> list[str]:

@@ -3,7 +3,8 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from finback.eval.task import AnyTask, question
 from finback.rewards.reward import Example
@@ -53,6 +54,15 @@ def occurrences(task: AnyTask, texts: Iterable[str]) -> list[Example]:
                 if key not in found and tuple(cut[start : start + len(key)]) == key and not _goes_on(cut, ends, start, len(key)):
                     found.add(key)
     return [example for example in task.examples if tuple(words(question(example))) in found]
+
+
+def row_texts(value: Any) -> Iterator[str]:
+    """Every text in a row of data, a JSON value: each is searched for itself, as it reads and not as JSON escapes it."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from row_texts(inner)
 
 
 def _cut(text: str) -> tuple[list[str], set[int]]:

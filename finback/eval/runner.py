@@ -181,7 +181,7 @@ def _sample(task: Task, job: _Job, prompt: str, output: RequestOutput, outcome: 
     example, completion = task.examples[job.problem], output.text
     assert output.finish_reason is not None
     parts = parse_answer(completion.lstrip(), starts_in_thought=opens_thought(prompt), tools=False)
-    failure = output.error or outcome.sentence
+    failure = output.error or outcome.sentence or _unfit(outcome.value)
     return Sample(
         problem=job.problem,
         number=job.number,
@@ -195,6 +195,11 @@ def _sample(task: Task, job: _Job, prompt: str, output: RequestOutput, outcome: 
         finish_reason=output.finish_reason,
         failure=failure,
     )
+
+
+def _unfit(score: float) -> str:
+    """Why a score is no share of right, in a sentence: means and intervals hold between 0 and 1 only."""
+    return "" if 0 <= score <= 1 else f"gave {score:g}, and a score is from 0 to 1; scale it"
 
 
 def _write(out: TextIOBase, task: Task, form: PromptForm, sample: Sample) -> None:

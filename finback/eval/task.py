@@ -20,7 +20,7 @@ class Task:
     name: str
     examples: Sequence[Example]
     score: Reward
-    """Its function gives 1.0 where the completion is right; its weight is not used."""
+    """Its function gives 1.0 where the completion is right, and from 0 to 1 always; its weight is not used."""
     extract: Extract
     """(prompt, completion) -> the answer in it, in a form in which equal answers are equal texts, for the vote of cons@k."""
     few_shot: Sequence[tuple[str, str]] = ()

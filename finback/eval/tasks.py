@@ -4,7 +4,7 @@
     problems/addition             one family;  problems/addition@3  at level 3;  problems@1:language=zh  in one language
     gym/chain_sum                 a family of reasoning-gym;  gym/chain_sum:min_terms=5,max_terms=8  at another difficulty
     gsm8k, humaneval, truthfulqa  when fetched
-    FILE.jsonl                    rows with "prompt" (or "question") and "answer"
+    FILE.jsonl                    rows with "prompt" (or "question") and "answer", or what a reward of one's own reads
 
 Generated problems are always held-out ones (`is_held_out`): no training text of ours, and no training problem of a recipe that asks
 for `held_out=False`, holds one.
@@ -59,7 +59,7 @@ def find_task(
     if problems is not None and problems < 1:
         raise InputError(f"a task of {problems} problems cannot be evaluated; give at least 1")
     if name.endswith((".jsonl", ".json")) or Path(name).is_file():
-        task: AnyTask = _file_task(Path(name))
+        task: AnyTask = _file_task(Path(name), ("answer",) if reward is None else ())
     elif name in _FETCHED:
         task = _FETCHED[name](default_cache() if cache is None else cache)
     else:
@@ -219,10 +219,11 @@ _PLAIN_FACTS = (
 )
 
 
-def _file_task(file: Path) -> Task:
+def _file_task(file: Path, needed: Sequence[str]) -> Task:
+    """`needed` are fields that every row must have, besides its question."""
     if not file.is_file():
         raise InputError(f"there is no task file {file}; give a .jsonl file with prompt and answer in each row, or a task's name")
-    rows = _read(file, ("answer",))
+    rows = _read(file, needed)
     examples = distinct([{**row, "question": row.get("question", row.get("prompt"))} for row in rows])
     return Task(file.stem, examples, _EXACT, vote)
 
@@ -240,9 +241,9 @@ def _read(file: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
         missing = [field for field in fields if field not in row] if isinstance(row, dict) else list(fields)
         if missing:
             raise InputError(f"{file}, line {number} has no field {missing[0]!r}")
-        if not isinstance(row.get("prompt", row.get("question")), str):
+        if not isinstance(row, dict) or not isinstance(row.get("prompt", row.get("question")), str):
             raise InputError(f"{file}, line {number} has no text in field 'prompt' (or 'question')")
-        if "answer" in row and (not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool)):
+        if "answer" in fields and (not isinstance(row["answer"], str | int | float) or isinstance(row["answer"], bool)):
             raise InputError(f"{file}, line {number}: answer is {row['answer']!r}, it must be a text or a number")
         rows.append(row)
     if not rows:

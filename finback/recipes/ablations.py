@@ -20,8 +20,6 @@ from finback.train.metrics import METRICS_FILE, read_metrics
 from finback.train.throughput import training_flops_per_token
 
 LANGUAGE_REWARD = "finback.rewards.language:language_consistency"
-TEACHER_SAMPLES = 2
-"""Of each prompt, in `ladder.student`."""
 SPARE = 2.0
 """Samples that become shorter, and groups that teach nothing, leave reinforcement learning below its estimate."""
 
@@ -49,7 +47,7 @@ def student_rl(
     base = run.facts("student")["base"]["results"]
     first = next(iter(base.values()))
     student, model = _config(run, "student-base"), _config(run, teacher)
-    budget = distillation_flops(run, ladder, student, model, teacher)
+    budget = distillation_flops(run, student, model, teacher)
     prompt = _prompt_tokens(run, ladder)
     step = rl_step_flops(settings, student, prompt, first["mean_tokens"])
     steps = max(1, math.ceil(spare * budget / step))
@@ -74,11 +72,12 @@ def _zero_rewards(ladder: LadderConfig) -> tuple[str, ...]:
     return judging.rewards(ladder, judging.EXACT_TAG, f"{judging.ZERO_FORMAT}:0.1")
 
 
-def distillation_flops(run: Run, ladder: LadderConfig, student: ModelConfig, teacher_model: ModelConfig, teacher: str) -> float:
+def distillation_flops(run: Run, student: ModelConfig, teacher_model: ModelConfig, teacher: str) -> float:
     """Of the student's fine-tuning, and of the teacher's samples, of which it learns; the teacher's own training is not counted."""
     length = next(iter(run.facts(teacher)["results"].values()))["mean_tokens"]
-    sampled = TEACHER_SAMPLES * ladder.student_prompts * length
-    trained: int = run.facts("student")["tokens"]
+    facts = run.facts("student")
+    sampled = facts["funnel"][0][1] * length  # as many samples as there were, whatever number of prompts was asked for
+    trained: int = facts["tokens"]
     flops: float = trained * _training(student, length) + sampled * _forward(teacher_model, length)
     return flops
 

@@ -26,13 +26,14 @@ from finback.data.packing import row_count
 from finback.data.shards import TokenShards, write_shards
 from finback.data.sources import jsonl_documents
 from finback.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
-from finback.eval.contamination import occurrences
+from finback.eval.contamination import occurrences, row_texts
 from finback.eval.task import Task
 from finback.model.checkpoint import load, save
 from finback.model.generate import generate
 from finback.model.transformer import Transformer
 from finback.recipes.config import QuickstartConfig
 from finback.recipes.corpus import CHAINS, QUICKSTART_SUMS, Group, SumsTask, collect_groups
+from finback.recipes.ladder import read_rows
 from finback.recipes.stages import Run
 from finback.rewards.answers import final_answer
 from finback.rewards.reward import load_reward
@@ -210,15 +211,19 @@ def student_base(run: Run, config: QuickstartConfig, preset: PretrainConfig) -> 
 def seen_problems(run: Run, held_out: Mapping[str, Path]) -> str:
     """In words, how many of the held-out problems stand in any text that a stage was trained on: by their questions, word for word."""
     texts = [document.text for name in _groups(run) for document in jsonl_documents(_corpus_file(run, name))]
+    documents, rows = len(texts), list[Any]()
     for file in sorted((run.directory / "data").glob("*.jsonl")):
         if file.stem not in _groups(run) and not file.stem.startswith("held-out"):
-            texts += file.read_text(encoding="utf-8").splitlines()
+            rows += read_rows(file)
+    texts += [text for row in rows for text in row_texts(row)]
     sentences = []
     for title, file in held_out.items():
-        examples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        examples = read_rows(file)
         task = Task(title, examples, load_reward("finback.rewards.answers:exact"), final_answer)
         found = occurrences(task, texts)
-        sentences.append(f"{title}: {len(found)} of {len(examples)} problems occur in the {len(texts):,} texts of training")
+        sentences.append(
+            f"{title}: {len(found)} of {len(examples)} problems occur in the {documents + len(rows):,} texts of training"
+        )
     return ".\n".join(sentences) + "."
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from finback.config import InputError
 from finback.data.files import write_atomic
+from finback.data.tokenizer import load_tokenizer
 from finback.model.checkpoint import open_checkpoint
-from finback.recipes import ablations, ladder
+from finback.recipes import ablations, judging, ladder
 from finback.recipes.config import DistillConfig, LadderConfig
 from finback.recipes.ladder_report import comparison_table, curves
-from finback.recipes.r1 import check_problems
+from finback.recipes.r1 import check_problems, check_template
 from finback.recipes.small_claims import claims_table, distillation_verdict
 from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip, stage_times
-from finback.rewards.reward import load_rewards
 from finback.rl.config import GRPOConfig
 from finback.train.sft_config import SFTConfig
 
@@ -34,10 +34,12 @@ def distill(config: DistillConfig) -> Path:
         raise InputError("field student is missing; give the directory of the model that is to be taught")
     check_problems("data", config.data, config.reward)
     check_problems("held_out", config.held_out, config.reward)
-    if config.reward:
-        load_rewards(config.reward)
+    judging.check_own(config.reward, (judging.CHAT_FORMAT,), *([(judging.ZERO_FORMAT,)] if config.compare_rl else []))
     for directory in (config.teacher, config.student):
         open_checkpoint(Path(directory))
+    if load_tokenizer(config.teacher).chat_template is None:
+        raise InputError(f"field teacher: {config.teacher} has no chat template; a teacher is a chat model")
+    check_template("student", config.student, config.chat_template)
     stages = distill_stages(config)
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}

@@ -29,7 +29,7 @@ from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
 from finback.recipes.sampling import check_target, model_hash, write_lineage, write_rows
 from finback.recipes.sampling_config import JudgeConfig
-from finback.rewards.reward import load_reward
+from finback.rewards.reward import load_reward, outcome_of
 
 _FAILURES_IN_A_ROW = 8
 Judged = Callable[[str, str, Callable[[str], Judgement]], Judgement]
@@ -191,10 +191,10 @@ def _judges(config: JudgeConfig) -> tuple[Judges, str]:
     reward = load_reward(config.judge)
 
     def point(prompt: str, answer: str) -> float:
-        try:
-            return float(reward.function(prompt, answer, {}))
-        except (TypeError, ValueError, KeyError) as error:
-            raise InputError(f"the rule {config.judge} raised {type(error).__name__}: {error}") from None
+        outcome = outcome_of(reward.function, prompt, answer, {})
+        if outcome.failure is not None:
+            raise InputError(f"the rule {config.judge} {outcome.sentence}")
+        return outcome.value
 
     return Judges(point, rule_judge(point)), config.judge
 

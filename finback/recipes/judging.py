@@ -5,6 +5,7 @@ Both decide wherever a stage asks whether an answer is right: in training, rejec
 
 from collections.abc import Sequence
 
+from finback.config import InputError
 from finback.eval.task import Task
 from finback.recipes.config import LadderConfig
 from finback.rewards.answers import behind_thought, final_answer
@@ -21,6 +22,17 @@ ONE_LANGUAGE = "finback.rewards.language:language_consistency"
 def rewards(ladder: LadderConfig, exact: str, *others: str) -> tuple[str, ...]:
     """What is learnt from: the ladder's own rewards or `exact`, and others."""
     return (*(ladder.reward or (exact,)), *others)
+
+
+def check_own(own: Sequence[str], *beside: Sequence[str]) -> None:
+    """InputError if rewards of one's own cannot be loaded, or one of them is among those that a stage has `beside` them by itself."""
+    if own:
+        load_rewards(own)
+    for others in beside:
+        try:
+            load_rewards((*own, *others))
+        except InputError as error:
+            raise InputError(f"{error}; the recipe has {', '.join(others)} by itself, so leave that one out") from None
 
 
 def checks(ladder: LadderConfig, exact: str, *others: str) -> list[Check]:

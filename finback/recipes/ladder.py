@@ -40,6 +40,7 @@ from finback.rl.rejection import Check, Journal, rejection_sample
 from finback.rl.report import write_report as write_rl_report
 from finback.rl.train import grpo
 from finback.train.metrics import METRICS_FILE, read_metrics
+from finback.train.session import choose_device
 from finback.train.sft import sft
 from finback.train.sft_config import SFTConfig
 
@@ -158,7 +159,7 @@ CHAT = PromptForm()
 def measure(run: Run, ladder: LadderConfig, name: str, form: PromptForm) -> dict[str, Any]:
     """The model `name` on every held-out set: k samples at R1's temperature, and greedily; printed in a line each."""
     results: dict[str, Any] = {}
-    llm = LLM(run.directory / name, dtype=torch.float32, max_num_seqs=128, max_num_batched_tokens=1024, block_size=16)
+    llm = _engine(run.directory / name)
     for title, file in ladder.held_out.items():
         examples = read_rows(Path(file))[: ladder.eval_problems]
         task = judging.task(ladder, title, examples)
@@ -168,6 +169,18 @@ def measure(run: Run, ladder: LadderConfig, name: str, form: PromptForm) -> dict
         results[title] = _numbers(sampled, greedy)
         print(describe(name, title, results[title]))
     return {"results": results}
+
+
+def _engine(directory: Path) -> LLM:
+    """A model of the run, on the device that it is trained on."""
+    return LLM(
+        directory,
+        dtype=torch.float32,
+        device=choose_device("auto"),
+        max_num_seqs=128,
+        max_num_batched_tokens=1024,
+        block_size=16,
+    )
 
 
 def _numbers(sampled: TaskResult, greedy: TaskResult) -> dict[str, Any]:
@@ -211,14 +224,18 @@ def sample_and_keep(
     seed: int,
 ) -> tuple[list[dict[str, Any]], list[list[Any]]]:
     """Rows of the model `name`'s own samples that pass the checks, and the funnel, which is printed. What was sampled is kept in
-    training/NAME-samples.jsonl: a stage that was interrupted samples the other prompts only."""
+    training/NAME-samples.jsonl: a stage that was interrupted samples the other prompts only. No prompt is sampled twice: where there
+    are fewer than `num_prompts`, all of them are taken."""
     directory = run.directory / name
     tokenizer = load_tokenizer(directory)
-    llm = LLM(directory, dtype=torch.float32, max_num_seqs=128, max_num_batched_tokens=1024, block_size=16)
+    llm = _engine(directory)
     prompts = read_prompts([str(ladder.prompts)], tokenizer, template, longest=llm.max_model_len - ladder.eval_tokens)
     first = {1: 0, 2: ladder.cold_start_prompts, 3: ladder.cold_start_prompts + ladder.rejection_prompts}[seed]
+    count = min(num_prompts, len(prompts))
+    if count < num_prompts:
+        print(f"{num_prompts:,} prompts are asked for, and {ladder.prompts} has {count:,}: each of them is taken once")
     # Each stage that samples takes prompts of its own, as far as there are some.
-    chosen = [prompts[i % len(prompts)] for i in range(first, first + num_prompts)]
+    chosen = [prompts[i % len(prompts)] for i in range(first, first + count)]
     params = SamplingParams(temperature=1.0, max_tokens=ladder.eval_tokens, skip_special_tokens=False)
     settings = {"run": run.manifest["settings"], "model": model_hash(directory), "prompts": file_hash(ladder.prompts)}
     journal = Journal(run.directory / TRAINING / f"{name}-samples.jsonl", settings)
@@ -258,7 +275,7 @@ def chat_row(row: Mapping[str, Any], answer_of: Callable[[str], str | None] | No
 
 def reference_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row's own solution as a conversation."""
-    content = ANSWER_WORDS.get(row.get("language", "en"), ANSWER_WORDS["en"]) + row["answer"]
+    content = ANSWER_WORDS.get(row.get("language", "en"), ANSWER_WORDS["en"]) + str(row["answer"])
     reply = {"role": "assistant", "reasoning_content": row["reasoning"], "content": content}
     return {"messages": [{"role": "user", "content": row["prompt"]}, reply]}
 
@@ -285,7 +302,7 @@ def write_rows(run: Run, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file of the run."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]  # U+2028 ends no row
 
 
 def train_by_grpo(run: Run, name: str, start: str, settings: GRPOConfig) -> dict[str, Any]:

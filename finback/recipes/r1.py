@@ -1,27 +1,33 @@
 """The R1 ladder on one's own base model and task, as one command that can be interrupted (R1 section 2)."""
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finback.config import InputError
+from finback.config import InputError, ModelConfig
+from finback.data import conversations
 from finback.data.files import write_atomic
-from finback.eval.contamination import occurrences
+from finback.data.tokenizer import Tokenizer, load_tokenizer
+from finback.eval.contamination import occurrences, row_texts
 from finback.model.checkpoint import open_checkpoint
 from finback.recipes import judging, ladder
 from finback.recipes.config import LadderConfig, R1Config
 from finback.recipes.ladder_report import curves, ladder_table, rises
 from finback.recipes.stages import Run, Stage, copy_model, file_hash, open_run, run_or_skip, stage_times
-from finback.rewards.reward import load_rewards
 from finback.rl.config import GRPOConfig
 from finback.rl.model_rewards import check_reward_model
+from finback.rl.prompts import read_prompts
 from finback.train.sft_config import SFTConfig
 
 _NOT_SETTINGS = ("out", "fresh")
+_RENDERED = (
+    {"role": "user", "content": "Is 2+2 4?"},
+    {"role": "assistant", "reasoning_content": "2+2 is 4.", "content": "Yes."},
+)
+"""What every template must be able to say: a thought, and an answer that ends."""
 
 
 def r1(config: R1Config) -> Path:
@@ -36,6 +42,7 @@ def r1(config: R1Config) -> Path:
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
     run = open_run(Path(config.out), "r1", settings, fresh=config.fresh)
+    check_same_files(run, config)
     stages = r1_stages(config)
     run_or_skip(run, stages, f"finback r1 {config.base} ... --out {run.directory}, with the same fields")
     print(f"\nTalk with it:            finback chat {run.directory / 'final'}")
@@ -50,13 +57,12 @@ def check_problems(name: str, file: str, reward: Sequence[str]) -> None:
     if not file:
         raise InputError(f"field {name} is missing; give a .jsonl file of rows with {words.partition(',')[0]}")
     _check_file(name, file)
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line) if line else dict.fromkeys(needed, "")
-        except ValueError as error:
-            raise InputError(f"{file}, line {number} is not JSON ({error}); mend or remove the line") from None
+    rows = list(_records(file))
+    for where, row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in needed):
-            raise InputError(f"{file}, line {number}: the row needs {words}")
+            raise InputError(f"{where}: the row needs {words}")
+    if not rows:
+        raise InputError(f"field {name} names {file}, which has no rows")
 
 
 def _check_file(name: str, file: str) -> None:
@@ -64,8 +70,51 @@ def _check_file(name: str, file: str) -> None:
         raise InputError(f"field {name} names {file}, which is no .jsonl file that can be read")
 
 
+def _records(file: str) -> Iterator[tuple[str, Any]]:
+    """Where a row stands, and the row; InputError for one that is no JSON."""
+    for row in conversations.read_rows(file):
+        if isinstance(row.record, InputError):
+            raise InputError(f"{row.where}: {row.record}; mend or remove the line")
+        yield row.where, row.record
+
+
+def check_template(name: str, directory: str, chat_template: str | None) -> Tokenizer:
+    """The tokenizer of the model that the field `name` names, with the template that it is fine-tuned with; InputError unless that can
+    render a thought and an answer that ends."""
+    tokenizer = load_tokenizer(directory)
+    if chat_template is not None:
+        tokenizer = conversations.with_chat_template(tokenizer, chat_template)
+    if tokenizer.chat_template is None:
+        names = " or ".join(conversations.PUBLISHED_TEMPLATES)
+        raise InputError(f"field {name}: {directory} has no chat template; give the field chat_template, a file, {names}")
+    try:
+        conversations.conversation_samples(_RENDERED, tokenizer)
+    except InputError as error:
+        raise InputError(f"field {name}: {directory}: {error}") from None
+    return tokenizer
+
+
+def _check_general(config: R1Config, tokenizer: Tokenizer) -> None:
+    """InputError, naming file and line, for a conversation or a general prompt that a late stage could not read."""
+    model = ModelConfig.from_hf(config.base)
+    length = _sft(config).resolved(model).sequence_length
+    assert length is not None
+    for where, record in _records(config.general) if config.general else ():
+        try:
+            longest = max(len(sample.ids) for sample in conversations.row_samples(record, tokenizer))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if longest > length:
+            raise InputError(
+                f"{where}: it has {longest} tokens, more than the model's context takes ({length}); shorten or remove it"
+            )
+    if config.general_prompts:
+        longest = model.max_position_embeddings - config.max_completion_length
+        read_prompts([config.general_prompts], tokenizer, None, longest=longest)
+
+
 def check_files(config: R1Config) -> None:
-    """InputError for what cannot be read, before anything is written."""
+    """InputError for what cannot be read, or what a later stage could not go on with, before anything is written."""
     check_problems("data", config.data, config.reward)
     check_problems("held_out", config.held_out, config.reward)
     for name in ("general_rewards", "reward_model"):
@@ -73,14 +122,32 @@ def check_files(config: R1Config) -> None:
             raise InputError(f"field {name} judges answers to general prompts, and there are none; give general_prompts")
     for spec in config.reward_model:
         check_reward_model(spec)
-    if rewards := (*config.reward, *config.general_rewards):
-        load_rewards(rewards)
+    exact, exact_tag = ((), ()) if config.reward else ((judging.EXACT,), (judging.EXACT_TAG,))
+    judging.check_own(config.reward, (*exact_tag, judging.ZERO_FORMAT, judging.ONE_LANGUAGE))
+    judging.check_own((*config.reward, *config.general_rewards), (*exact, *ladder.CHAT_RULES))
     for name in ("general", "general_prompts"):
         if getattr(config, name):
             _check_file(name, getattr(config, name))
     open_checkpoint(Path(config.base))
     if config.student:
         open_checkpoint(Path(config.student))
+        check_template("student", config.student, config.chat_template)
+    _check_general(config, check_template("base", config.base, config.chat_template))
+
+
+def check_same_files(run: Run, config: R1Config) -> None:
+    """InputError if a file of data is another than the run was started with."""
+    before: Mapping[str, str] = run.manifest["stages"].get("base", {}).get("files", {})
+    for file in _files(config):
+        path = os.path.abspath(file)
+        if path in before and file_hash(Path(path)) != before[path]:
+            raise InputError(
+                f"{file} has changed since the run in {run.directory} was started; put it back, or add --fresh to start over"
+            )
+
+
+def _files(config: R1Config) -> list[str]:
+    return [file for file in (config.data, config.held_out, config.general, config.general_prompts) if file]
 
 
 def r1_stages(config: R1Config) -> list[Stage]:
@@ -112,7 +179,7 @@ def r1_ladder(config: R1Config) -> LadderConfig:
         final_lr=config.lr / 10,
         beta=config.beta,
     )
-    sft = SFTConfig(lr=config.sft_lr, epochs=config.sft_epochs, batching="pad", chat_template=config.chat_template)
+    sft = _sft(config)
     return LadderConfig(
         prompts=Path(config.data),
         held_out={"held out": Path(config.held_out)},
@@ -139,14 +206,17 @@ def r1_ladder(config: R1Config) -> LadderConfig:
     )
 
 
+def _sft(config: R1Config) -> SFTConfig:
+    return SFTConfig(lr=config.sft_lr, epochs=config.sft_epochs, batching="pad", chat_template=config.chat_template)
+
+
 def base(run: Run, config: R1Config) -> dict[str, Any]:
     """The models to start from, under their names in the run, and the hashes of the files: the lineage of all that follows."""
     copy_model(Path(config.base), run.directory / "base")
     if config.student:
         copy_model(Path(config.student), run.directory / "student-base")
-    files = [file for file in (config.data, config.held_out, config.general, config.general_prompts) if file]
     weights = sorted((run.directory / "base").glob("*.safetensors"))
-    facts = {"files": {os.path.abspath(file): file_hash(Path(file)) for file in files}}
+    facts = {"files": {os.path.abspath(file): file_hash(Path(file)) for file in _files(config)}}
     return facts | {"base": {file.name: file_hash(file) for file in weights}}
 
 
@@ -169,11 +239,10 @@ def report(run: Run, config: R1Config) -> dict[str, Any]:
 
 def seen_problems(run: Run, config: R1Config) -> str:
     """In words, how many held-out problems stand in a text that a stage was trained on; the base's own corpus is not known here."""
-    texts = _lines([Path(config.data), *sorted((run.directory / "data").glob("*.jsonl"))])
+    files = [Path(config.data), *sorted((run.directory / "data").glob("*.jsonl"))]
+    if config.general_prompts:
+        files.append(Path(config.general_prompts))
+    rows = [row for file in files for row in ladder.read_rows(file)]
     task = judging.task(r1_ladder(config), "held out", ladder.read_rows(Path(config.held_out)))
-    found = occurrences(task, texts)
-    return f"{len(found)} of {len(task.examples)} problems occur in the {len(texts):,} rows of training."
-
-
-def _lines(files: Sequence[Path]) -> list[str]:
-    return [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    found = occurrences(task, (text for row in rows for text in row_texts(row)))
+    return f"{len(found)} of {len(task.examples)} problems occur in the {len(rows):,} rows of training."

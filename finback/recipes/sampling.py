@@ -20,6 +20,7 @@ from finback.rewards.pool import RewardPool
 from finback.rewards.reward import load_rewards
 from finback.rl.prompts import read_prompts
 from finback.rl.rejection import Check, Funnel, Journal, rejection_sample
+from finback.train.session import choose_device
 
 
 def reject(config: RejectConfig) -> Funnel:
@@ -29,9 +30,9 @@ def reject(config: RejectConfig) -> Funnel:
     Raises InputError, before the model is loaded where that can be, if a field or row is wrong, `out` exists, or nothing passed.
     """
     check_target(config.out)
-    checks = load_checks(config.reward)
+    checks, device = load_checks(config.reward), choose_device(config.device)
     tokenizer = load_tokenizer(config.model)
-    llm = LLM(config.model, tokenizer=tokenizer)
+    llm = LLM(config.model, tokenizer=tokenizer, device=device)
     if config.max_tokens >= llm.max_model_len:
         raise InputError(f"max_tokens is {config.max_tokens}, the model's context is {llm.max_model_len}; lower it")
     files = [str(file) for file in config.data]
@@ -70,8 +71,8 @@ def reject(config: RejectConfig) -> Funnel:
 
 
 def _settings(config: RejectConfig) -> dict[str, Any]:
-    """What decides about the samples: the fields, the rows, and rewards that stand in a file."""
-    fields = {name: value for name, value in asdict(config).items() if name not in ("model", "data", "out")}
+    """What decides about the samples: the fields, the rows, and rewards that stand in a file. A run may go on on another device."""
+    fields = {name: value for name, value in asdict(config).items() if name not in ("model", "data", "out", "device")}
     code = (Path(spec.partition(":")[0]) for spec in config.reward)
     files = [*config.data, *(file for file in code if file.is_file())]
     return fields | {"files": [file_hash(file) for file in files]}

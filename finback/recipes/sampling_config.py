@@ -37,6 +37,8 @@ class RejectConfig:
     """Seconds that a reward may take for a sample."""
     seed: int = 0
     """The same seed gives the same samples."""
+    device: str = "auto"
+    """"cpu", "cuda", ...; auto: the first GPU if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "keep", "max_tokens"):

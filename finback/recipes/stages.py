@@ -160,7 +160,9 @@ def copy_model(source: Path, target: Path) -> None:
 
 def _link(source: str, destination: str) -> None:
     try:
-        os.link(source, destination)
+        os.link(
+            os.path.realpath(source), destination
+        )  # of a symbolic link (caches of hubs are full of them) the file that it names
     except OSError:  # a file system without hard links
         shutil.copy2(source, destination)
 

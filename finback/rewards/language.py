@@ -7,7 +7,7 @@ sin, and whatever stands in LaTeX, in a formula between dollar signs, in a code 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from finback.config import InputError
 from finback.data.reasoning import opens_thought, parse_answer
@@ -31,9 +31,10 @@ _FUNCTIONS = re.compile("sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min|mod|gcd|l
 def language_consistency(prompt: str, completion: str, example: Example) -> float:
     """Share of the words of the thought that are in the target language, from 0 to 1 (R1-N equation 7).
 
-    The target is the row's "language", "zh" or "en"; without one, or with one of programs, that of most of the prompt's words. A
-    thought that never ends counts as far as it goes. A thought without a word (formulas only) is consistent; no thought, or an empty
-    one, is not. Raises InputError if the row names another language, or names none and the prompt has no words.
+    The target is the row's "language", "zh" or "en"; without one, or with one of programs, that of most of the words of the row's own
+    prompt, without the template around it; where that has no words either, the thought's main language. A thought that never ends
+    counts as far as it goes. A thought without a word (formulas only) is consistent; no thought, or an empty one, is not. Raises
+    InputError if the row names another language.
     """
     target = _target(prompt, example)
     thought = parse_answer(completion.lstrip(), starts_in_thought=opens_thought(prompt), tools=False).reasoning
@@ -41,7 +42,8 @@ def language_consistency(prompt: str, completion: str, example: Example) -> floa
         return 0.0
     counts = languages(thought)
     total = sum(counts.values())
-    return counts[target] / total if total else 1.0
+    consistent = max(counts.values()) if target is None else counts[target]
+    return consistent / total if total else 1.0
 
 
 def languages(text: str) -> dict[str, int]:
@@ -97,14 +99,21 @@ def _language(word: str) -> str | None:
     return None if len(word) < 2 or _FUNCTIONS.fullmatch(word) else "en"
 
 
-def _target(prompt: str, example: Example) -> str:
+def _target(prompt: str, example: Example) -> str | None:
+    """The language that is asked for; None where nothing tells which, and any one will do."""
     target = example.get("language")
     if target is None or target in _PROGRAMMING:
-        counts = languages(prompt)
+        counts = languages(_asked(prompt, example))
         target = max(LANGUAGES, key=lambda language: counts[language])
-        if not counts[target]:
-            raise InputError('the prompt has no words to tell its language by; give the row a "language", zh or en')
-        return target
+        return target if counts[target] else None
     if target not in ("zh", "en"):
         raise InputError(f'the row\'s "language" is {target!r}, it must be "zh" or "en"')
     return str(target)
+
+
+def _asked(prompt: str, example: Example) -> str:
+    """The row's prompt, or the last of its messages; else the rendered prompt, whose template has words of its own."""
+    asked = example.get("prompt")
+    if isinstance(asked, Sequence) and not isinstance(asked, str) and asked and isinstance(asked[-1], Mapping):
+        asked = asked[-1].get("content")
+    return asked if isinstance(asked, str) else prompt

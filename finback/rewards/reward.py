@@ -88,6 +88,14 @@ def load_reward(spec: str) -> Reward:
     return Reward(found["function"], _function(module, found["function"], spec), weight, spec)
 
 
+def absolute_reward_spec(spec: str) -> str:
+    """`spec` with an absolute path where it names a file; what is no spec stays as it is, for `load_reward` to tell."""
+    found = _SPEC.fullmatch(spec)
+    return (
+        f"{os.path.abspath(found['module'])}{spec[found.end('module') :]}" if found and found["module"].endswith(".py") else spec
+    )
+
+
 def load_rewards(specs: Sequence[str]) -> tuple[Reward, ...]:
     """The rewards of several specs, each under a name of its own: functions of one name are called by their modules too."""
     if not specs:

@@ -1,6 +1,7 @@
 """What is watched while a policy learns (DESIGN section 4): numbers of a rollout and of its updates, and words for what goes wrong."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -128,6 +129,24 @@ def kept_samples(rollout: Rollout, count: int) -> Iterator[dict[str, Any]]:
             "components": dict(first.score.components),
             "failures": dict(first.score.failures),
         }
+
+
+def tell_failures(rollout: Rollout, step: int, told: set[str]) -> Iterator[str]:
+    """A sentence for each reward that has failed in a rollout for the first time; its name is then in `told`."""
+    sentences: dict[str, Counter[str]] = {}
+    judged: Counter[str] = Counter()
+    for completion in rollout.completions:
+        assert completion.score is not None
+        judged.update(completion.score.components.keys())
+        for name, sentence in completion.score.failures.items():
+            sentences.setdefault(name, Counter())[sentence] += 1
+    for name in [name for name in sentences if name not in told]:
+        told.add(name)
+        commonest, _ = sentences[name].most_common(1)[0]
+        yield (
+            f"step {step}: the reward {name} failed on {sentences[name].total()} of {judged[name]} samples, where it counts 0; most "
+            f"often it {commonest}. It is told once; failed_rewards in metrics.jsonl goes on counting"
+        )
 
 
 def nothing_to_learn(rewards: Tensor) -> str:

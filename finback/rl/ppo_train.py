@@ -15,7 +15,7 @@ from finback.data.files import read_json
 from finback.data.tokenizer import load_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
-from finback.model.checkpoint import load
+from finback.model.checkpoint import load, open_checkpoint
 from finback.model.directory import write_durably
 from finback.model.transformer import Transformer
 from finback.model.value_head import ValueHead
@@ -25,7 +25,7 @@ from finback.rewards.reward import load_rewards
 from finback.rl.batch import Batch, cut_batches, sample_log_probs
 from finback.rl.config import PPOConfig
 from finback.rl.grpo import global_token_loss
-from finback.rl.health import UpdateTotals, kept_samples, rollout_metrics
+from finback.rl.health import UpdateTotals, kept_samples, rollout_metrics, tell_failures
 from finback.rl.memory import check_memory, critic_bytes
 from finback.rl.ppo import clipped_value_loss, generalised_advantages, token_rewards, whitened
 from finback.rl.prompts import read_prompts, tell_skipped
@@ -119,52 +119,53 @@ def ppo(config: PPOConfig, directory: str | Path, *, resume: bool = False) -> Pa
     """
     run, device = Path(directory), choose_device(config.device)
     config = resolve_config(config, run, resume)
-    tokenizer, stream = load_tokenizer(config.model), PromptStream(config.seed)
+    tokenizer, model = load_tokenizer(config.model), open_checkpoint(config.model).config
     rewards = load_rewards(config.reward)
+    skipped: list[str] | None = [] if config.skip_malformed else None
+    prompts = read_prompts(
+        config.data,
+        tokenizer,
+        config.template,
+        longest=model.max_position_embeddings - config.max_completion_length,
+        rewards=[reward.name for reward in rewards],
+        skipped=skipped,
+    )
+    width = max(len(prompt.token_ids) for prompt in prompts) + config.max_completion_length
     with cpu_threads(config.threads):
-        remove_leftovers(run)
-        checkpoint, notes = newest_sound_checkpoint(run) if resume else (None, [])
-        critic = new_critic(config.model, device)
-        if checkpoint is None:
-            state = new_policy(config, stream, device)
-        else:
-            restore_critic(critic, checkpoint)
-            state = load_policy(checkpoint, config, stream, device)
-            notes.append(f"continuing {run} after step {state.progress.step}")
-        model = state.model.config
-        skipped: list[str] | None = [] if config.skip_malformed else None
-        stream.prompts = read_prompts(
-            config.data,
-            tokenizer,
-            config.template,
-            longest=model.max_position_embeddings - config.max_completion_length,
-            rewards=[reward.name for reward in rewards],
-            skipped=skipped,
-        )
-        notes += tell_skipped(skipped or [])
-        width = max(len(prompt.token_ids) for prompt in stream.prompts) + config.max_completion_length
         check_memory(config, model, width, device, available_memory(device), critic_bytes(model))
-        llm = LLM(
-            model=state.model,
-            tokenizer=tokenizer,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=max(1024, config.max_num_seqs),
-            max_model_len=width,
-            block_size=16,
-        )
         run.mkdir(parents=True, exist_ok=True)
+        # Under the lock, so that what another process is just writing into the run is not taken for a leftover.
         with (
             locked(run),
             deferred_interrupts() as interrupted,
             RewardPool(rewards, processes=config.reward_processes, deadline=config.reward_deadline) as pool,
-            MetricsWriter(run, total_steps=config.steps, resume_step=state.progress.step if resume else None) as metrics,
         ):
+            remove_leftovers(run)
+            checkpoint, notes = newest_sound_checkpoint(run) if resume else (None, [])
+            stream, critic = PromptStream(config.seed, prompts), new_critic(config.model, device)
             if checkpoint is None:
-                write_run_config(run, config)
-            for sentence in notes:
-                metrics.say(sentence)
-            reference = load_reference(config, run, state.progress.step, device)
-            return train(config, run, state, critic, reference, llm, pool, metrics, interrupted)
+                state = new_policy(config, stream, device)
+            else:
+                restore_critic(critic, checkpoint)
+                state = load_policy(checkpoint, config, stream, device)
+                notes.append(f"continuing {run} after step {state.progress.step}")
+            notes += tell_skipped(skipped or [])
+            llm = LLM(
+                model=state.model,
+                tokenizer=tokenizer,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=max(1024, config.max_num_seqs),
+                max_model_len=width,
+                block_size=16,
+            )
+            step = state.progress.step
+            with MetricsWriter(run, total_steps=config.steps, resume_step=step if resume else None) as metrics:
+                if checkpoint is None:
+                    write_run_config(run, config)
+                for sentence in notes:
+                    metrics.say(sentence)
+                reference = load_reference(config, run, step, device)
+                return train(config, run, state, critic, reference, llm, pool, metrics, interrupted)
 
 
 def train(
@@ -180,6 +181,7 @@ def train(
 ) -> Path:
     """Take policy and critic to the end of the run, step by step; return the last checkpoint."""
     progress, checkpoints = state.progress, list_checkpoints(run)[:1]
+    failed = set[str]()  # rewards whose failures were told
     params = SamplingParams(temperature=config.temperature, max_tokens=config.max_completion_length, skip_special_tokens=False)
     while progress.step < config.steps:
         start, step = time.perf_counter(), progress.step + 1
@@ -212,6 +214,8 @@ def train(
         watched = rollout_metrics(rollout, rewards, rewards.std(-1, correction=0) > 0)
         metrics.log(row | watched | totals.metrics(training_seconds))
         metrics.log_samples(step, kept_samples(rollout, config.samples_per_step))
+        for sentence in tell_failures(rollout, step, failed):
+            metrics.say(sentence)
         progress.nonfinite_steps = 0 if totals.finite else progress.nonfinite_steps + 1
         if not totals.finite:
             metrics.say(not_applied(step, totals.grad_norm, MOST_NONFINITE))

@@ -1,5 +1,7 @@
 """Prompts of a run: rows of data files, as texts and token ids."""
 
+import hashlib
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +56,15 @@ def read_prompts(
         left_out = f"; {len(skipped)} rows are malformed, the first one: {skipped[0]}" if skipped else ""
         raise InputError(f"field data names no rows; give .jsonl or .parquet files with a prompt in each row{left_out}")
     return prompts
+
+
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 over the token ids and rows of prompts, in their order: whether a resumed run has those that it was started with."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        text = json.dumps([prompt.token_ids, prompt.example], sort_keys=True, default=str)  # Parquet has values that JSON has not
+        digest.update(text.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def tell_skipped(skipped: Sequence[str]) -> list[str]:

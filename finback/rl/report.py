@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _TABLE = (
     ("reward", "reward", "{:.3f}"),
     ("completion_length", "length of a sample in tokens", "{:.1f}"),
+    ("failed_rewards", "share of samples on which a reward failed", "{:.1%}"),
     ("truncated", "share of samples cut at the longest length", "{:.1%}"),
     ("entropy", "entropy, nats per token", "{:.3f}"),
     ("kl", "divergence from the reference, nats per token", "{:.4f}"),

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from finback.data.files import read_json, write_atomic
 from finback.data.stream import permute
 from finback.model.checkpoint import load, save
 from finback.model.transformer import Transformer
+from finback.rewards.reward import absolute_reward_spec
 from finback.rl.config import Config, GRPOConfig
 from finback.rl.model_rewards import absolute_spec
-from finback.rl.prompts import Prompt
+from finback.rl.prompts import Prompt, prompts_fingerprint
 from finback.train.checkpoint import TrainingState, list_checkpoints, new_state, restore_state
 from finback.train.session import CONFIG_FILE
 
@@ -28,9 +30,9 @@ REFERENCES = "references"
 class PromptStream:
     """Every prompt once per epoch, in an order that the seed and the epoch give; batches go on into the next epoch."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, prompts: Sequence[Prompt] = ()) -> None:
         self.seed, self.taken = seed, 0
-        self.prompts: Sequence[Prompt] = ()
+        self.prompts = prompts
 
     def next_batch(self, size: int) -> list[Prompt]:
         return [self._at(place) for place in self._advance(size)]
@@ -43,10 +45,21 @@ class PromptStream:
         epoch, within = divmod(place, len(self.prompts))
         return self.prompts[permute(within, len(self.prompts), key=(self.seed, epoch))]
 
+    @cached_property
+    def _fingerprint(self) -> str:
+        return prompts_fingerprint(self.prompts)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"taken": self.taken, "seed": self.seed}
+        """The position, as JSON values."""
+        return {"taken": self.taken, "seed": self.seed, "prompts": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state`; InputError if it belongs to other prompts. Older states do not tell theirs."""
+        if state.get("prompts", self._fingerprint) != self._fingerprint:
+            raise InputError(
+                "the run was started with other prompts: rows of field data, or the template around them, have changed since; "
+                "resume it with those that it was started with, or start another run"
+            )
         self.taken = int(state["taken"])
 
 
@@ -81,12 +94,7 @@ def resolve_config(config: Config, directory: Path, resume: bool) -> Config:
         raise InputError("field reward is empty; give module:function[:weight], such as finback.rewards.answers:exact")
     if not config.data:
         raise InputError("field data is empty; give .jsonl or .parquet files of prompts")
-    absolute = replace(
-        config,
-        model=os.path.abspath(config.model),
-        data=tuple(os.path.abspath(path) for path in config.data),
-        reward_model=tuple(absolute_spec(spec) for spec in config.reward_model),
-    )
+    absolute = _with_absolute_paths(config)
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; give a directory for the run")
     if not resume:
@@ -94,13 +102,25 @@ def resolve_config(config: Config, directory: Path, resume: bool) -> Config:
             again = f"continue it with finback {config.verb} --resume {directory}"
             raise InputError(f"{directory} already holds a run; {again}, or give another --out")
         return absolute
-    before, now = read_run_config(directory, type(config)).to_dict(), absolute.to_dict()
+    # What older runs were started with may hold relative files of rewards.
+    before, now = (each.to_dict() for each in (_with_absolute_paths(read_run_config(directory, type(config))), absolute))
     for name, value in before.items():
         if now[name] != value:
             raise InputError(
                 f"field {name} is {now[name]!r}, but the run in {directory} has {value!r}; resume it with its own fields"
             )
     return absolute
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    return replace(
+        config,
+        model=os.path.abspath(config.model),
+        data=tuple(os.path.abspath(path) for path in config.data),
+        reward=tuple(absolute_reward_spec(spec) for spec in config.reward),
+        reward_model=tuple(absolute_spec(spec) for spec in config.reward_model),
+        process_reward=None if config.process_reward is None else absolute_reward_spec(config.process_reward),
+    )
 
 
 def write_run_config(directory: Path, config: GRPOConfig) -> None:

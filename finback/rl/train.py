@@ -12,6 +12,7 @@ from finback.config import InputError, count_params
 from finback.data.tokenizer import load_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
+from finback.model.checkpoint import open_checkpoint
 from finback.model.transformer import Transformer
 from finback.ops.memory import available_memory
 from finback.rewards.pool import RewardPool
@@ -19,9 +20,16 @@ from finback.rewards.reward import Reward, load_rewards
 from finback.rl.advantages import supervise
 from finback.rl.config import GRPOConfig
 from finback.rl.drafting import draft_acceptance
-from finback.rl.health import kept_samples, nothing_to_learn, rollout_metrics
+from finback.rl.health import kept_samples, nothing_to_learn, rollout_metrics, tell_failures
 from finback.rl.memory import check_memory
-from finback.rl.model_rewards import ModelReward, add_model_scores, load_model_rewards, model_reward_names, weight_bytes
+from finback.rl.model_rewards import (
+    ModelReward,
+    add_model_scores,
+    check_reward_model,
+    load_model_rewards,
+    model_reward_names,
+    weight_bytes,
+)
 from finback.rl.prompts import Prompt, read_prompts, tell_skipped
 from finback.rl.rollout import roll_out
 from finback.rl.session import (
@@ -57,59 +65,56 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
     """
     run, device = Path(directory), choose_device(config.device)
     config = resolve_config(config, run, resume)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer, model = load_tokenizer(config.model), open_checkpoint(config.model).config
     specs = (*config.reward, *([] if config.process_reward is None else [config.process_reward]))
     rewards = load_rewards(specs) if specs else ()
     names = [reward.name for reward in rewards]
-    model_names = model_reward_names(config.reward_model, names)
+    for spec in config.reward_model:
+        check_reward_model(spec)
+    skipped: list[str] | None = [] if config.skip_malformed else None
+    prompts = read_prompts(
+        config.data,
+        tokenizer,
+        config.template,
+        longest=model.max_position_embeddings - config.max_completion_length,
+        rewards=[*names, *model_reward_names(config.reward_model, names)],
+        skipped=skipped,
+    )
+    if config.replay_experts and not model.num_moe_layers:
+        raise InputError("field replay_experts is true, but this model has no routed experts; leave it out")
+    width = max(len(prompt.token_ids) for prompt in prompts) + config.max_completion_length
     with cpu_threads(config.threads):
-        remove_leftovers(run)
-        checkpoint, notes = newest_sound_checkpoint(run) if resume else (None, [])
-        stream = PromptStream(config.seed)
-        if checkpoint is None:
-            state = new_policy(config, stream, device)
-        else:
-            state = load_policy(checkpoint, config, stream, device)
-            notes.append(f"continuing {run} after step {state.progress.step}")
-        context = state.model.config.max_position_embeddings
-        skipped: list[str] | None = [] if config.skip_malformed else None
-        stream.prompts = read_prompts(
-            config.data,
-            tokenizer,
-            config.template,
-            longest=context - config.max_completion_length,
-            rewards=[*names, *model_names],
-            skipped=skipped,
-        )
-        notes += tell_skipped(skipped or [])
-        if config.replay_experts and not state.model.config.num_moe_layers:
-            raise InputError("field replay_experts is true, but this model has no routed experts; leave it out")
-        width = max(len(prompt.token_ids) for prompt in stream.prompts) + config.max_completion_length
-        beside = weight_bytes(config.reward_model)
-        check_memory(config, state.model.config, width, device, available_memory(device), beside)
-        judges = load_model_rewards(config.reward_model, device, names)
-        llm = LLM(
-            model=state.model,
-            tokenizer=tokenizer,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=max(1024, config.max_num_seqs),
-            max_model_len=width,
-            block_size=_ENGINE_BLOCK,
-            return_experts=config.replay_experts,
-        )
+        check_memory(config, model, width, device, available_memory(device), weight_bytes(config.reward_model))
         run.mkdir(parents=True, exist_ok=True)
-        with (
-            locked(run),
-            deferred_interrupts() as interrupted,
-            _reward_pool(config, rewards) as pool,
-            MetricsWriter(run, total_steps=config.steps, resume_step=state.progress.step if resume else None) as metrics,
-        ):
+        # Under the lock, so that what another process is just writing into the run is not taken for a leftover.
+        with locked(run), deferred_interrupts() as interrupted, _reward_pool(config, rewards) as pool:
+            remove_leftovers(run)
+            checkpoint, notes = newest_sound_checkpoint(run) if resume else (None, [])
+            stream = PromptStream(config.seed, prompts)
             if checkpoint is None:
-                write_run_config(run, config)
-            for sentence in (*_introduction(config, state, stream.prompts), *notes):
-                metrics.say(sentence)
-            reference = load_reference(config, run, state.progress.step, device)
-            return train(config, run, state, reference, llm, pool, judges, metrics, interrupted)
+                state = new_policy(config, stream, device)
+            else:
+                state = load_policy(checkpoint, config, stream, device)
+                notes.append(f"continuing {run} after step {state.progress.step}")
+            notes += tell_skipped(skipped or [])
+            judges = load_model_rewards(config.reward_model, device, names)
+            llm = LLM(
+                model=state.model,
+                tokenizer=tokenizer,
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=max(1024, config.max_num_seqs),
+                max_model_len=width,
+                block_size=_ENGINE_BLOCK,
+                return_experts=config.replay_experts,
+            )
+            step = state.progress.step
+            with MetricsWriter(run, total_steps=config.steps, resume_step=step if resume else None) as metrics:
+                if checkpoint is None:
+                    write_run_config(run, config)
+                for sentence in (*_introduction(config, state, prompts), *notes):
+                    metrics.say(sentence)
+                reference = load_reference(config, run, step, device)
+                return train(config, run, state, reference, llm, pool, judges, metrics, interrupted)
 
 
 def _reward_pool(config: GRPOConfig, rewards: Sequence[Reward]) -> AbstractContextManager[RewardPool | None]:
@@ -132,6 +137,7 @@ def train(
 ) -> Path:
     """Take `state` to the end of the run, step by step; return the last checkpoint."""
     progress, useless = state.progress, 0
+    failed = set[str]()  # rewards whose failures were told
     process_name = None if pool is None or config.process_reward is None else pool.rewards[-1].name
     checkpoints = list_checkpoints(run)[:1]
     params = SamplingParams(temperature=config.temperature, max_tokens=config.max_completion_length, skip_special_tokens=False)
@@ -166,6 +172,8 @@ def train(
         row = {"step": step, "tokens": progress.tokens, "seconds": progress.seconds, "lr": learning_rate(config, step, 0)}
         metrics.log(row | rollout_metrics(rollout, rewards, advantages.spread) | drafting | totals.metrics(training_seconds))
         metrics.log_samples(step, kept_samples(rollout, config.samples_per_step))
+        for sentence in tell_failures(rollout, step, failed):
+            metrics.say(sentence)
         if not totals.finite:
             progress.nonfinite_steps += 1
             metrics.say(not_applied(step, totals.grad_norm, MOST_NONFINITE))

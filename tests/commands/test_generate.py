@@ -169,7 +169,7 @@ def test_end_of_sentence_ends_the_text(tmp_path: Path, directory: Path, run: Cal
 def test_bad_option_is_one_sentence(
     options: list[str], sentence: str, directory: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    code, out, err = run(directory, "--prompt", "fox", *options)
+    code, out, err = run(directory, *([] if "--prompt" in options else ["--prompt", "fox"]), *options)
     assert (code, out) == (2, "")
     assert sentence in err
     assert err.count("\n") == 1

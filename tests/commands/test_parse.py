@@ -3,7 +3,7 @@
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import tyro
@@ -123,6 +123,44 @@ class Paths:
     """Text to continue."""
     out: Path | None = None
     inner: Inner = Inner()
+
+
+@dataclass(frozen=True)
+class Listed:
+    judges: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Several:
+    """Fields that take several values: behind one flag, or one behind each."""
+
+    reward: tuple[str, ...] = ()
+    most_steps: int = 1
+    added: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    flat: Annotated[Listed, tyro.conf.arg(name="")] = Listed()
+    inner: Listed = Listed()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("--reward a --reward b", "--reward is given twice; put its values behind one --reward"),
+        ("--reward a --most-steps 3 --reward=b --reward=c", "--reward is given twice; put its values behind one --reward"),
+        ("--judges a --judges b", "--judges is given twice; put its values behind one --judges"),
+        ("--inner.judges a --inner.judges b", "--inner.judges is given twice; put its values behind one --inner.judges"),
+        ("--most-steps 3 --most_steps 4", "--most-steps is given twice; give it once"),
+    ],
+)
+def test_a_flag_that_comes_again_drops_nothing_silently(line: str, sentence: str):
+    with pytest.raises(InputError) as told:
+        parse_arguments(Several, line.split(), verb="several")
+    assert str(told.value) == sentence
+
+
+def test_values_stand_behind_one_flag_or_one_behind_each_where_that_adds_up():
+    line = "--reward a b --added c --added d --judges e --inner.judges f g"
+    filled = parse_arguments(Several, line.split(), verb="several")
+    assert filled == Several(("a", "b"), added=("c", "d"), flat=Listed(("e",)), inner=Listed(("f", "g")))
 
 
 def test_each_field_that_is_missing_is_named_with_its_meaning():

@@ -103,7 +103,8 @@ def test_weights_that_are_there_bring_their_tokenizer(run: Run, text: Path, tmp_
     assert "training a tokenizer" not in said
     tokenizers = [load_tokenizer(tmp_path / name / "data" / "tokenizer").fingerprint() for name in ("first", "second")]
     assert tokenizers[0] == tokenizers[1]
-    code, _, err = run("tiny", "--out", tmp_path / "third", "--init-from", weights, *words, "--model.q-lora-rank", "8")
+    other = [*words[: words.index("--model.q-lora-rank") + 1], "8", *words[words.index("--model.q-lora-rank") + 2 :]]
+    code, _, err = run("tiny", "--out", tmp_path / "third", "--init-from", weights, *other)
     assert code == 2
     assert f"init_from {weights} has q_lora_rank 16, and the model has 8" in err
     (weights / "tokenizer.json").unlink()

@@ -26,3 +26,8 @@ def always_raises(prompt: str, completion: str, example: Mapping[str, Any]) -> f
 
 def length(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
     return float(len(completion) > 10)
+
+
+def out_of_range(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
+    """2 where the model was asked to sort, -0.5 where it was asked why, else whether it is an a."""
+    return 2.0 if "Sort" in prompt else -0.5 if "Why" in prompt else is_a(prompt, completion, example)

@@ -20,7 +20,7 @@ from finback.eval.task import Task, sample_seed
 from finback.rewards.code import pass_at_k
 from finback.rewards.reward import Example, Reward
 from tests.eval.models import engine, small_model
-from tests.eval.scores import always_raises, is_a, letter, raises_on_sorting
+from tests.eval.scores import always_raises, is_a, letter, out_of_range, raises_on_sorting
 
 QUESTIONS = ["What is 3 + 5?", "数列1, 2, 3的下一个数是多少？", "Sort 9, 2.", "Why?", "What is 4 * 7?"]
 
@@ -151,6 +151,18 @@ def test_a_score_that_always_raises_is_an_error(needs_pool: bool, llm: LLM) -> N
     with pytest.raises(InputError, match="no answer of task noise could be scored: mine raised KeyError: 'missing'"):
         run(llm, Task("noise", EXAMPLES, reward, letter, needs_pool=needs_pool))
     assert not llm.has_unfinished
+
+
+@pytest.mark.parametrize("needs_pool", [False, True])
+def test_a_score_that_is_no_share_counts_0_and_is_told(needs_pool: bool, llm: LLM) -> None:
+    reward = Reward("mine", out_of_range, spec="tests.eval.scores:out_of_range")
+    expected, _ = run(llm)
+    result, rows = run(llm, Task("noise", EXAMPLES, reward, letter, needs_pool=needs_pool))
+    sentence = "and a score is from 0 to 1; scale it"
+    assert result.failures == {f"gave 2, {sentence}": 6, f"gave -0.5, {sentence}": 6}
+    assert {row["problem"] for row in rows if row["failure"]} == {2, 3}
+    assert result.scores == (*expected.scores[:2], 0.0, 0.0, expected.scores[4])
+    assert 0 <= result.pass_at_1.low <= result.pass_at_1.value <= result.pass_at_1.high <= 1
 
 
 def test_scores_of_a_pool_are_those_of_this_process(llm: LLM) -> None:

@@ -180,6 +180,17 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert task.examples[0]["family"] == "sums"
 
 
+def test_rows_need_no_answer_where_a_reward_judges_by_something_else(tmp_path: Path) -> None:
+    file = tmp_path / "programs.jsonl"
+    file.write_text('{"prompt": "Double x.", "tests": ["assert f(2) == 4"]}\n{"prompt": "Halve x.", "answer": ["any", "form"]}\n')
+    task = answered(str(file), reward=LENGTH)
+    assert [example["prompt"] for example in task.examples] == ["Double x.", "Halve x."]
+    assert task.examples[0]["tests"] == ["assert f(2) == 4"]
+    file.write_text("[1]\n")
+    with pytest.raises(InputError, match="line 1 has no text in field 'prompt'"):
+        find_task(str(file), reward=LENGTH)
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

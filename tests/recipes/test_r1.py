@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from finback.cli import main
 from finback.config import InputError
 from finback.data.chains import ChainSettings, clean_thought, generate_chains
 from finback.recipes.config import DistillConfig, R1Config
 from finback.recipes.distill import distill
-from finback.recipes.r1 import r1
+from finback.recipes.r1 import check_problems, r1, seen_problems
+from finback.recipes.stages import Run
 from finback.rl.config import GRPOConfig
 from finback.rl.rollout import Rollout, roll_out
 from finback.rl.session import read_run_config
@@ -270,6 +273,128 @@ def _interrupted_in_step(number: int) -> Callable[..., Rollout]:
         return roll_out(*words, step=step, **more)
 
     return rolled
+
+
+LINE_SEPARATOR = "\u2028"  # ends a line for str.splitlines, and no row
+
+
+def test_problems_in_training_rows_are_found_however_json_writes_them(files: Path, tmp_path: Path) -> None:
+    asked = [
+        "How many\nwhat then remain?",
+        "Wie viele Äpfel sind übrig?",
+        "Go on.",
+        f"A line{LINE_SEPARATOR}that goes on here",
+        "Never seen?",
+    ]
+    rows = {
+        "held": [{"prompt": text, "answer": "7"} for text in asked],
+        "data": [
+            {"prompt": f"First: {asked[0]}", "answer": "7"},
+            {"prompt": asked[1], "answer": "7"},
+            {"prompt": "x", "answer": "1"},
+        ],
+        "general": [{"prompt": [{"role": "user", "content": asked[2]}]}],
+    }
+    for name, own in rows.items():
+        lines = [json.dumps(row, ensure_ascii=name != "held") + "\n" for row in own]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    (tmp_path / "run" / "data").mkdir(parents=True)
+    row = {"messages": [{"role": "user", "content": asked[3]}, {"role": "assistant", "content": "7"}]}
+    (tmp_path / "run" / "data" / "rejection.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    config = _config(
+        files,
+        tmp_path / "run",
+        data=str(tmp_path / "data.jsonl"),
+        held_out=str(tmp_path / "held.jsonl"),
+        general_prompts=str(tmp_path / "general.jsonl"),
+    )
+    run = Run(tmp_path / "run", {}, Console())
+    assert seen_problems(run, config) == "4 of 5 problems occur in the 5 rows of training."
+    check_problems("held_out", config.held_out, ())
+
+
+def test_data_that_changed_is_told_when_a_run_is_continued(files: Path, tmp_path: Path) -> None:
+    data = shutil.copy(files / "data.jsonl", tmp_path / "data.jsonl")
+    config = _config(files, tmp_path / "run", data=str(data), gate="stop", lr=1e-9, zero_steps=1, student=None)
+    with pytest.raises(InputError, match="stage r1-zero did not improve"):
+        r1(config)
+    with data.open("a") as file:
+        file.write('{"prompt": "What is 3+4?", "answer": "7"}\n')
+    with pytest.raises(InputError, match=r"data\.jsonl has changed since the run in .* was started; put it back, or add --fresh"):
+        r1(config)
+
+
+def _changed_tokenizer(source: Path, target: Path, **fields: object) -> Path:
+    shutil.copytree(source, target)
+    file = target / "tokenizer_config.json"
+    config = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    return target
+
+
+CONSISTENT = "finback.rewards.language:language_consistency"
+UNENDED = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"base": "BARE"}, "field base: .*bare has no chat template; give the field chat_template, a file, deepseek_r1 or"),
+        ({"student": "BARE"}, "field student: .*bare has no chat template"),
+        ({"base": "UNENDED"}, "field base: .*unended: the chat template"),
+        ({"reward": (CONSISTENT,)}, "language_consistency'; .* the recipe has .*:language_consistency by itself"),
+        (
+            {"general_rewards": ("finback.rewards.answers:exact",)},
+            r"answers\.exact'; .* the recipe has finback\.rewards\.answers:exact",
+        ),
+        ({"general": "CUT"}, r"cut\.jsonl, line 2: it is not valid JSON .*; mend or remove the line"),
+        ({"general": "PROMPTS"}, r"prompts\.jsonl, line 1: it has neither messages nor prompt and completion"),
+        ({"general_prompts": "CUT"}, r"cut\.jsonl, line 1: the row has no prompt"),
+        ({"data": "EMPTY"}, r"field data names .*empty\.jsonl, which has no rows"),
+    ],
+)
+def test_what_a_late_stage_could_not_go_on_with_is_told_before_the_first(
+    files: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    places = {
+        "BARE": _changed_tokenizer(files / "base", tmp_path / "bare", chat_template=None),
+        "UNENDED": _changed_tokenizer(files / "base", tmp_path / "unended", chat_template=UNENDED),
+        **{name: tmp_path / f"{name.lower()}.jsonl" for name in ("CUT", "PROMPTS", "EMPTY")},
+    }
+    reply = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    places["CUT"].write_text(json.dumps(reply) + "\n" + json.dumps(reply)[:40])
+    places["PROMPTS"].write_text('{"prompt": "What is a whale?"}\n')
+    places["EMPTY"].write_text("\n")
+    named = {name: str(places[value]) if value in places else value for name, value in changes.items() if isinstance(value, str)}
+    if "general_rewards" in changes:
+        named["general_prompts"] = str(places["PROMPTS"])
+    with pytest.raises(InputError, match=sentence):
+        r1(_config(files, tmp_path / "run", **{**changes, **named}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"student": "BARE"}, "field student: .*bare has no chat template"),
+        ({"teacher": "BARE"}, "field teacher: .*bare has no chat template; a teacher is a chat model"),
+        ({"reward": ("finback.rewards.format:think_then_answer",)}, "the recipe has .*think_then_answer by itself"),
+        ({"reward": ("finback.rewards.format:r1_zero_format",), "compare_rl": True}, "the recipe has .*r1_zero_format by itself"),
+    ],
+)
+def test_distill_tells_so_too(files: Path, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    bare = str(_changed_tokenizer(files / "base", tmp_path / "bare", chat_template=None))
+    named = {name: bare if value == "BARE" else value for name, value in changes.items()}
+    config = DistillConfig(
+        teacher=str(files / "teacher"),
+        student=str(files / "student"),
+        data=str(files / "data.jsonl"),
+        held_out=str(files / "held-out.jsonl"),
+        out=str(tmp_path / "run"),
+    )
+    with pytest.raises(InputError, match=sentence):
+        distill(replace(config, **named))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from finback import cli
+from finback.config import InputError
 from finback.recipes.sampling import conversation, load_checks
 from finback.rl.rollout import sample_groups
 
@@ -172,6 +173,24 @@ def test_a_rule_judges(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
     assert len(read(out)) == 3
 
 
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("return 1 / (len(prompt) - 2)", "raised ZeroDivisionError: division by zero"),
+        ("return undefined", "raised NameError: name 'undefined' is not defined"),
+        ("raise RuntimeError('no luck')", "raised RuntimeError: no luck"),
+        ("return 'good'", "gave str 'good', not a number; return a float"),
+    ],
+)
+def test_a_rule_that_fails_is_one_sentence(tmp_path: Path, run: Run, body: str, told: str) -> None:
+    rule = tmp_path / "rule.py"
+    rule.write_text(f"def good(prompt, completion, example):\n    {body}\n")
+    code, _, err = run(
+        "judge", rows_file(tmp_path / "in.jsonl", ROWS), "--judge", f"{rule}:good", "--out", tmp_path / "out.jsonl"
+    )
+    assert (code, err) == (2, f"finback judge: the rule {rule}:good {told}\n")
+
+
 def test_a_model_that_says_nothing_useful_is_told(tmp_path: Path, run: Run, model: Path) -> None:
     file = rows_file(tmp_path / "in.jsonl", [{"prompt": f"q{i}", "completion": "x"} for i in range(9)])
     words = ("--judgements", 1, "--max-tokens", 4, "--retries", 0)
@@ -217,6 +236,26 @@ def test_reject_writes_what_passes_with_its_lineage(tmp_path: Path, run: Run, mo
     assert lineage["funnel"][-1][1] == len(rows)
     assert len(lineage["sources"]["model"]) == 64
     assert "exists" in run("reject", model, "--data", data, "--reward", f"{rule}:any", "--out", out)[2]
+
+
+def test_reject_samples_on_the_device_it_is_given(tmp_path: Path, run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Stop(InputError):
+        pass
+
+    def engine(directory: Path, **more: Any) -> None:
+        asked.append(str(more["device"]))
+        raise Stop("no engine here")
+
+    monkeypatch.setattr("finback.recipes.sampling.LLM", engine)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    data = rows_file(tmp_path / "in.jsonl", [{"prompt": "The fox"}])
+    words = ("reject", model, "--data", data, "--reward", "finback.rewards.answers:exact", "--out", tmp_path / "out.jsonl")
+    assert "no engine here" in run(*words)[2]
+    assert "no engine here" in run(*words, "--device", "cpu")[2]
+    assert asked == ["cuda", "cpu"]
+    assert "field device is 'gpu'" in run(*words, "--device", "gpu")[2]
 
 
 WATCHED = """

@@ -63,12 +63,34 @@ def test_consistency_is_the_share_of_the_thought_in_the_target_language(
     assert language_consistency(prompt, completion, example) == pytest.approx(value)
 
 
+def test_another_language_in_the_row_is_a_mistake() -> None:
+    with pytest.raises(InputError, match="is 'fr', it must be"):
+        language_consistency("3 + 4 = ?", "<think>we add</think>7", {"language": "fr"})
+
+
+TEMPLATED = "The User asks a question and the Assistant solves it in its mind.\nUser: {}\nAssistant:"
+
+
 @pytest.mark.parametrize(
-    ("example", "sentence"), [({"language": "fr"}, "is 'fr', it must be"), ({}, "no words to tell its language")]
+    ("asked", "thought", "value"),
+    [
+        ("三加四是多少？", "先加起来", 1.0),
+        ("三加四是多少？", "we add them", 0.0),
+        ([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "三加四是多少？"}], "先 add", 0.5),
+        ("3 + 4 = ?", "we add them", 1.0),  # no words to tell a language by: any one language is consistent
+        ("3 + 4 = ?", "先加起来", 1.0),
+        ("3 + 4 = ?", "先加 then add", 0.5),
+        ("3 + 4 = ?", "7", 1.0),
+        ("3 + 4 = ?", "", 0.0),
+    ],
 )
-def test_a_target_that_cannot_be_told_is_a_mistake(example: dict[str, str], sentence: str) -> None:
-    with pytest.raises(InputError, match=sentence):
-        language_consistency("3 + 4 = ?", "<think>we add</think>7", example)
+def test_the_target_is_the_language_of_the_question_and_not_of_its_template(asked: object, thought: str, value: float) -> None:
+    prompt = TEMPLATED.format(asked if isinstance(asked, str) else "三加四是多少？")
+    assert language_consistency(prompt, f"<think>{thought}</think>7", {"prompt": asked}) == value
+
+
+def test_a_wordless_prompt_alone_asks_for_any_one_language() -> None:
+    assert language_consistency("3 + 4 = ?", "<think>we add 加</think>7", {}) == pytest.approx(2 / 3)
 
 
 def test_generated_problems_are_in_their_languages() -> None:

@@ -33,6 +33,9 @@ def vowels(prompt, completion, example):
 def never(prompt, completion, example):
     return 0.0
 
+def fails(prompt, completion, example):
+    raise ValueError("no such field")
+
 def answer(prompt, completion, example):
     return float(example["answer"] in completion)
 '''

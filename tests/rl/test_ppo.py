@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from finback.rl.rollout import Rollout, roll_out
 from finback.rl.session import read_run_config, write_run_config
 from finback.train.checkpoint import find_damage
 from finback.train.metrics import read_metrics
+from finback.train.session import locked
 from tests.rl.policies import TIMES, grpo_config
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -108,6 +110,22 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(tmp_path: Pat
     critics = [(tmp_path / "whole" / "checkpoints" / f"step-{step}" / "critic.safetensors").read_bytes() for step in (2, 4)]
     assert critics[0] != critics[1]
     assert "| loss of the critic |" in (tmp_path / "cut" / "report.md").read_text()
+
+
+def test_a_second_process_leaves_what_the_first_is_writing(tmp_path: Path):
+    config = _config(tmp_path, steps=1)
+    ppo(config, tmp_path / "run")
+    written = tmp_path / "run" / "checkpoints" / ".step-2.abc"
+    written.mkdir()
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="another process is training in"):
+        ppo(config, tmp_path / "run", resume=True)
+    assert written.is_dir()
+
+
+def test_a_reward_that_fails_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = _config(tmp_path, steps=1)
+    ppo(replace(config, reward=(config.reward[0].replace("vowels", "fails"),)), tmp_path / "run")
+    assert "the reward fails failed on 16 of 16 samples" in " ".join(capsys.readouterr().out.split())
 
 
 def test_ctrl_c_ends_the_step_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

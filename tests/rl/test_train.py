@@ -18,11 +18,13 @@ from finback.rewards.reward import Score
 from finback.rl.batch import Batch, cut_batches, sample_log_probs
 from finback.rl.config import GRPOConfig
 from finback.rl.prompts import Prompt, read_prompts
+from finback.rl.report import write_report
 from finback.rl.rollout import Completion
-from finback.rl.session import PromptStream, minibatch_order
+from finback.rl.session import PromptStream, minibatch_order, read_run_config
 from finback.rl.train import grpo
 from finback.rl.update import learning_rate
 from finback.train.metrics import read_metrics
+from finback.train.session import locked
 from tests.rl.policies import TIMES, dense, grpo_config, write_reward_model
 
 
@@ -285,6 +287,68 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_fields(tmp_path):
         grpo(config, tmp_path / "run")
     with pytest.raises(InputError, match=r"field lr is 0\.5"):
         grpo(replace(config, lr=0.5), tmp_path / "run", resume=True)
+
+
+def test_a_second_process_leaves_what_the_first_is_writing(tmp_path):
+    config = grpo_config(tmp_path, steps=1)
+    grpo(config, tmp_path / "run")
+    written = tmp_path / "run" / "checkpoints" / ".step-2.abc"
+    written.mkdir()
+    with locked(tmp_path / "run"), pytest.raises(InputError, match="another process is training in"):
+        grpo(config, tmp_path / "run", resume=True)
+    assert written.is_dir()
+    grpo(config, tmp_path / "run", resume=True)
+    assert not written.exists()  # nobody writes it any more
+
+
+@pytest.mark.parametrize("change", [lambda row: {**row, "prompt": "count 99 fish"}, lambda row: {**row, "answer": "zzz"}])
+def test_a_run_is_not_resumed_with_other_prompts(tmp_path, change):
+    config = grpo_config(tmp_path, steps=2, save_every=1, keep_checkpoints=0)
+    grpo(config, tmp_path / "run")
+    _remove(tmp_path / "run" / "checkpoints" / "step-2")
+    file = tmp_path / "prompts.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    file.write_text("".join(json.dumps(change(row) if i == 3 else row) + "\n" for i, row in enumerate(rows)), encoding="utf-8")
+    with pytest.raises(InputError, match="the run was started with other prompts: rows of field data"):
+        grpo(config, tmp_path / "run", resume=True)
+
+
+def test_a_state_that_does_not_tell_its_prompts_is_continued():
+    stream = PromptStream(3, [read_only_prompt(2)])
+    assert PromptStream(3, [read_only_prompt(2)]).state_dict() == stream.state_dict()
+    assert PromptStream(3, [read_only_prompt(3)]).state_dict() != stream.state_dict()
+    stream.load_state_dict({"taken": 5, "seed": 3})
+    assert stream.taken == 5
+
+
+def test_a_reward_in_a_file_is_found_again_from_another_directory(tmp_path, monkeypatch):
+    config = grpo_config(tmp_path, steps=2, save_every=1, keep_checkpoints=0)
+    monkeypatch.chdir(tmp_path)
+    grpo(replace(config, reward=("rewards_of_the_test.py:vowels:0.5",)), tmp_path / "run")
+    stored = tmp_path / "run" / "config.json"
+    assert json.loads(stored.read_text())["reward"] == [f"{tmp_path / 'rewards_of_the_test.py'}:vowels:0.5"]
+    _remove(tmp_path / "run" / "checkpoints" / "step-2")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    grpo(read_run_config(tmp_path / "run", GRPOConfig), tmp_path / "run", resume=True)
+    monkeypatch.chdir(tmp_path)  # a run that was started when configs held the words as they were given
+    stored.write_text(stored.read_text().replace(f"{tmp_path / 'rewards_of_the_test.py'}", "rewards_of_the_test.py"))
+    assert grpo(read_run_config(tmp_path / "run", GRPOConfig), tmp_path / "run", resume=True).name == "step-2"
+
+
+def test_a_reward_that_fails_is_told_once_with_its_sentence(tmp_path, capsys):
+    config = grpo_config(tmp_path, steps=3)
+    both = (*config.reward, config.reward[0].replace("vowels", "fails"))
+    grpo(replace(config, reward=both), tmp_path / "run")
+    told = " ".join(capsys.readouterr().out.split())
+    sentence = (
+        "step 1: the reward fails failed on 16 of 16 samples, where it counts 0; most often it raised ValueError: no such field."
+    )
+    assert told.count(sentence) == told.count("the reward fails failed") == 1
+    assert "the reward vowels failed" not in told
+    write_report(tmp_path / "run")
+    table = (tmp_path / "run" / "report.md").read_text()
+    assert "| share of samples on which a reward failed | 100.0% | 100.0% |" in table
 
 
 def test_batches_without_tokens_are_refused_by_nobody():
