@@ -155,7 +155,7 @@ def test_end_of_sentence_ends_the_text(tmp_path: Path, directory: Path, run: Cal
         (["--top-p", "0"], "--top-p is 0.0, it must be above 0 and at most 1"),
         (["--top-p", "1.5"], "--top-p is 1.5, it must be above 0 and at most 1"),
         (["--seed", "-3"], "--seed is -3, it must be at least 0"),
-        (["--top-k", "-1"], "top_k is -1, it must be a whole number of at least 0"),
+        (["--top-k", "-1"], "top_k is -1, it must be a whole number"),
         (["--stop", ""], "must not hold an empty text"),
         (["--max-tokens", "9", "--num-speculative-tokens", "1"], "this model has no MTP module to draft with; use 0"),
         (

@@ -67,7 +67,7 @@ def test_the_two_runs_of_r1_zero_differ_in_one_reward(run: Path) -> None:
     without, rewarded = (
         json.loads((run / "training" / name / "config.json").read_text()) for name in ("r1-zero", "r1-zero-language")
     )
-    assert rewarded["reward"] == [*without["reward"], "finback.rewards.language:language_consistency:0.5"]
+    assert rewarded["reward"] == [*without["reward"], "finback.rewards.language:language_consistency"]
     assert {**rewarded, "reward": None} == {**without, "reward": None}
 
 
