@@ -258,11 +258,12 @@ def completion_events(service: Service, body: CompletionRequest, job: Completion
     offsets: dict[int, Offsets] = {}  # of the answers that have begun
 
     def chunk(index: int, part: Delta) -> bytes:
-        text = part.content if index in offsets else job.echo + part.content
-        place = offsets.setdefault(index, Offsets(service.tokenizer, len(job.echo)))
+        text = part.content
+        if index not in offsets:
+            text, offsets[index] = job.echo + text, Offsets(service.tokenizer, len(job.echo))
         choice = {
             "index": index, "text": text, "finish_reason": part.finish_reason,
-            "logprobs": _text_logprobs(service.tokenizer, body, part, place),
+            "logprobs": _text_logprobs(service.tokenizer, body, part, offsets[index]),
         }  # fmt: skip
         return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
 

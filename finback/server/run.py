@@ -24,6 +24,7 @@ class Server(uvicorn.Server):
                 log_level="warning" if config.log_level == "info" else config.log_level,
                 access_log=False,  # its lines would hold what stands in a query
                 lifespan="on",
+                http="httptools",  # a third of h11's time for each token
                 ws="none",
                 timeout_graceful_shutdown=int(config.grace_seconds + BEYOND_GRACE) + 1,
             )

@@ -66,22 +66,33 @@ async def stream(
 
     async def body() -> AsyncIterator[bytes]:
         nonlocal pending
+        patience, came = _Patience(seconds), list[bytes]()
+
+        async def read() -> None:  # one task for all events: one for each costs more than writing it
+            async for chunk in iterator:
+                came.append(chunk)
+                patience.tell()
+
         try:
-            while True:
-                done, _ = await asyncio.wait({pending}, timeout=seconds)
-                if not done:
-                    yield keep_alive
-                    continue
-                try:
-                    chunk = pending.result()
-                except APIError as error:
-                    yield error_event(error)
-                    return
-                if chunk is None:
+            while not await patience.wait(pending):
+                yield keep_alive
+            try:
+                if (chunk := pending.result()) is None:
                     return
                 yield chunk
-                pending = asyncio.ensure_future(anext(iterator, None))
+                pending = asyncio.ensure_future(read())
+                while came or not pending.done():
+                    if came:
+                        together = b"".join(came)
+                        came.clear()
+                        yield together
+                    elif not await patience.wait(pending) and not came:
+                        yield keep_alive
+                pending.result()
+            except APIError as error:
+                yield error_event(error)
         finally:
+            patience.end()
             endings.end(pending, events)
 
     return StreamingResponse(body(), media_type=media_type, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
@@ -116,6 +127,42 @@ async def whole(
             endings.end(pending)
 
     return StreamingResponse(body(), media_type="application/json")
+
+
+class _Patience:
+    """Waits for one thing after another, each time for so many seconds at most. There is one timer for all of it: to make one for each
+    token and take it back costs as much as writing the token."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._loop = seconds, asyncio.get_running_loop()
+        self._since = self._loop.time()
+        self._wake: asyncio.Future[None] | None = None
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    async def wait(self, pending: "asyncio.Future[Any]") -> bool:
+        """Whether it is there; it goes on where it is not. `tell` ends the waiting, too."""
+        if not pending.done():
+            self._since, self._wake = self._loop.time(), self._loop.create_future()
+            pending.add_done_callback(self.tell)
+            try:
+                await self._wake
+            finally:
+                pending.remove_done_callback(self.tell)
+                self._wake = None
+        return pending.done()
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+    def tell(self, _: "asyncio.Future[Any] | None" = None) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def _look(self) -> None:
+        left = self._since + self._seconds - self._loop.time()
+        if left <= 0:
+            self.tell()
+        self._timer = self._loop.call_later(left if left > 0 else self._seconds, self._look)
 
 
 class ClientGone(Exception):
