@@ -189,7 +189,8 @@ class Service:
         try:
             while left and error is None:
                 came, error = await _all_that_came(queue)
-                _add_up(usage, usages)
+                if first is None:  # what the first words of an answer tell; the rest is added up at the end
+                    _add_up(usage, usages)
                 left -= sum(delta is None for _, delta in came)
                 deltas = [(index, delta) for index, delta in came if delta is not None]
                 for index, delta in deltas:
