@@ -160,9 +160,8 @@ def copy_model(source: Path, target: Path) -> None:
 
 def _link(source: str, destination: str) -> None:
     try:
-        os.link(
-            os.path.realpath(source), destination
-        )  # of a symbolic link (caches of hubs are full of them) the file that it names
+        # Of a symbolic link, of which caches of hubs are full, the file that it names.
+        os.link(os.path.realpath(source), destination)
     except OSError:  # a file system without hard links
         shutil.copy2(source, destination)
 
