@@ -53,7 +53,7 @@ def _serve(config: ServeConfig, model: ModelConfig, listening: socket.socket) ->
     from finback.server.prefixes import restore_prefixes
     from finback.server.run import Server, stopped_by_signals
     from finback.server.service import Service
-    from finback.server.worker import EngineWorker
+    from finback.server.worker import EngineWorker, made_apart
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device is cuda, but torch finds no such device; leave it out to run on the CPU")
@@ -64,19 +64,24 @@ def _serve(config: ServeConfig, model: ModelConfig, listening: socket.socket) ->
         raise InputError(
             f"{config.directory} has no chat template, so it is no model to chat with; put a chat_template.jinja into the directory"
         )
-    llm = LLM(
-        config.directory,
-        tokenizer=tokenizer,
-        dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
-        device=config.device,
-        max_num_seqs=config.max_num_seqs,
-        max_model_len=config.max_model_len,
-        num_blocks=config.num_blocks,
-        num_speculative_tokens=config.num_speculative_tokens,
-        return_experts=model.num_moe_layers > 0,  # for /metrics
-    )
-    if config.cache_dir is not None:
-        restore_prefixes(llm, config.cache_dir)
+
+    def load() -> LLM:
+        llm = LLM(
+            config.directory,
+            tokenizer=tokenizer,
+            dtype="auto" if config.dtype == "auto" else getattr(torch, config.dtype),
+            device=config.device,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            num_blocks=config.num_blocks,
+            num_speculative_tokens=config.num_speculative_tokens,
+            return_experts=model.num_moe_layers > 0,  # for /metrics
+        )
+        if config.cache_dir is not None:
+            restore_prefixes(llm, config.cache_dir)
+        return llm
+
+    llm = made_apart(load)
     name = config.name or config.directory.resolve().name
     hit, miss, output, discount = (
         decimal(field, getattr(config, field)) for field in ("price_hit", "price_miss", "price_output", "off_peak_discount")

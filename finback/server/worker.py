@@ -5,8 +5,9 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Sequence
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple, TypeVar
 
 from finback.config import InputError
 from finback.engine.config import SamplingParams
@@ -16,6 +17,28 @@ from finback.engine.output import Increment
 logger = logging.getLogger("finback.server")
 
 TROUBLE = "the engine failed; the server's log says why"
+
+Made = TypeVar("Made")
+
+
+def made_apart(make: Callable[[], Made]) -> Made:
+    """What `make` returns or raises, made in a thread that ends with it.
+
+    A server's model is loaded so. GNU's OpenMP keeps helpers for every thread that has ever computed, until that thread ends, and once
+    it has more of them than there are cores, none waits awake any more: had the main thread loaded the model, every product of the
+    engine's thread would begin by waking its helpers, and one request alone would get a quarter fewer tokens a second."""
+    made: Future[Made] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make())
+        except BaseException as error:
+            made.set_exception(error)
+
+    thread = threading.Thread(target=run, name="maker", daemon=True)  # a daemon: Ctrl-C does not wait for it
+    thread.start()
+    thread.join()
+    return made.result()
 
 
 class EngineFailure(RuntimeError):
@@ -27,7 +50,7 @@ class _Submission(NamedTuple):
     ticket: int
     prompt: list[int]
     params: SamplingParams
-    answer: "asyncio.Queue[Increment | InputError | EngineFailure]"
+    answer: "asyncio.Queue[Increment | Exception]"
 
 
 class _Abort(NamedTuple):
@@ -43,8 +66,12 @@ class EngineWorker:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._next_ticket = 0
-        self.open = 0
+        self._answers: set[asyncio.Queue[Increment | Exception]] = set()  # of the requests that have not ended
+
+    @property
+    def open(self) -> int:
         """Requests that were submitted and have not ended, for the event loop to look at."""
+        return len(self._answers)
 
     def start(self) -> None:
         """Begin; to be called in the event loop that answers are wanted in."""
@@ -56,22 +83,27 @@ class EngineWorker:
         self._inbox.put(None)
         self._thread.join()
 
+    def end_answers(self, error: Exception) -> None:
+        """Whoever waits for an answer now gets `error` behind what was written until here; to be called in the event loop."""
+        for answer in self._answers:
+            answer.put_nowait(error)
+
     async def answer(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Increment]:
         """The answer: one increment for each step that adds to it, and an empty one before them where a step has begun with the prompt
         and not ended it: before the first, no step has done anything for it. Leaving early aborts the request, which frees its blocks.
 
-        Raises InputError if the request can never be answered, EngineFailure if the engine failed.
+        Raises InputError if the request can never be answered, EngineFailure if the engine failed, and what `end_answers` was given.
         """
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        answer: asyncio.Queue[Increment | InputError | EngineFailure] = asyncio.Queue()
+        answer: asyncio.Queue[Increment | Exception] = asyncio.Queue()
         self._inbox.put(_Submission(ticket, prompt, params, answer))
-        self.open += 1
+        self._answers.add(answer)
         finished = False
         try:
             while not finished:
                 increment = await answer.get()
                 if isinstance(increment, Exception):
-                    finished = True
+                    finished = isinstance(increment, InputError | EngineFailure)  # the engine has it no more
                     raise increment
                 finished = increment.finish_reason is not None
                 if increment.is_fault:
@@ -81,7 +113,7 @@ class EngineWorker:
                     raise InputError(increment.error)
                 yield increment
         finally:
-            self.open -= 1
+            self._answers.discard(answer)
             if not finished:
                 self._inbox.put(_Abort(ticket))
 

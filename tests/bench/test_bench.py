@@ -1,6 +1,8 @@
 """Every benchmark runs, at toy sizes and in this process, and its JSON holds what docs/benchmarks.md is made of."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -192,6 +194,18 @@ def test_every_target_of_the_project_has_a_row(results: Path):
         expected |= {("GRPO step, V3, fp32", peer.replace("transformers", "TRL")): 4.0 for peer in SETTINGS}
         expected |= {("GRPO step, SmolLM2-135M, fp32", "TRL"): 3.0}
     assert targets == expected  # the toy has no batch of 16 or 32, no llama.cpp and no prompt of 4,096 tokens
+
+
+def test_the_time_of_an_event_loop_is_that_of_a_process_first_thread() -> None:
+    code = "import sys, time\nwhile time.process_time() < 0.1: pass\nprint(flush=True)\nsys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        seconds = serve.loop_seconds(process.pid)
+        process.stdin.close()
+    if seconds:  # None or 0 where the system does not tell
+        assert 0.08 < seconds < 5
 
 
 def test_time_shares_add_up(results: Path):
