@@ -1,5 +1,6 @@
 """The engine's generation beside transformers' and our plain one, and MLA's two paths against the length of the context."""
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from finback import LLM, SamplingParams
 from finback.config import ModelConfig
 from finback.engine.batch import Chunk
 from finback.engine.runner import Runner
+from finback.model.checkpoint import save
 from finback.model.generate import Cache, Path, cached_forward, generate
 from finback.model.transformer import Transformer
 
@@ -69,7 +71,9 @@ def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str]]:
 
 def build_ours(size: Size, precision: str) -> Callable[[int], list[list[int]]]:
     """The engine's generate on `batch` prompts, none of which it has seen."""
-    llm = LLM(model=our_model(size.config, DTYPES[precision]), max_num_seqs=max(size.batches))
+    with tempfile.TemporaryDirectory(prefix="finback-bench-") as directory:
+        save(our_model(size.config, DTYPES[precision]), directory)
+        llm = LLM(directory, max_num_seqs=max(size.batches))
     params = SamplingParams(temperature=0.0, max_tokens=size.new_tokens, ignore_eos=True)
 
     def turn(batch: int) -> list[list[int]]:

@@ -35,7 +35,7 @@ from finback.engine.stops import StopStrings
 from finback.model.checkpoint import load
 from finback.model.transformer import Transformer
 from finback.ops.compressed import CodeFormat, compressed_rows
-from finback.ops.memory import available_memory
+from finback.ops.memory import LargePages, available_memory
 from finback.ops.packed import BITS, PackedWeight, round_to_packed
 
 CACHE_SHARE = 0.25  # of the memory that is free, at most, unless num_blocks says otherwise
@@ -188,7 +188,7 @@ class LLM:
         if head_bits is not None:
             if self._runner.backend != "native":
                 raise InputError(f"head_bits is {head_bits}, but only the native kernels multiply packed weights; leave it out")
-            model.lm_head.packed = _rounded_head(model.lm_head.weight, head_bits)
+            model.lm_head.packed = _rounded_head(model.lm_head.weight, head_bits).moved(LargePages().copy)
         self._answers: dict[int, _Answer] = {}
         self._mailboxes: dict[int, deque[Increment]] = {}  # of requests of streams and of `generate`
         self._mailbox: deque[Increment] = deque()  # of all others: for `step`

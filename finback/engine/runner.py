@@ -14,6 +14,7 @@ from finback.engine.paged import paged_forward, paged_mtp_forward
 from finback.model.mla import Rotary
 from finback.model.transformer import Transformer
 from finback.ops.compressed import CompressedRows
+from finback.ops.memory import zeros_in_large_pages
 from finback.ops.native.build import kernels
 from finback.ops.native.calls import Kernels
 from finback.ops.rotary import rotary_table
@@ -58,7 +59,9 @@ class Runner:
         self.model, self.block_size = model, block_size
         layers = c.num_hidden_layers + int(mtp)
         width, dtype = (c.cache_row_width, weight.dtype) if layout is None else (layout.row_bytes, torch.uint8)
-        self.cache = torch.zeros(layers, num_blocks, block_size, width, dtype=dtype, device=weight.device)
+        rows = (layers, num_blocks, block_size, width)
+        on_host = weight.device.type == "cpu"
+        self.cache = zeros_in_large_pages(rows, dtype) if on_host else torch.zeros(*rows, dtype=dtype, device=weight.device)
         self._layout = layout
         self._experts: Tensor | None = None
         if record_experts:

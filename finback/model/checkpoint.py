@@ -22,7 +22,15 @@ from torch import Tensor
 
 from finback.config import InputError, ModelConfig, TensorSpec, checkpoint_tensors, nearest
 from finback.model.directory import replaced_directory, write_durably
-from finback.model.gptq_layout import GPTQ, is_part, keep_packed, read_for_products, read_packed, with_packed_weights
+from finback.model.gptq_layout import (
+    GPTQ,
+    is_part,
+    keep_packed,
+    packed_parameters,
+    read_for_products,
+    read_packed,
+    with_packed_weights,
+)
 from finback.model.safetensors_io import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -36,6 +44,7 @@ from finback.model.safetensors_io import (
 )
 from finback.model.transformer import Transformer
 from finback.ops.fp8 import dequantize_128x128, quantize_128x128
+from finback.ops.memory import LargePages
 
 MAX_SHARD_BYTES = 5_000_000_000
 GENERATION_CONFIG = "generation_config.json"
@@ -90,9 +99,15 @@ def load(
         raise InputError(f"dtype is {dtype}, it must be one of {', '.join(map(str, _DTYPE_NAMES))}")
     checkpoint = open_checkpoint(directory)
     model = Transformer(replace(checkpoint.config, torch_dtype=_DTYPE_NAMES[dtype], fp8=False), device=device, dtype=dtype)
+    pages = LargePages()
     with torch.no_grad(), TensorReader() as reader:
         copies: dict[str, Tensor] = {}
-        taken, kept = read_for_products(model, reader, checkpoint.stored) if packed else ({}, set())
+        taken, kept = read_for_products(model, reader, checkpoint.stored, pages) if packed else ({}, set())
+        if torch.device(device).type == "cpu":
+            to_be_packed = {id(parameter) for parameter in packed_parameters(model, taken)}
+            for parameter in model.parameters():  # nothing is written there yet
+                if id(parameter) not in to_be_packed:
+                    parameter.data = pages.zeros(parameter.shape, parameter.dtype)
         for name, tensor in hf_tensors(model):
             if name in kept:
                 continue

@@ -6,6 +6,7 @@ which kernels multiply with them, and `keep_packed` puts them in the place of th
 """
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from finback.model.layers import MLP, Linear
 from finback.model.moe import Experts
 from finback.model.safetensors_io import StoredTensor, TensorReader
 from finback.ops.gptq import PACKABLE_BITS, WORD_BITS, dequantize_gptq
+from finback.ops.memory import LargePages
 from finback.ops.packed import PackedWeight, pack_gptq, stack_packed
 
 GPTQ = "GPTQ"
@@ -72,9 +74,10 @@ def read_packed(reader: TensorReader, stored: dict[str, StoredTensor], name: str
 
 
 def read_for_products(
-    model: nn.Module, reader: TensorReader, stored: dict[str, StoredTensor]
+    model: nn.Module, reader: TensorReader, stored: dict[str, StoredTensor], pages: LargePages
 ) -> tuple[dict[str, tuple[PackedWeight, ...]], set[str]]:
-    """The weights that stay packed, by the path of the module that takes them, and the names under which they are stored.
+    """The weights that stay packed, put into `pages`, by the path of the module that takes them, and the names under which they are
+    stored.
 
     A projection of attention is taken alone; of a feed-forward, or of the experts of a layer, all are or none: one kernel computes
     them. Quantised weights whose form has no place in `ops.packed`, such as 3 bits or groups out of order (act-order), and those of a
@@ -97,7 +100,7 @@ def read_for_products(
         if len(whole) < len(weights):
             refused |= flat
         else:
-            taken[path], names = whole, names | flat
+            taken[path], names = tuple(weight.moved(pages.copy) for weight in whole), names | flat
     if refused:
         logger.info(
             "%d of %d quantised weights are dequantised, with 3 bits, act-order, groups of other than whole words, or plain weights in "
@@ -109,20 +112,38 @@ def read_for_products(
 
 def keep_packed(model: nn.Module, taken: dict[str, tuple[PackedWeight, ...]]) -> None:
     """Put packed weights into their modules, and give back the memory of the plain ones."""
+    owners = _owners(model, taken)
     for path, weights in taken.items():
         module = model.get_submodule(path)
         if isinstance(module, Experts):
             gate, up, down = weights
             module.packed = gate, up, down
-            owners: list[tuple[nn.Module, str]] = [(module, name) for name in _PROJECTIONS]
         else:
             layers = [getattr(module, name) for name in _PROJECTIONS] if isinstance(module, MLP) else [module]
             for layer, weight in zip(layers, weights, strict=True):
                 layer.packed = weight
-            owners = [(layer, "weight") for layer in layers]
-        for owner, name in owners:
-            parameter = getattr(owner, name)
-            setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+    for owner, name in owners:
+        parameter = getattr(owner, name)
+        setattr(owner, name, nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+
+
+def packed_parameters(model: nn.Module, taken: dict[str, tuple[PackedWeight, ...]]) -> list[nn.Parameter]:
+    """The plain ones, whose memory `keep_packed` gives back."""
+    return [getattr(owner, name) for owner, name in _owners(model, taken)]
+
+
+def _owners(model: nn.Module, taken: Iterable[str]) -> list[tuple[nn.Module, str]]:
+    """The modules with the plain parameters of packed weights, and their names there."""
+    owners: list[tuple[nn.Module, str]] = []
+    for path in taken:
+        module = model.get_submodule(path)
+        if isinstance(module, Experts):
+            owners += [(module, name) for name in _PROJECTIONS]
+        elif isinstance(module, MLP):
+            owners += [(getattr(module, name), "weight") for name in _PROJECTIONS]
+        else:
+            owners.append((module, "weight"))
+    return owners
 
 
 def _stored_names(path: str, module: nn.Module) -> list[list[str]]:

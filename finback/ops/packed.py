@@ -9,7 +9,8 @@ An integer q stands for (q - c + shift) * scale, where c = 2 ** (bits - 1) is th
 point, is left out where it is 0 everywhere: the grid is symmetric. The C product is `ops/native/packed.h`, its twin `packed_linear`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales.nbytes + (0 if self.shifts is None else self.shifts.nbytes)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "PackedWeight":
+        """The same weight in other memory: what `move` makes of each of its tensors."""
+        shifts = None if self.shifts is None else move(self.shifts)
+        return replace(self, codes=move(self.codes), scales=move(self.scales), shifts=shifts)
 
 
 def pack_weight(values: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> PackedWeight:
