@@ -174,7 +174,7 @@ static void NAME(attend)(const NAME(attention) * a, int64_t token, range positio
       if (!opened) NAME(prefetch)(c, next, next_count, i, 2 * count);
       const NAME(stored) *keys =
           NAME(values_of)(a, rows, plain, end - start, (range){u->key, u->key + a->key_size}, decoded, &held);
-      NAME(all_dots)(keys, stride, queries, a->key_size, 0, end - start, u->heads, scores[i], NAME(PIECE));
+      NAME(all_dots)(keys, stride, queries, a->key_size, NO_FETCH, end - start, u->heads, scores[i], NAME(PIECE));
     }
     for (int64_t i = 0; i < count; i++) {
       NAME(unit) *u = units + i;

@@ -50,7 +50,7 @@ typedef vector NAME(operand);
 #define MULTIPLY_ADD(sum, a, b) ((sum) + (a) * (b))
 #endif
 #define STEP (LANES * PAIR)
-#define MOST_DOTS (PAIR == 2 ? 12 : 8)  // tokens up to which dots are faster than a panel
+#define MOST_DOTS (PAIR == 2 ? 24 : 12)  // tokens up to which dots are faster than a panel
 
 // PAIR neighbouring weights in each lane.
 INLINE NAME(operand) NAME(broadcast)(const NAME(stored) * from) {
@@ -138,10 +138,24 @@ static void NAME(pack)(NAME(activations) * to, const NAME(stored) * x, const NAM
 
 // ---- dots
 
-enum { NAME(AHEAD) = 12288 / sizeof(NAME(stored)) };  // elements that prefetching is ahead by
+// Elements that prefetching is ahead by. Panels are multiplied for so long that the second level will do.
+enum {
+  NAME(AHEAD) = 12288 / sizeof(NAME(stored)),
+  NAME(FAR) = 16384 / sizeof(NAME(stored)),
+  NAME(NEAR) = 3072 / sizeof(NAME(stored)),
+  NAME(FAR_OF_PANELS) = 32768 / sizeof(NAME(stored)),
+};
 
-// out[token * out_stride + row] = W[row] . x[token] for `rows` (1 or 4) rows and `tokens` (at most 4) tokens. With `fetch`, what
-// follows the rows is prefetched, in the order in which it lies in memory: from rows that follow each other without a gap.
+INLINE void NAME(prefetch_weights)(const NAME(stored) * weight, int fetch) {
+  if (fetch == FETCH) __builtin_prefetch(weight + NAME(AHEAD), 0, 3);
+  if (fetch == FETCH_TWICE) {
+    __builtin_prefetch(weight + NAME(FAR), 0, 2);
+    __builtin_prefetch(weight + NAME(NEAR), 0, 3);
+  }
+}
+
+// out[token * out_stride + row] = W[row] . x[token] for `rows` (1 or 4) rows and `tokens` (at most 4) tokens. What
+// follows the rows is prefetched in the order in which it lies in memory: from rows that follow each other without a gap.
 INLINE void NAME(dots)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * const *x, int64_t inputs, int fetch,
                        int rows, int tokens, float *out, int64_t out_stride) {
   vector sum[4][4] = {0};
@@ -149,7 +163,7 @@ INLINE void NAME(dots)(const NAME(stored) * weight, int64_t stride, const NAME(p
   for (; k + STEP <= inputs; k += STEP) {
     NAME(operand) w[4];
     UNROLL(4) for (int r = 0; r < rows; r++) {
-      if (fetch) __builtin_prefetch(weight + k * rows + r * STEP + NAME(AHEAD));
+      NAME(prefetch_weights)(weight + k * rows + r * STEP, fetch);
       w[r] = LOAD_WEIGHT(weight + r * stride + k);
       KEEP_IN_REGISTER(w[r]);
     }
@@ -180,22 +194,20 @@ INLINE void NAME(dots)(const NAME(stored) * weight, int64_t stride, const NAME(p
 }
 
 // The same for any number of rows and tokens.
-static void NAME(all_dots)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * const *x, int64_t inputs,
-                           int fetch, int64_t rows, int64_t tokens, float *out, int64_t out_stride) {
+INLINE void NAME(every_dots)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * const *x, int64_t inputs,
+                             int fetch, int64_t rows, int64_t tokens, float *out, int64_t out_stride) {
   for (int64_t row = 0; row < rows;) {
     int four_rows = row + 4 <= rows;
     const NAME(stored) *w = weight + row * stride;
     for (int64_t m = 0; m < tokens;) {
       int64_t left = tokens - m, now = left <= 4 ? left : left < 8 ? (left + 1) / 2 : 4;
       float *to = out + m * out_stride + row;
-#define CASE(count)                                                          \
-  case count:                                                                \
-    if (!four_rows)                                                          \
-      NAME(dots)(w, stride, x + m, inputs, 0, 1, count, to, out_stride);     \
-    else if (fetch)                                                          \
-      NAME(dots)(w, stride, x + m, inputs, 1, 4, count, to, out_stride);     \
-    else                                                                     \
-      NAME(dots)(w, stride, x + m, inputs, 0, 4, count, to, out_stride);     \
+#define CASE(count)                                                             \
+  case count:                                                                   \
+    if (four_rows)                                                              \
+      NAME(dots)(w, stride, x + m, inputs, fetch, 4, count, to, out_stride);    \
+    else                                                                        \
+      NAME(dots)(w, stride, x + m, inputs, NO_FETCH, 1, count, to, out_stride); \
     break;
       switch (now) { CASE(1) CASE(2) CASE(3) CASE(4) }
 #undef CASE
@@ -203,6 +215,29 @@ static void NAME(all_dots)(const NAME(stored) * weight, int64_t stride, const NA
     }
     row += four_rows ? 4 : 1;
   }
+}
+
+// Each way by itself: all three in one function, the first ones are a tenth slower from a cache.
+#define ONE_WAY(name, fetch)                                                                                           \
+  static __attribute__((noinline)) void NAME(name)(const NAME(stored) * weight, int64_t stride,                        \
+                                                   const NAME(packed) * const *x, int64_t inputs, int64_t rows,        \
+                                                   int64_t tokens, float *out, int64_t out_stride) {                   \
+    NAME(every_dots)(weight, stride, x, inputs, fetch, rows, tokens, out, out_stride);                                 \
+  }
+ONE_WAY(dots_without_fetch, NO_FETCH)
+ONE_WAY(dots_of_few, FETCH)
+ONE_WAY(dots_of_more, FETCH_TWICE)
+#undef ONE_WAY
+
+// With FETCH, the number of tokens decides how.
+INLINE void NAME(all_dots)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * const *x, int64_t inputs,
+                           int fetch, int64_t rows, int64_t tokens, float *out, int64_t out_stride) {
+  if (fetch == NO_FETCH)
+    NAME(dots_without_fetch)(weight, stride, x, inputs, rows, tokens, out, out_stride);
+  else if (fetch == FETCH && tokens * sizeof *weight < 8)
+    NAME(dots_of_few)(weight, stride, x, inputs, rows, tokens, out, out_stride);
+  else
+    NAME(dots_of_more)(weight, stride, x, inputs, rows, tokens, out, out_stride);
 }
 
 // ---- panels
@@ -216,7 +251,7 @@ INLINE void NAME(panel)(const NAME(stored) * weight, int64_t stride, const NAME(
   vector sum[8][2][PARTS] = {0};
   int64_t k = 0;
   for (; k + LINE <= inputs; k += LINE) {
-    for (int r = 0; r < rows; r++) __builtin_prefetch(weight + k * rows + r * LINE + NAME(AHEAD));
+    for (int r = 0; r < rows; r++) __builtin_prefetch(weight + k * rows + r * LINE + NAME(FAR_OF_PANELS), 0, 2);
     for (int i = 0; i < LINE; i += 2 * PAIR)
       UNROLL(2) for (int odd = 0; odd < 2; odd++) {
         int64_t at = k + i + odd * PAIR;
@@ -285,7 +320,7 @@ static void NAME(product)(const NAME(stored) * weight, int64_t rows, const NAME(
   if (x->tokens <= MOST_DOTS) {
     const NAME(packed) * pointers[MOST_DOTS];
     for (int64_t t = 0; t < x->tokens; t++) pointers[t] = x->rows + t * x->padded;
-    NAME(all_dots)(weight, x->inputs, pointers, x->inputs, 1, rows, x->tokens, out, BLOCK);
+    NAME(all_dots)(weight, x->inputs, pointers, x->inputs, FETCH, rows, x->tokens, out, BLOCK);
     return;
   }
   int64_t panels = (NAME(tokens_now)(x, first) + PANEL - 1) / PANEL;
