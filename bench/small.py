@@ -36,7 +36,7 @@ class Size:
     experts: int = 16
     heads: tuple[int, int, int] = (16, 4, 256)  # sequences, heads and tokens of attention
     head_size: int = 64
-    mebibytes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    mebibytes: tuple[int, ...] = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 128)
     batches: tuple[int, int] = (1, 16)
     vocabularies: tuple[int, int] = (64, 16384)
     steps: int = 64  # of the engine

@@ -85,10 +85,11 @@ typedef struct {
   float *values, highest[PANEL], sum[PANEL];
 } NAME(unit);
 
-// Part `index` of `count` of some rows, which lie one after the other.
+// Part `index` of `count` of some rows, which lie one after the other: into the second-level cache, for the first could neither hold
+// them nor have so many requests open.
 INLINE void NAME(prefetch)(const NAME(cache) * c, const uint8_t *rows, int64_t number, int64_t index, int64_t count) {
   range mine = share(number * c->row_bytes, 64, (member){index, count});
-  for (int64_t i = mine.first; i < mine.end; i += 64) __builtin_prefetch(rows + i);
+  for (int64_t i = mine.first; i < mine.end; i += 64) __builtin_prefetch(rows + i, 0, 2);
 }
 
 // Decode all rows of the sequences that are to be opened, the team sharing the work; of_token[t] is where those of token t lie, or
