@@ -101,7 +101,7 @@ INLINE void NAME(activate)(const float *gate, const float *up, float weight, int
 static void NAME(expert_dots)(const NAME(matrix) * stack, int64_t row, int64_t rows, int64_t inputs,
                               const NAME(packed) * const *x, int64_t tokens, float *out) {
   if (stack->plain)
-    NAME(all_dots)(stack->plain + row * inputs, inputs, x, inputs, FETCH_TWICE, rows, tokens, out, BLOCK);
+    NAME(all_dots)(stack->plain + row * inputs, inputs, x, inputs, FETCH_SHORT, rows, tokens, out, BLOCK);
   else
     NAME(packed_dots)(stack, row / BLOCK, inputs, x, tokens, out);
 }

@@ -26,10 +26,10 @@ enum {
   BLOCK = 16,  // rows of a matrix whose products are finished before the next ones are begun
 };
 
-// What is prefetched of the weights behind those that are multiplied. Where a weight meets few tokens, straight into the first-level
-// cache; where it meets more, that holds too few requests to keep memory busy meanwhile: into the second level from far, and from
-// there into the first. So, too, in matrices as short as those of experts, whose beginning nothing prefetches.
-enum { NO_FETCH, FETCH, FETCH_TWICE };
+// What is prefetched of the weights behind those that are multiplied: from far into the second-level cache, since the first holds too
+// few requests to keep memory busy while weights are multiplied, and from there into the first. Not so far in matrices as short as
+// those of experts, whose beginning nothing prefetches.
+enum { NO_FETCH, FETCH, FETCH_SHORT };
 
 // ---- threads
 

@@ -94,7 +94,7 @@ static void NAME(output_values)(const NAME(latent_attention_arguments) * a, cons
     int64_t now = least(PANEL, tokens - first);
     const NAME(packed) * pointers[PANEL];
     for (int64_t t = 0; t < now; t++) pointers[t] = latents + (head * tokens + first + t) * padded;
-    NAME(all_dots)(a->value_up + head * a->head_stride + row * a->rank, a->rank, pointers, a->rank, FETCH, height, now, block, BLOCK);
+    NAME(all_dots)(a->value_up + head * a->head_stride + row * a->rank, a->rank, pointers, a->rank, FETCH_SHORT, height, now, block, BLOCK);
     for (int64_t t = 0; t < now; t++)
       NAME(store_all)(a->output + ((first + t) * a->heads + head) * a->value_size + row, block + t * BLOCK, height);
   }

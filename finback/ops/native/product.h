@@ -140,18 +140,16 @@ static void NAME(pack)(NAME(activations) * to, const NAME(stored) * x, const NAM
 
 // Elements that prefetching is ahead by. Panels are multiplied for so long that the second level will do.
 enum {
-  NAME(AHEAD) = 12288 / sizeof(NAME(stored)),
-  NAME(FAR) = 16384 / sizeof(NAME(stored)),
+  NAME(FAR) = 24576 / sizeof(NAME(stored)),
+  NAME(FAR_IN_SHORT) = 16384 / sizeof(NAME(stored)),
   NAME(NEAR) = 3072 / sizeof(NAME(stored)),
   NAME(FAR_OF_PANELS) = 32768 / sizeof(NAME(stored)),
 };
 
 INLINE void NAME(prefetch_weights)(const NAME(stored) * weight, int fetch) {
-  if (fetch == FETCH) __builtin_prefetch(weight + NAME(AHEAD), 0, 3);
-  if (fetch == FETCH_TWICE) {
-    __builtin_prefetch(weight + NAME(FAR), 0, 2);
-    __builtin_prefetch(weight + NAME(NEAR), 0, 3);
-  }
+  if (fetch == NO_FETCH) return;
+  __builtin_prefetch(weight + (fetch == FETCH ? NAME(FAR) : NAME(FAR_IN_SHORT)), 0, 2);
+  __builtin_prefetch(weight + NAME(NEAR), 0, 3);
 }
 
 // out[token * out_stride + row] = W[row] . x[token] for `rows` (1 or 4) rows and `tokens` (at most 4) tokens. What
@@ -217,7 +215,7 @@ INLINE void NAME(every_dots)(const NAME(stored) * weight, int64_t stride, const 
   }
 }
 
-// Each way by itself: all three in one function, the first ones are a tenth slower from a cache.
+// Each way by itself: all three in one function, the first is a tenth slower from a cache.
 #define ONE_WAY(name, fetch)                                                                                           \
   static __attribute__((noinline)) void NAME(name)(const NAME(stored) * weight, int64_t stride,                        \
                                                    const NAME(packed) * const *x, int64_t inputs, int64_t rows,        \
@@ -225,19 +223,18 @@ INLINE void NAME(every_dots)(const NAME(stored) * weight, int64_t stride, const 
     NAME(every_dots)(weight, stride, x, inputs, fetch, rows, tokens, out, out_stride);                                 \
   }
 ONE_WAY(dots_without_fetch, NO_FETCH)
-ONE_WAY(dots_of_few, FETCH)
-ONE_WAY(dots_of_more, FETCH_TWICE)
+ONE_WAY(dots_with_fetch, FETCH)
+ONE_WAY(dots_of_short, FETCH_SHORT)
 #undef ONE_WAY
 
-// With FETCH, the number of tokens decides how.
 INLINE void NAME(all_dots)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * const *x, int64_t inputs,
                            int fetch, int64_t rows, int64_t tokens, float *out, int64_t out_stride) {
   if (fetch == NO_FETCH)
     NAME(dots_without_fetch)(weight, stride, x, inputs, rows, tokens, out, out_stride);
-  else if (fetch == FETCH && tokens * sizeof *weight < 8)
-    NAME(dots_of_few)(weight, stride, x, inputs, rows, tokens, out, out_stride);
+  else if (fetch == FETCH)
+    NAME(dots_with_fetch)(weight, stride, x, inputs, rows, tokens, out, out_stride);
   else
-    NAME(dots_of_more)(weight, stride, x, inputs, rows, tokens, out, out_stride);
+    NAME(dots_of_short)(weight, stride, x, inputs, rows, tokens, out, out_stride);
 }
 
 // ---- panels
