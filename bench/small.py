@@ -22,6 +22,8 @@ from finback.model.transformer import Transformer, init_weights
 from finback.ops.attention import causal_attention
 from finback.ops.grouped import grouped_linear
 from finback.ops.linear import linear
+from finback.ops.memory import LargePages
+from finback.ops.native.build import kernels
 from finback.train.losses import accumulate_gradients
 from finback.train.optimizer import adamw_update, gradient_norm, init_adam_state
 from finback.train.session import keep_freed_memory
@@ -36,7 +38,7 @@ class Size:
     experts: int = 16
     heads: tuple[int, int, int] = (16, 4, 256)  # sequences, heads and tokens of attention
     head_size: int = 64
-    mebibytes: tuple[int, ...] = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 128)
+    mebibytes: tuple[int, ...] = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 128, 256)
     batches: tuple[int, int] = (1, 16)
     vocabularies: tuple[int, int] = (64, 16384)
     steps: int = 64  # of the engine
@@ -74,6 +76,7 @@ def run(size: Size) -> list[Row]:
     for mebibytes in size.mebibytes:
         read, _ = memory_rates(mebibytes << 20, size.seconds)
         rows.append(Row(f"again and again, {mebibytes} MiB, read", "gb_per_second", read))
+    rows += [weights_row(size, precision, mebibytes) for precision in DTYPES for mebibytes in size.mebibytes]
     rows += [decode_row(size, precision, batch) for precision in DTYPES for batch in size.decode_batches]
     few, many = size.vocabularies
     rows += [engine_row(size, batch, layers, few, False) for layers in size.engine_layers for batch in size.batches]
@@ -159,6 +162,23 @@ def small_model(layers: int, vocabulary: int) -> Transformer:
     )
     init_weights(model, seed=0)
     return model
+
+
+def weights_row(size: Size, precision: str, mebibytes: int) -> Row:
+    """How fast the engine's products of one row read so many weights, again and again: square matrices of the width of `decode_row`, as
+    they lie in a model that was loaded."""
+    width, dtype, pages = size.decode_width, DTYPES[precision], LargePages()
+    count = max(1, (mebibytes << 20) // (width * width * dtype.itemsize))
+    weights = [pages.copy(torch.randn(width, width).to(dtype)) for _ in range(count)]
+    x, output = torch.randn(1, width).to(dtype), torch.empty(1, width, dtype=dtype)
+    library = kernels()
+    work: Callable[[], object]
+    if library is None:  # without a compiler the engine multiplies by torch, too
+        work = lambda: [torch.nn.functional.linear(x, weight) for weight in weights]  # noqa: E731
+    else:
+        work = library.program([library.linear(x, [weight], [output]) for weight in weights])
+    read = sum(weight.nbytes for weight in weights) / best_seconds(work, size.seconds) / 1e9
+    return Row(f"weights of {mebibytes} MiB, decode products {precision}, read", "gb_per_second", read)
 
 
 def decode_row(size: Size, precision: str, batch: int) -> Row:

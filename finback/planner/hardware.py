@@ -62,6 +62,8 @@ class SmallWork:
     """By the rows of a step, of matrices that are not narrow."""
     read_bytes_per_second: Curve
     """By the bytes that are read again and again: what fits a cache is read faster."""
+    weight_bytes_per_second: Curve
+    """The same of weights by products of one row, which read memory more slowly than a sum does."""
     training_layer_seconds: float
     engine_step_seconds: float
     engine_row_seconds: float
@@ -146,6 +148,10 @@ class Hardware:
         if self.small_work is None:
             return self.bytes_per_second
         return max(self.bytes_per_second, on_curve(self.small_work.read_bytes_per_second, touched))
+
+    def weight_bytes_per_second(self, touched: float) -> float:
+        """The same of weights in decoding."""
+        return self.bytes_per_second if self.small_work is None else on_curve(self.small_work.weight_bytes_per_second, touched)
 
     @property
     def memory_bytes(self) -> float:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from math import lcm
 
 from finback.config import InputError, ModelConfig, count_params
-from finback.planner.communication import COMBINE_BYTES, all_to_all, dispatch_bytes, distinct
+from finback.planner.communication import COMBINE_BYTES, all_to_all, dispatch_bytes
 from finback.planner.hardware import GIGA, Hardware, Precision
 from finback.planner.layout import nearest_divisor
 from finback.planner.model import WEIGHT_BYTES, absorbed_core_flops, attention_core_flops, cache_bytes_per_token, shape
@@ -228,21 +228,23 @@ def _decode_compute(
 
     alone = unit.sharing  # devices that share an expert
     plain, head = plain_parameters(c) / unit.tp, s.embedding / unit.tp
+    # Of each part the bytes that are read, the seconds of its products, and the chance that a step reads any given byte of it.
     parts = [
-        (plain * size, seconds(plain, rows)),
-        (head * (size if precision == "fp32" else min(2.0, 2 * size)), seconds(head, rows)),
+        (plain * size, seconds(plain, rows), 1.0),
+        (head * (size if precision == "fp32" else min(2.0, 2 * size)), seconds(head, rows), 1.0),
     ]
     if c.n_routed_experts:
-        hit = distinct(c.n_routed_experts, c.num_experts_per_tok * rows * unit.ep) / c.n_routed_experts
+        hit = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** (rows * unit.ep)  # each row chooses different ones
         local = c.num_moe_layers * (c.n_routed_experts + unit.redundant_experts) / unit.ep * s.expert / alone
         uneven = unit.expert_imbalance if unit.ep > 1 else 1.0
         products = uneven * c.num_moe_layers * c.num_experts_per_tok * s.expert / alone
         together = c.num_experts_per_tok * rows * unit.ep / (c.n_routed_experts * hit)
-        parts.append((local * hit * size, seconds(products, together)))
+        parts.append((local * hit * size, seconds(products, together), hit))
     cached = batch * context * cache_bytes_per_token(c, bytes_per_value=value_bytes) / cache_split(c, unit)
-    # Steps choose other experts each time: a cache would have to hold them all.
-    memory = hardware.read_bytes_per_second(cached + weight_bytes_per_device(c, unit, precision))
-    weights = sum(max(read / memory, computed) for read, computed in parts)
+    step = cached + sum(read for read, _, _ in parts)
+    # A cache still has what was read last if it holds all that was read since: of an expert that every fourth step chooses, four steps.
+    memory = hardware.read_bytes_per_second(step)
+    weights = sum(max(read / hardware.weight_bytes_per_second(step / chance), computed) for read, computed, chance in parts)
     weights += c.num_hidden_layers * rows * elementwise_bytes(c, precision) / unit.tp / memory
     scores = c.num_hidden_layers * rows * absorbed_core_flops(c, context) / unit.tp
     wide: Precision = "fp32" if precision == "fp32" else "bf16"

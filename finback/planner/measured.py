@@ -10,7 +10,8 @@ from finback.planner.hardware import GIGA, Curve, Efficiencies, Hardware, Precis
 
 _NOTE = (
     "measured on this machine, each on shapes of its own: products by their width, experts', attention at 256 tokens, reads by what "
-    "fits a cache, steps without work; memory and busy 1, for the rates are those that were reached and overhead is counted apart"
+    "fits a cache, of weights by products of one row, steps without work; memory and busy 1, for the rates are those that were "
+    "reached and overhead is counted apart"
 )
 
 
@@ -112,6 +113,9 @@ def _small_work(found: Ceilings, kind: str, peak: float) -> SmallWork:
         decode_shares=tuple((rows, rate / peak) for rows, rate in found.curve(rf"^decode products {kind}, (\d+) rows")),
         read_bytes_per_second=tuple(
             (size * 2**20, rate * GIGA) for size, rate in found.curve(r"^again and again, (\d+) MiB, read")
+        ),
+        weight_bytes_per_second=tuple(
+            (size * 2**20, rate * GIGA) for size, rate in found.curve(rf"^weights of (\d+) MiB, decode products {kind}, read")
         ),
         training_layer_seconds=(long - short) / (more - fewer) / 1e3,
         engine_step_seconds=none[0] - depths[0] * layer,

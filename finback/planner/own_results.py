@@ -42,8 +42,8 @@ _GRPO_PROMPT, _GRPO_SAMPLES, _GRPO_NEW, _VOCABULARY = (
 _IF_OFF = {  # likely causes, told where a row is above what is asked
     "train": "casts of the weights and elementwise work in caches are not measured apart",
     "tiny": "casts of the weights and elementwise work in caches are not measured apart",
-    "decode": "narrow experts with a few rows each stay below the decoding rate, which is that of a wider dense model, and a short "
-    "prompt takes longer than its products",
+    "decode": "the products of a model this narrow stay below the rate of the wider one that is measured, and a short prompt takes "
+    "longer than its products",
     "engine": "the bandwidth of a shared machine's memory drifts, and weights that fit no cache are read at it",
     "grpo": "products of a large vocabulary's head with a few hundred rows, and of experts with 200 rows each, stay below the rates of "
     "the square products that are measured, and logits pass through memory more often than the formulas count",

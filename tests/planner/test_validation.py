@@ -9,10 +9,11 @@ import pytest
 
 from bench.peers import COMPARED
 from finback.config import InputError
-from finback.planner.hardware import HARDWARE, ROWS, find_hardware, on_curve
-from finback.planner.inference import Unit, decode_step
+from finback.planner.hardware import HARDWARE, ROWS, Curve, find_hardware, on_curve
+from finback.planner.inference import Unit, decode_step, plain_parameters
 from finback.planner.layout import Layout
 from finback.planner.measured import hardware_of, measured
+from finback.planner.model import shape
 from finback.planner.own_results import measured_rows
 from finback.planner.step import step_time
 from finback.planner.validation import exact_rows, markdown, validation_rows
@@ -110,6 +111,31 @@ def test_measured_hardware_is_what_the_benchmark_found() -> None:
         assert row.bytes_per_second == pytest.approx(found["memory, read"]["gb_per_second"] * 1e9)
         cached = found["again and again, 8 MiB, read"]["gb_per_second"] * 1e9
         assert row.read_bytes_per_second(8 * 2**20) == pytest.approx(max(cached, row.bytes_per_second))
+        for size in (8, 256):
+            read = found[f"weights of {size} MiB, decode products {precision}, read"]["gb_per_second"] * 1e9
+            assert row.weight_bytes_per_second(size * 2**20) == pytest.approx(read)
+
+
+def test_experts_of_other_steps_push_an_expert_out_of_a_cache() -> None:
+    """At one request each expert is read every fourth step: at the rate of what four steps read. The rest comes from the cache. At
+    so many rows that all are read, all is read at the rate of the whole."""
+    small = measured(CEILINGS, "fp32").small_work
+    assert small is not None
+    model = replace(COMPARED, num_experts_per_tok=4, n_routed_experts=16)
+    products = tuple((rows, 1e6) for rows in (1.0, 1024.0))  # so fast that only reading counts
+    step = 4 * (plain_parameters(model) + shape(model).embedding + model.num_moe_layers * 4 * shape(model).expert)
+    rates = ((1.01 * step, 1e12), (1.02 * step, 1e9))
+
+    def weights(curve: Curve, batch: int) -> float:
+        row = replace(
+            measured(CEILINGS, "fp32"), small_work=replace(small, decode_shares=products, weight_bytes_per_second=curve)
+        )
+        return decode_step(model, row, Unit(), "fp32", batch, 1).weights_ms
+
+    experts = 4.0 * model.num_moe_layers * 4 * shape(model).expert
+    assert weights(rates, 1) - weights(((1.0, 1e12),), 1) == pytest.approx(1e3 * experts * (1e-9 - 1e-12), rel=0.01)
+    whole = step + 3 * experts
+    assert weights(rates, 256) - weights(((1.0, 1e12),), 256) == pytest.approx(1e3 * whole * (1e-9 - 1e-12), rel=0.01)
 
 
 def test_steps_without_work_are_given_back() -> None:
