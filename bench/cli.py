@@ -74,7 +74,7 @@ def main(
         out: Directory of the JSON files.
         llama_bin: Directory of llama.cpp's programs, for `engine`, `quant` and `serve`; the PATH if not given.
         mtp_directory: A trained model with an MTP module, for `engine`; runs/quickstart/base if not given.
-        model: A trained model, for `cache`; runs/quickstart/final if not given.
+        model: A trained model, for `cache` and `serve`; runs/quickstart/final if not given.
     """
     sizes = dict(SIZES["quick" if quick else "full"])
     if llama_bin is not None:
@@ -84,6 +84,7 @@ def main(
     if model is not None:
         first, *others = sizes["cache"].readings
         sizes["cache"] = replace(sizes["cache"], readings=(replace(first, directory=model), *others))
+        sizes["serve"] = replace(sizes["serve"], small=model)
     run(names or NAMES, sizes, out, quick=quick)
 
 

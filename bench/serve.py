@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from bench.contest import in_a_fresh_process, summarize
 from bench.llama import OURS, find_tool, prepare
+from bench.machine import ROOT
 from bench.results import Row
 from finback.config import InputError
 from finback.data.fetch import default_cache
@@ -39,6 +40,8 @@ class Size:
 
     model: Path = field(default_factory=lambda: default_cache() / "smollm2")
     llama_bin: Path | None = None  # None: the PATH
+    small: Path | None = ROOT / "runs" / "quickstart" / "final"
+    """A model whose steps are so short that serving is most of the work: what serving takes of them is told."""
     clients: tuple[int, ...] = (1, 8, 32)
     requests: int = 2  # of each client in a turn
     prompt_words: int = 32
@@ -85,31 +88,39 @@ def run(size: Size) -> tuple[list[Row], list[str]]:
         turns = _in_turns(servers, size, process)
     rows = [row for clients in size.clients for row in _rows(clients, turns)]
     most = max(size.clients)
-    bare = in_a_fresh_process(partial(build_engine, size), most)
-    loads = turns[OURS, most]
-    served = statistics.median(load.tokens_per_second for load in loads)
-    facts = {"clients": most, "engine_tokens_per_second": bare, "api_tokens_per_second": served}
-    spent = [load.loop_seconds for load in loads if load.loop_seconds is not None]
-    if any(spent):
-        share = statistics.median(spent) * bare
-        row = Row(
-            f"the API's own time beside the engine's, {_clients(most)}",
-            "share",
-            share,
-            extra=facts | {"wanted_at_most": TARGET_OVERHEAD},
-        )
-        rows.append(row)
-        notes.append(
-            "The API's own time: processor time of the server's event loop for each token, by the engine's time for each token."
-        )
+    rows += _overhead(size, turns[OURS, most], "")
+    if size.small is not None and (size.small / "config.json").is_file():
+        small = replace(size, model=size.small, clients=(most,), dtype="auto")
+        with our_server(small) as (url, process):
+            turns = _in_turns({OURS: url}, small, process)
+        rows += _overhead(small, turns[OURS, most], ", the quickstart's model")
     else:
-        notes.append("The API's own time is not told: this system does not say what processor time a thread has had.")
-    slower = max(bare / served - 1, 1e-6)
-    rows.append(Row(f"slower than the engine alone, {_clients(most)} on the same cores", "share", slower, extra=facts))
+        notes.append("Without the quickstart's model: `make quickstart` trains it, `--model DIR` names another.")
     notes.append(
+        "The API's own time: processor time of the server's event loop for each token, by the engine's time for each token. "
         "Slower than the engine alone: LLM.generate on the same prompts; the clients' work and waiting for a core count here, too."
     )
+    if not any(load.loop_seconds for load in turns[OURS, most]):
+        notes.append("The API's own time is not told: this system does not say what processor time a thread has had.")
     return rows, notes
+
+
+def _overhead(size: Size, loads: list[Load], which: str) -> list[Row]:
+    """What serving takes beside the bare engine, at the most clients."""
+    most = max(size.clients)
+    bare = in_a_fresh_process(partial(build_engine, size), most)
+    served = statistics.median(load.tokens_per_second for load in loads)
+    facts = {"clients": most, "engine_tokens_per_second": bare, "api_tokens_per_second": served}
+    rows = []
+    spent = [load.loop_seconds for load in loads if load.loop_seconds is not None]
+    if any(spent):
+        each = statistics.median(spent)
+        told = facts | {"microseconds_per_token": 1e6 * each}
+        told |= {} if which else {"wanted_at_most": TARGET_OVERHEAD}
+        rows.append(Row(f"the API's own time beside the engine's{which}, {_clients(most)}", "share", each * bare, extra=told))
+    slower = max(bare / served - 1, 1e-6)
+    rows.append(Row(f"slower than the engine alone{which}, {_clients(most)} on the same cores", "share", slower, extra=facts))
+    return rows
 
 
 def _in_turns(servers: dict[str, str], size: Size, process: int) -> dict[tuple[str, int], list[Load]]:
@@ -219,7 +230,7 @@ def build_engine(size: Size) -> Callable[[int], float]:
     from finback import LLM, SamplingParams
 
     torch.set_num_threads(size.threads)
-    llm = LLM(size.model, dtype=getattr(torch, size.dtype), max_num_seqs=max(size.clients))
+    llm = LLM(size.model, dtype="auto" if size.dtype == "auto" else getattr(torch, size.dtype), max_num_seqs=max(size.clients))
     params = SamplingParams(temperature=0.0, max_tokens=size.new_tokens, ignore_eos=True)
 
     def turn(clients: int) -> float:

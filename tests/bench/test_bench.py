@@ -104,6 +104,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     served = serve.Size(
         engine_size.model,
         engine_size.llama_bin,
+        small=engine_size.model,
         clients=(1, 3),
         requests=1,
         prompt_words=4,
