@@ -40,7 +40,7 @@ class Size:
 
     model: Path = field(default_factory=lambda: default_cache() / "smollm2")
     llama_bin: Path | None = None  # None: the PATH
-    small: Path | None = ROOT / "runs" / "quickstart" / "final"
+    small: Path = ROOT / "runs" / "quickstart" / "final"
     """A model whose steps are so short that serving is most of the work: what serving takes of them is told."""
     clients: tuple[int, ...] = (1, 8, 32)
     requests: int = 2  # of each client in a turn
@@ -89,7 +89,7 @@ def run(size: Size) -> tuple[list[Row], list[str]]:
     rows = [row for clients in size.clients for row in _rows(clients, turns)]
     most = max(size.clients)
     rows += _overhead(size, turns[OURS, most], "")
-    if size.small is not None and (size.small / "config.json").is_file():
+    if (size.small / "config.json").is_file():
         small = replace(size, model=size.small, clients=(most,), dtype="auto")
         with our_server(small) as (url, process):
             turns = _in_turns({OURS: url}, small, process)

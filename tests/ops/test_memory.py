@@ -57,15 +57,20 @@ def test_memory_is_taken_where_it_is_written() -> None:
 
 
 @LINUX
-def test_the_pages_are_large_where_the_system_gives_them() -> None:
-    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not setting.exists() or "[never]" in setting.read_text():
-        pytest.skip("this system gives no large pages")
-    before = taken("AnonHugePages")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this kernel has no large pages")
+def test_large_pages_are_asked_for() -> None:
+    """Whether it gives them is the system's affair, and depends on what is free."""
     pages = LargePages()
-    written = [pages.zeros((2**20,), torch.uint8).fill_(1) for _ in range(64)]
-    assert taken("AnonHugePages") - before >= 2**25, "fewer than half of 64 MiB"
-    assert len({tensor.untyped_storage().data_ptr() for tensor in written}) == 1
+    tensors = [pages.zeros((2**20,), torch.uint8) for _ in range(4)]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    flags = None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            holds = int(found[1], 16) <= tensors[0].data_ptr() < int(found[2], 16)
+        elif holds and line.startswith("VmFlags:"):
+            flags = line.split()[1:]
+    assert flags is not None
+    assert "hg" in flags
 
 
 def test_places_lie_behind_each_other_and_apart() -> None:
