@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from bench.ceilings import DTYPES
 from bench.contest import Build, alternate, summarize
 from bench.grpo_peer import Step, Work, build_trl, is_installed
 from bench.peers import COMPARED, SETTINGS, our_model
@@ -34,7 +33,7 @@ from finback.rl.advantages import Advantages, outcome_supervision
 from finback.rl.config import GRPOConfig
 from finback.rl.prompts import Prompt
 from finback.rl.rollout import Completion, Rollout, roll_out
-from finback.rl.session import PromptStream, new_policy
+from finback.rl.session import PromptStream, new_policy, refresh_sampling, sampling_model
 from finback.rl.update import update
 from finback.train.session import keep_freed_memory
 
@@ -44,6 +43,9 @@ TOLERANCE = {"fp32": (1e-3, 0.01), "bf16": (0.05, 0.05)}  # mean distance of log
 V3 = replace(COMPARED, vocab_size=49152)
 QUESTIONS = (("What is 17 + 25? Think step by step, then give the answer.", "42"),)
 MANY_QUESTIONS = tuple((f"What is {a} + {2 * a + 1}? Give the answer.", str(3 * a + 1)) for a in (12, 23, 34, 45))
+
+Precisions = tuple[Literal["fp32", "bf16"], Literal["fp32", "bf16"]]
+"""Of training's products, and of the weights that samples are drawn with."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,14 @@ class Size:
     num_generations: int = 8
     new_tokens: int = 64
     longest: int = 128  # tokens of a sample that ends where the model ends it
-    precisions: tuple[str, ...] = tuple(DTYPES)
+    precisions: tuple[Precisions, ...] = (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))
     warm_up: int = 1
     turns: int = 3
     separate: bool = True
 
 
 FULL: Size = Size()
-QUICK: Size = Size(precisions=("bf16",), turns=1)
+QUICK: Size = Size(precisions=(("bf16", "bf16"),), turns=1)
 
 
 def run(size: Size) -> tuple[list[Row], list[str]]:
@@ -80,10 +82,9 @@ def run(size: Size) -> tuple[list[Row], list[str]]:
             ("SmolLM2-135M", size.smollm2, {"transformers": {}}, TARGET_SMOLLM2),
         )
         for model, directory, settings, target in models:
-            for precision in size.precisions:
-                more_rows, more_steps = model_part(
-                    f"GRPO step, {model}, {precision}", directory, size, precision, settings, target
-                )
+            for precision, rollout in size.precisions:
+                name = f"GRPO step, {model}, {precision}" + (", sampled in bf16" if rollout == "bf16" else "")
+                more_rows, more_steps = model_part(name, directory, size, (precision, rollout), settings, target)
                 rows, steps = rows + more_rows, steps + more_steps
     rows.append(_not_waiting("GRPO step, maths: share without waiting for rewards", steps))
     notes = _notes(size)
@@ -97,11 +98,12 @@ def run(size: Size) -> tuple[list[Row], list[str]]:
 
 
 def model_part(
-    name: str, directory: Path, size: Size, precision: str, settings: Mapping[str, Mapping[str, str]], target: float
+    name: str, directory: Path, size: Size, precisions: Precisions, settings: Mapping[str, Mapping[str, str]], target: float
 ) -> tuple[list[Row], list[Step]]:
     """Rows of the whole step, then of rollout and training apart, beside TRL with each of transformers' `settings`; and our steps."""
     work = work_of(size.questions, load_tokenizer(directory), size)
-    competitors: dict[str, Build] = {"finback": partial(build_ours, directory, work, precision)}
+    precision, _ = precisions
+    competitors: dict[str, Build] = {"finback": partial(build_ours, directory, work, precisions)}
     if is_installed():
         for of_them, setting in settings.items():
             competitors[of_them.replace("transformers", "TRL")] = partial(build_trl, directory, work, precision, setting)
@@ -128,7 +130,9 @@ def sandbox_steps(size: Size) -> list[Step]:
     """Of SmolLM2 on several prompts, whose samples end where the model ends them, with programs in the sandbox for rewards: a reward
     process for each core."""
     work = work_of(MANY_QUESTIONS, load_tokenizer(size.smollm2), replace(size, new_tokens=size.longest))
-    build = partial(build_ours, size.smollm2, work, "bf16", reward="code", reward_processes=os.cpu_count() or 1, ignore_eos=False)
+    build = partial(
+        build_ours, size.smollm2, work, ("bf16", "fp32"), reward="code", reward_processes=os.cpu_count() or 1, ignore_eos=False
+    )
     turns = alternate({"finback": build}, range(size.warm_up + size.turns), separate=size.separate)
     return [turn.value for turn in turns["finback"][size.warm_up :]]
 
@@ -142,18 +146,24 @@ def isolation_is_there() -> bool:
 
 
 def build_ours(
-    directory: Path, work: Work, precision: str, *, reward: str = "maths", reward_processes: int = 1, ignore_eos: bool = True
+    directory: Path,
+    work: Work,
+    precisions: Precisions,
+    *,
+    reward: str = "maths",
+    reward_processes: int = 1,
+    ignore_eos: bool = True,
 ) -> Callable[[Any], Step]:
     """A step of `finback grpo`: its rollout and its update. The reward processes are started before the clock is."""
     keep_freed_memory()
-    config = config_of(directory, work, precision, reward_processes)
+    config = config_of(directory, work, precisions, reward_processes)
     state = new_policy(config, PromptStream(0), torch.device("cpu"))
     tokenizer = load_tokenizer(directory)
     prompts = prompts_of(work, tokenizer)
     samples = len(prompts) * work.num_generations
     longest = max(len(prompt.token_ids) for prompt in prompts) + work.new_tokens
     llm = LLM(
-        model=state.model,
+        model=sampling_model(config, state.model),
         tokenizer=tokenizer,
         max_num_seqs=samples,
         max_num_batched_tokens=1024,
@@ -168,6 +178,7 @@ def build_ours(
             pool.wait_ready()
             start = perf_counter()
             llm.reset_prefix_cache()
+            refresh_sampling(llm.model, state.model)
             rollout = roll_out(llm, pool, prompts, work.num_generations, params, seed=0, step=number)
             values = torch.tensor([[c.reward for c in group] for group in rollout.groups], dtype=torch.float64)
             advantages = outcome_supervision(values)
@@ -202,7 +213,8 @@ def prompts_of(work: Work, tokenizer: Tokenizer) -> list[Prompt]:
     ]
 
 
-def config_of(directory: Path, work: Work, precision: str, reward_processes: int = 1) -> GRPOConfig:
+def config_of(directory: Path, work: Work, precisions: Precisions, reward_processes: int = 1) -> GRPOConfig:
+    precision, rollout = precisions
     return GRPOConfig(
         model=str(directory),
         prompts_per_step=len(work.prompts),
@@ -211,12 +223,15 @@ def config_of(directory: Path, work: Work, precision: str, reward_processes: int
         beta=0.0,
         lr=work.lr,
         warmup_steps=0,
-        precision="bf16" if precision == "bf16" else "fp32",
+        precision=precision,
+        rollout_precision=rollout,
         reward_processes=reward_processes,
     )
 
 
-def check_same_update(peer: str, directory: Path, work: Work, precision: str, evidence: Mapping[str, Any]) -> None:
+def check_same_update(
+    peer: str, directory: Path, work: Work, precision: Literal["fp32", "bf16"], evidence: Mapping[str, Any]
+) -> None:
     """Our trainer on the peer's samples and advantages: the same log-probabilities and the same gradient, but for rounding.
 
     Raises AssertionError where they differ by more: then the two do not do the same work.
@@ -229,7 +244,7 @@ def check_same_update(peer: str, directory: Path, work: Work, precision: str, ev
         assert len(sample) == work.new_tokens, f"a sample of {peer} has {len(sample)} tokens, not {work.new_tokens}"
         completions.append(Completion(prompt, sample, log_probs))
     distance, part = TOLERANCE[precision]
-    config = replace(config_of(directory, work, precision), max_logprob_gap=distance)
+    config = replace(config_of(directory, work, (precision, "fp32")), max_logprob_gap=distance)
     state = new_policy(config, PromptStream(0), torch.device("cpu"))
     advantages = Advantages(evidence["advantages"], torch.tensor([True]))
     totals = update(config, state, None, Rollout([completions], 0.0, 0.0), advantages, 1)  # raises where log-probabilities differ
@@ -250,6 +265,8 @@ def _notes(size: Size) -> list[str]:
         f"V3: random, {parameters} parameters, {size.v3.vocab_size:,} of vocabulary. {len(size.questions)} prompt x "
         f"{size.num_generations} samples x {size.new_tokens} tokens, none shorter, then one update: weights in float32 on both sides, "
         "bf16 by autocast, no reference model, loss by token (TRL's grpo), clipping to 1.0, fused AdamW.",
+        "Sampled in bf16: with a copy of the weights, made anew in each step (field rollout_precision); else with the trainer's own, "
+        "in float32.",
         "TRL: without gradient checkpointing and reports. TRL, eager: with transformers' eager attention and experts. On the samples "
         "of TRL's first step, our trainer's log-probabilities and gradient norm were compared with TRL's.",
         "Share without waiting: 1 - (time with nothing left to sample and rewards outstanding) / step, of the worst step. Maths: the "

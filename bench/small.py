@@ -20,6 +20,7 @@ from finback.engine.llm import LLM
 from finback.engine.runner import Runner
 from finback.model.transformer import Transformer, init_weights
 from finback.ops.attention import causal_attention
+from finback.ops.cross_entropy import linear_cross_entropy
 from finback.ops.grouped import grouped_linear
 from finback.ops.linear import linear
 from finback.ops.memory import LargePages
@@ -41,9 +42,13 @@ class Size:
     mebibytes: tuple[int, ...] = (1, 2, 4, 8, 16, 24, 32, 40, 48, 64, 128, 256)
     batches: tuple[int, int] = (1, 16)
     vocabularies: tuple[int, int] = (64, 16384)
+    heads_of: tuple[int, ...] = (2048, 16384, 131072)
+    head_rows: int = 1024
     steps: int = 64  # of the engine
     decode_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     decode_width: int = 384
+    narrow: tuple[int, ...] = (64, 128, 192, 256, 384)
+    narrow_mebibytes: int = 8
     layers: tuple[int, int] = (2, 6)  # of training
     engine_layers: tuple[int, int] = (2, 8)
     seconds: float = 0.3  # for each number
@@ -60,9 +65,13 @@ TOY: Size = Size(
     mebibytes=(1, 2),
     batches=(1, 2),
     vocabularies=(64, 128),
+    heads_of=(64, 128),
+    head_rows=8,
     steps=2,
     decode_batches=(1, 2),
     decode_width=32,
+    narrow=(16, 32),
+    narrow_mebibytes=1,
     layers=(1, 2),
     engine_layers=(1, 2),
     seconds=0.001,
@@ -73,10 +82,12 @@ def run(size: Size) -> list[Row]:
     """All of it, each the best of its repetitions."""
     keep_freed_memory()
     rows = [row for precision in DTYPES for row in _product_rows(precision, size)]
+    rows += [head_row(size, precision, vocabulary) for precision in DTYPES for vocabulary in size.heads_of]
     for mebibytes in size.mebibytes:
         read, _ = memory_rates(mebibytes << 20, size.seconds)
         rows.append(Row(f"again and again, {mebibytes} MiB, read", "gb_per_second", read))
     rows += [weights_row(size, precision, mebibytes) for precision in DTYPES for mebibytes in size.mebibytes]
+    rows += [row for precision in DTYPES for row in narrow_rows(size, precision)]
     rows += [decode_row(size, precision, batch) for precision in DTYPES for batch in size.decode_batches]
     few, many = size.vocabularies
     rows += [engine_row(size, batch, layers, few, False) for layers in size.engine_layers for batch in size.batches]
@@ -113,6 +124,25 @@ def _product_rows(precision: str, size: Size) -> list[Row]:
     rows.append(Row(f"attention {precision}, forward", "gflop_per_second", flops / forward / 1e9))
     rows.append(Row(f"attention {precision}, backward", "gflop_per_second", 2 * flops / max(both - forward, 1e-9) / 1e9))
     return rows
+
+
+def head_row(size: Size, precision: str, vocabulary: int) -> Row:
+    """The output head with its loss, forward and both gradients: logits pass through memory several times, and a large vocabulary is
+    multiplied by few rows at a time."""
+    dtype, width = DTYPES[precision], size.decode_width
+    hidden, weight = _leaf(size.head_rows, width, dtype=dtype), _leaf(vocabulary, width, dtype=torch.float32)
+    targets = torch.randint(vocabulary, (size.head_rows,))
+
+    def work() -> None:
+        linear_cross_entropy(hidden, weight, targets).backward()  # type: ignore[no-untyped-call]
+        hidden.grad = weight.grad = None
+
+    flops = 6.0 * size.head_rows * width * vocabulary
+    return Row(
+        f"head and loss {precision}, vocabulary {vocabulary}",
+        "gflop_per_second",
+        flops / best_seconds(work, size.seconds) / 1e9,
+    )
 
 
 def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -167,8 +197,26 @@ def small_model(layers: int, vocabulary: int) -> Transformer:
 def weights_row(size: Size, precision: str, mebibytes: int) -> Row:
     """How fast the engine's products of one row read so many weights, again and again: square matrices of the width of `decode_row`, as
     they lie in a model that was loaded."""
-    width, dtype, pages = size.decode_width, DTYPES[precision], LargePages()
-    count = max(1, (mebibytes << 20) // (width * width * dtype.itemsize))
+    seconds, read, _ = one_row_products(size, precision, size.decode_width, mebibytes << 20)
+    return Row(f"weights of {mebibytes} MiB, decode products {precision}, read", "gb_per_second", read / seconds / 1e9)
+
+
+def narrow_rows(size: Size, precision: str) -> list[Row]:
+    """How fast the same products read square matrices of other widths from a cache, beyond what as many products take that are too
+    small to matter: steps without work have those."""
+    tiny, _, count = one_row_products(size, precision, 16, 16 * 16 * 4 * 64)
+    rows = []
+    for width in size.narrow:
+        seconds, read, products = one_row_products(size, precision, width, size.narrow_mebibytes << 20)
+        rate = read / max(seconds - products * tiny / count, 1e-9) / 1e9
+        rows.append(Row(f"weights of width {width}, decode products {precision}, read", "gb_per_second", rate))
+    return rows
+
+
+def one_row_products(size: Size, precision: str, width: int, total: int) -> tuple[float, int, int]:
+    """The shortest time of the engine's products of one row with square matrices of so many bytes together; the bytes, and how many."""
+    dtype, pages = DTYPES[precision], LargePages()
+    count = max(1, total // (width * width * dtype.itemsize))
     weights = [pages.copy(torch.randn(width, width).to(dtype)) for _ in range(count)]
     x, output = torch.randn(1, width).to(dtype), torch.empty(1, width, dtype=dtype)
     library = kernels()
@@ -177,8 +225,7 @@ def weights_row(size: Size, precision: str, mebibytes: int) -> Row:
         work = lambda: [torch.nn.functional.linear(x, weight) for weight in weights]  # noqa: E731
     else:
         work = library.program([library.linear(x, [weight], [output]) for weight in weights])
-    read = sum(weight.nbytes for weight in weights) / best_seconds(work, size.seconds) / 1e9
-    return Row(f"weights of {mebibytes} MiB, decode products {precision}, read", "gb_per_second", read)
+    return best_seconds(work, size.seconds), sum(weight.nbytes for weight in weights), count
 
 
 def decode_row(size: Size, precision: str, batch: int) -> Row:

@@ -58,12 +58,16 @@ class SmallWork:
 
     product_shares: Curve
     expert_shares: Curve
+    head_shares: Curve
+    """By the vocabulary, of the output head with its loss: what logits cost besides their products is in it."""
     decode_shares: Curve
     """By the rows of a step, of matrices that are not narrow."""
     read_bytes_per_second: Curve
     """By the bytes that are read again and again: what fits a cache is read faster."""
     weight_bytes_per_second: Curve
     """The same of weights by products of one row, which read memory more slowly than a sum does."""
+    narrow_shares: Curve
+    """Of that rate, what square matrices of other widths reach from a cache."""
     training_layer_seconds: float
     engine_step_seconds: float
     engine_row_seconds: float
@@ -132,6 +136,12 @@ class Hardware:
         share = self.efficiencies.fp8_matmul if precision == "fp8" and self.fp8_tflops is not None else self.efficiencies.matmul
         return self.peak_flops(precision) * share
 
+    def head_flops(self, precision: Precision, vocabulary: float) -> float:
+        """The same of the output head; on measured hardware the loss is in it."""
+        if self.small_work is not None:
+            return self.peak_flops(precision) * on_curve(self.small_work.head_shares, vocabulary)
+        return self.matmul_flops(precision)
+
     def decode_flops(self, precision: Precision, rows: float) -> float:
         """The same of the engine's products for `rows` rows."""
         if self.small_work is not None:
@@ -152,6 +162,10 @@ class Hardware:
     def weight_bytes_per_second(self, touched: float) -> float:
         """The same of weights in decoding."""
         return self.bytes_per_second if self.small_work is None else on_curve(self.small_work.weight_bytes_per_second, touched)
+
+    def narrow_share(self, parameters: float) -> float:
+        """Of `weight_bytes_per_second`, what a product with so many parameters reaches: a small one ends before memory is busy."""
+        return 1.0 if self.small_work is None else on_curve(self.small_work.narrow_shares, parameters**0.5)
 
     @property
     def memory_bytes(self) -> float:

@@ -65,10 +65,10 @@ def per_token(c: ModelConfig, hardware: Hardware, layout: Layout, precision: Pre
     moe_layers = c.num_moe_layers + (mtp if c.n_routed_experts else 0)
     product = product_seconds(c, hardware, precision, layers, moe_layers, uneven)
     head_precision: Precision = "fp32" if precision == "fp32" else "bf16"
-    head = 2.0 * (1 + mtp) * s.embedding / hardware.matmul_flops(head_precision, min(c.hidden_size, c.vocab_size))
+    head = 2.0 * (1 + mtp) * s.embedding / hardware.head_flops(head_precision, c.vocab_size)
     core = layers * attention_core_flops(c, (sequence_length + 1) / 2) / hardware.peak_flops(head_precision)
     traffic = layers * elementwise_bytes(c, precision) / hardware.bytes_per_second
-    logits = 4.0 * (1 + mtp) * c.vocab_size * 2 / hardware.bytes_per_second
+    logits = 0.0 if hardware.small_work else 4.0 * (1 + mtp) * c.vocab_size * 2 / hardware.bytes_per_second
     again = {
         "none": 0.0,
         "selective": 2.0 * layers * s.attention_expand / hardware.matmul_flops(precision) + 0.25 * traffic,

@@ -11,8 +11,9 @@ _GIB = 2**30
 
 
 def needed_bytes(config: GRPOConfig, model: ModelConfig, longest: int, micro_batch_tokens: int, beside: int = 0) -> int:
-    """Weights, gradients, moments, activations of one micro-batch, the reference, and `beside` bytes of other models; `longest` is
-    prompt and sample together, in tokens. The engine's cache is not counted: it takes what is left, up to its own limit."""
+    """Weights, gradients, moments, activations of one micro-batch, the reference, a copy to sample with, and `beside` bytes of other
+    models; `longest` is prompt and sample together, in tokens. The engine's cache is not counted: it takes what is left, up to its
+    own limit."""
     width = max(longest, model.num_nextn_predict_layers + 1)
     rows = max(1, micro_batch_tokens // width)
     training = PretrainConfig(
@@ -25,7 +26,8 @@ def needed_bytes(config: GRPOConfig, model: ModelConfig, longest: int, micro_bat
         precision=config.precision,
     )
     estimate = estimate_memory(training)
-    return estimate.on_device + (estimate.parameters if config.beta else 0) + beside
+    sampling = 2 * count_params(model).total if config.rollout_precision == "bf16" else 0
+    return estimate.on_device + (estimate.parameters if config.beta else 0) + sampling + beside
 
 
 def critic_bytes(model: ModelConfig) -> int:

@@ -38,7 +38,9 @@ from finback.rl.session import (
     new_policy,
     prune_references,
     refresh_reference,
+    refresh_sampling,
     resolve_config,
+    sampling_model,
     write_run_config,
 )
 from finback.rl.train import MOST_NONFINITE
@@ -151,7 +153,7 @@ def ppo(config: PPOConfig, directory: str | Path, *, resume: bool = False) -> Pa
                 notes.append(f"continuing {run} after step {state.progress.step}")
             notes += tell_skipped(skipped or [])
             llm = LLM(
-                model=state.model,
+                model=sampling_model(config, state.model),
                 tokenizer=tokenizer,
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=max(1024, config.max_num_seqs),
@@ -188,6 +190,7 @@ def train(
 
         # sample and score
         llm.reset_prefix_cache()
+        refresh_sampling(llm.model, state.model)
         prompts = state.stream.next_batch(config.prompts_per_step)
         rollout = roll_out(llm, pool, prompts, config.num_generations, params, seed=config.seed, step=step)
 

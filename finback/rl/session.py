@@ -146,6 +146,20 @@ def _policy(directory: Path, config: GRPOConfig, stream: PromptStream, device: t
     return new_state(model, stream, moments_dtype="fp32", ema_decay=None)
 
 
+def sampling_model(config: GRPOConfig, policy: Transformer) -> Transformer:
+    """What the engine samples with: the policy itself, or a copy in bf16 that `refresh_sampling` fills before each rollout."""
+    if config.rollout_precision == "fp32":
+        return policy
+    device = policy.lm_head.weight.device
+    return load(config.model, dtype=torch.bfloat16, device=device).requires_grad_(False)
+
+
+def refresh_sampling(sampling: Transformer, policy: Transformer) -> None:
+    """The policy's weights and router biases into what the engine samples with, if that is a copy."""
+    if sampling is not policy:
+        sampling.load_state_dict(policy.state_dict())
+
+
 def reference_directory(run: Path, step: int) -> Path:
     return run / REFERENCES / f"step-{step}"
 

@@ -39,7 +39,9 @@ from finback.rl.session import (
     new_policy,
     prune_references,
     refresh_reference,
+    refresh_sampling,
     resolve_config,
+    sampling_model,
     write_run_config,
 )
 from finback.rl.update import learning_rate, update
@@ -99,7 +101,7 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
             notes += tell_skipped(skipped or [])
             judges = load_model_rewards(config.reward_model, device, names)
             llm = LLM(
-                model=state.model,
+                model=sampling_model(config, state.model),
                 tokenizer=tokenizer,
                 max_num_seqs=config.max_num_seqs,
                 max_num_batched_tokens=max(1024, config.max_num_seqs),
@@ -146,6 +148,7 @@ def train(
 
         # sample, and score what is finished meanwhile; cached rows are of the weights of the last step
         llm.reset_prefix_cache()
+        refresh_sampling(llm.model, state.model)
         prompts = state.stream.next_batch(config.prompts_per_step)
         rollout = roll_out(llm, pool, prompts, config.num_generations, params, seed=config.seed, step=step)
         add_model_scores(rollout.completions, judges)

@@ -96,7 +96,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_generations=2,
         new_tokens=4,
         longest=4,
-        precisions=("fp32",),
+        precisions=(("fp32", "fp32"), ("fp32", "bf16")),
         warm_up=0,
         turns=1,
         separate=grpo_peer.is_installed(),  # two of TRL's trainers cannot share a process
@@ -192,8 +192,9 @@ def test_every_target_of_the_project_has_a_row(results: Path):
     if grpo.isolation_is_there():
         expected |= {("GRPO step, code in the sandbox: share without waiting for rewards", None): 0.95}
     if grpo.is_installed():
-        expected |= {("GRPO step, V3, fp32", peer.replace("transformers", "TRL")): 4.0 for peer in SETTINGS}
-        expected |= {("GRPO step, SmolLM2-135M, fp32", "TRL"): 3.0}
+        for sampled in ("", ", sampled in bf16"):
+            expected |= {(f"GRPO step, V3, fp32{sampled}", peer.replace("transformers", "TRL")): 4.0 for peer in SETTINGS}
+            expected |= {(f"GRPO step, SmolLM2-135M, fp32{sampled}", "TRL"): 3.0}
     assert targets == expected  # the toy has no batch of 16 or 32, no llama.cpp and no prompt of 4,096 tokens
 
 

@@ -20,5 +20,7 @@ def test_the_planner_reads_what_the_benchmark_writes(tmp_path: Path) -> None:
         assert [width for width, _ in row.small_work.expert_shares] == widths
         assert [rows for rows, _ in row.small_work.decode_shares] == list(small.TOY.decode_batches)
         assert [size for size, _ in row.small_work.read_bytes_per_second] == [m * 2**20 for m in small.TOY.mebibytes]
+        assert [vocabulary for vocabulary, _ in row.small_work.head_shares] == list(small.TOY.heads_of)
+        assert [width for width, _ in row.small_work.narrow_shares] == list(small.TOY.narrow)
         assert row.efficiencies.attention_forward > 0
         assert row.small_work.training_layer_seconds != 0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finback.config import InputError
+from finback.config import InputError, count_params
 from finback.presets import tiny
 from finback.rl.config import GRPOConfig
 from finback.rl.memory import check_memory, needed_bytes
@@ -16,6 +16,8 @@ def test_the_reference_costs_a_model_and_smaller_batches_less():
     config = GRPOConfig(model="", beta=0.0)
     whole = needed_bytes(config, MODEL, 512, 8192)
     assert needed_bytes(GRPOConfig(model="", beta=0.1), MODEL, 512, 8192) - whole >= 4 * 8_000_000
+    sampled = needed_bytes(GRPOConfig(model="", beta=0.0, rollout_precision="bf16"), MODEL, 512, 8192)
+    assert sampled - whole == 2 * count_params(MODEL).total
     assert needed_bytes(config, MODEL, 512, 1024) < whole
     assert check_memory(config, MODEL, 512, CPU, whole) == whole
     assert check_memory(config, MODEL, 512, CPU, None) == whole

@@ -19,7 +19,7 @@ from finback.rl.batch import Batch, cut_batches, sample_log_probs
 from finback.rl.config import GRPOConfig
 from finback.rl.prompts import Prompt, read_prompts
 from finback.rl.report import write_report
-from finback.rl.rollout import Completion
+from finback.rl.rollout import Completion, roll_out
 from finback.rl.session import PromptStream, minibatch_order, read_run_config
 from finback.rl.train import grpo
 from finback.rl.update import learning_rate
@@ -64,8 +64,9 @@ def test_the_reward_rises(tmp_path, model):
             "replay_experts": True,
         },
         {"reward_model": ("judge:0.1",), "freeze_mtp": True},
+        {"rollout_precision": "bf16", "max_logprob_gap": 0.05},
     ],
-    ids=["plain", "reference", "reward-model"],
+    ids=["plain", "reference", "reward-model", "sampled in bf16"],
 )
 def test_a_resumed_run_is_bitwise_the_run_that_was_not_interrupted(tmp_path, changes):
     if "reward_model" in changes:
@@ -107,6 +108,29 @@ def test_trainer_and_engine_agree_in_fp32(tmp_path):
     grpo(grpo_config(tmp_path), tmp_path / "run")
     for row in read_metrics(tmp_path / "run" / "metrics.jsonl"):
         assert row["logprob_gap"] < 1e-5
+
+
+@pytest.mark.parametrize("model", [None, dense()], ids=["v3", "qwen3"])
+def test_a_rollout_in_bf16_is_of_the_weights_of_its_step(tmp_path, model, monkeypatch):
+    """The engine's model holds the policy's weights, rounded, whenever it samples; the policy itself stays in float32."""
+    seen = []
+
+    def spied(llm, *arguments, **settings):
+        seen.append({name: tensor.clone() for name, tensor in llm.model.state_dict().items()})
+        return roll_out(llm, *arguments, **settings)
+
+    monkeypatch.setattr("finback.rl.train.roll_out", spied)
+    config = grpo_config(tmp_path, model=model, steps=3, save_every=1, keep_checkpoints=0, lr=1e-2, bias_update_speed=0.01)
+    grpo(replace(config, rollout_precision="bf16", max_logprob_gap=0.05), tmp_path / "run")
+    policies = [tmp_path / "model", *(tmp_path / "run" / "checkpoints" / f"step-{step}" for step in (1, 2))]
+    assert len(seen) == 3
+    for directory, sampled in zip(policies, seen, strict=True):
+        policy = finback.load(directory, dtype=torch.float32)
+        assert {tensor.dtype for name, tensor in policy.named_parameters()} == {torch.float32}
+        for name, tensor in policy.state_dict().items():
+            assert torch.equal(tensor.to(sampled[name].dtype), sampled[name]), (directory, name)
+    assert any(not torch.equal(seen[0][name], seen[2][name]) for name in seen[0])
+    assert all(0 < row["logprob_gap"] < 0.05 for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
 def test_a_gap_above_the_limit_stops_the_run_and_says_why(tmp_path):
