@@ -127,22 +127,24 @@ def _product_rows(precision: str, size: Size) -> list[Row]:
 
 
 def head_row(size: Size, precision: str, vocabulary: int) -> Row:
-    """The output head with its loss, forward and both gradients: logits pass through memory several times, and a large vocabulary is
-    multiplied by few rows at a time."""
+    """The output head with its loss, forward and both gradients, beside the same by torch's linear and cross_entropy, which holds all
+    logits at once."""
     dtype, width = DTYPES[precision], size.decode_width
     hidden, weight = _leaf(size.head_rows, width, dtype=dtype), _leaf(vocabulary, width, dtype=torch.float32)
     targets = torch.randint(vocabulary, (size.head_rows,))
 
-    def work() -> None:
-        linear_cross_entropy(hidden, weight, targets).backward()  # type: ignore[no-untyped-call]
-        hidden.grad = weight.grad = None
+    def rate(loss: Callable[[], Tensor]) -> float:
+        def work() -> None:
+            loss().backward()
+            hidden.grad = weight.grad = None
 
-    flops = 6.0 * size.head_rows * width * vocabulary
-    return Row(
-        f"head and loss {precision}, vocabulary {vocabulary}",
-        "gflop_per_second",
-        flops / best_seconds(work, size.seconds) / 1e9,
-    )
+        return 6.0 * size.head_rows * width * vocabulary / best_seconds(work, size.seconds) / 1e9
+
+    ours = rate(lambda: linear_cross_entropy(hidden, weight, targets))
+    logits = lambda: torch.nn.functional.linear(hidden, weight.to(dtype)).float()  # noqa: E731
+    theirs = rate(lambda: torch.nn.functional.cross_entropy(logits(), targets, reduction="sum"))
+    name = f"head and loss {precision}, vocabulary {vocabulary}"
+    return Row(name, "gflop_per_second", ours, None, "torch's linear and cross_entropy", theirs)
 
 
 def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -7,14 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finback.ops.linear import rows_times, sum_of_outer
+from finback.ops.linear import add_sum_of_outer, rows_times
 from finback.ops.native.build import training_kernels_for
 from finback.ops.precision import wide
 
 _CHUNK_ELEMENTS = 1 << 21  # logits alive at a time: few enough for a shared cache, enough for few sums over chunks
-_CHUNK_ROWS = (
-    256  # at least, however large the vocabulary: with fewer, summing the head's gradient over chunks costs what its product does
-)
+_CHUNK_ROWS = 256  # at least, however large the vocabulary: with fewer, adding up the head's gradient costs what its product does
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
@@ -52,7 +50,7 @@ def _loss_and_gradients(
             if grad_hidden is not None:
                 rows_times(logits, matrix, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
-                grad_weight += sum_of_outer(logits, part)
+                add_sum_of_outer(grad_weight, logits, part)
     return total, grad_hidden, grad_weight
 
 
@@ -124,7 +122,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 if grad_hidden is not None:
                     rows_times(logits, matrix, out=grad_hidden[rows])
                 if grad_weight is not None:
-                    grad_weight += sum_of_outer(logits, hidden[rows])
+                    add_sum_of_outer(grad_weight, logits, hidden[rows])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None
 
 

@@ -6,6 +6,7 @@ the last bits, as between any two libraries.
 """
 
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 _LARGE = 1 << 16  # elements of a matrix from which reading it, not starting to, is what takes the time
 _FEW_ROWS = 64  # below these, starting a product in oneDNN takes longer than MKL's whole product
 _FEW_SUMMED_ROWS = 256  # the same for a product that sums over rows
+_COLUMNS = 4096  # of a wide product that are computed at a time: what comes out is then moved on from a cache
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -53,10 +55,22 @@ class _Linear(torch.autograd.Function):
 
 def rows_times(rows: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
     """rows [M, P] times matrix [P, Q] -> [M, Q], in `out` if given; the matrix may be a transposed view."""
-    if rows.shape[0] >= _FEW_ROWS and rows.shape[1] > 0 and prefers_onednn(rows, matrix):
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, matrix.t(), None, "none", [], "")
-        return product if out is None else out.copy_(product)
-    return torch.mm(rows, matrix, out=out)
+    if rows.shape[0] < _FEW_ROWS or rows.shape[1] == 0 or not prefers_onednn(rows, matrix):
+        return torch.mm(rows, matrix, out=out)
+    if out is None:
+        return _onednn_times(rows, matrix)
+    for columns in _parts(matrix.shape[1]):  # oneDNN is not told where to write
+        out[:, columns] = _onednn_times(rows, matrix[:, columns])
+    return out
+
+
+def _onednn_times(rows: Tensor, matrix: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, matrix.t(), None, "none", [], "")
+    return product
+
+
+def _parts(width: int) -> Iterator[slice]:
+    return (slice(start, start + _COLUMNS) for start in range(0, width, _COLUMNS))
 
 
 def sum_of_outer(left: Tensor, right: Tensor) -> Tensor:
@@ -74,6 +88,15 @@ def sum_of_outer(left: Tensor, right: Tensor) -> Tensor:
         weight_gradient: Tensor = gradient.view(left.shape[1], -1)
         return weight_gradient
     return torch.mm(left.t(), right)
+
+
+def add_sum_of_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total [P, Q] += `sum_of_outer(left, right)`. On a CPU a wide `left`, such as the gradient of logits, is taken by its columns."""
+    if left.device.type != "cpu" or left.shape[1] <= _COLUMNS:
+        total += sum_of_outer(left, right)
+        return
+    for columns in _parts(left.shape[1]):
+        total[columns] += torch.mm(left[:, columns].t(), right)
 
 
 def prefers_onednn(*operands: Tensor) -> bool:

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from finback.ops import linear as module
 from finback.ops.grouped import grouped_linear, grouped_linear_loop
-from finback.ops.linear import linear, rows_times, sum_of_outer
+from finback.ops.linear import add_sum_of_outer, linear, rows_times, sum_of_outer
 from tests.ops.rule import assert_repeatable, outputs_and_gradients
 
 # rows, inputs, outputs: below and above both thresholds, and sizes that divide by nothing
@@ -41,6 +41,21 @@ def test_products_equal_those_in_float64(shape: tuple[int, int, int]) -> None:
     out = torch.full((rows, outputs), float("nan"))
     rows_times(x, weight.t(), out=out)
     assert_equal(out, x.double() @ weight.double().t())
+
+
+@pytest.mark.parametrize("outputs", [5, 4096, 4097, 9000])
+def test_wide_products_by_parts_equal_those_in_float64(outputs: int) -> None:
+    x, weight, grad = torch.randn(70, 12), torch.randn(outputs, 12), torch.randn(70, outputs)
+    out = torch.full((70, outputs), float("nan"))
+    assert rows_times(x, weight.t(), out=out) is out
+    assert_equal(out, x.double() @ weight.double().t())
+    total = torch.randn(outputs, 12)
+    before = total.double()
+    add_sum_of_outer(total, grad, x)
+    assert_equal(total, before + grad.double().t() @ x.double())
+    low = torch.zeros(outputs, 12)  # of bfloat16, what is added is rounded, and the sum is not
+    add_sum_of_outer(low, grad.bfloat16(), x.bfloat16())
+    assert torch.equal(low, torch.mm(grad.bfloat16().t(), x.bfloat16()).float())
 
 
 def test_products_take_views() -> None:
