@@ -5,14 +5,16 @@ Each is measured on shapes of its own, through the functions that the training s
 compared with is among them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from bench.ceilings import DTYPES, best_seconds, memory_rates
+from bench.peers import our_model
 from bench.results import Row
+from bench.train import training_step
 from finback.config import ModelConfig
 from finback.engine.batch import Chunk
 from finback.engine.config import SamplingParams
@@ -25,6 +27,7 @@ from finback.ops.grouped import grouped_linear
 from finback.ops.linear import linear
 from finback.ops.memory import LargePages
 from finback.ops.native.build import kernels
+from finback.planner.measured import CALIBRATED_CONTEXT, CALIBRATED_SEQUENCE, CALIBRATION
 from finback.train.losses import accumulate_gradients
 from finback.train.optimizer import adamw_update, gradient_norm, init_adam_state
 from finback.train.session import keep_freed_memory
@@ -50,6 +53,7 @@ class Size:
     narrow: tuple[int, ...] = (64, 128, 192, 256, 384)
     narrow_mebibytes: int = 8
     layers: tuple[int, int] = (2, 6)  # of training
+    calibration: tuple[int, int] = (8, 48)  # sequences of a training step, and least tokens that the engine writes
     engine_layers: tuple[int, int] = (2, 8)
     seconds: float = 0.3  # for each number
 
@@ -73,6 +77,7 @@ TOY: Size = Size(
     narrow=(16, 32),
     narrow_mebibytes=1,
     layers=(1, 2),
+    calibration=(1, 2),
     engine_layers=(1, 2),
     seconds=0.001,
 )
@@ -92,7 +97,8 @@ def run(size: Size) -> list[Row]:
     few, many = size.vocabularies
     rows += [engine_row(size, batch, layers, few, False) for layers in size.engine_layers for batch in size.batches]
     rows += [engine_row(size, size.batches[1], size.engine_layers[0], many, sampled) for sampled in (False, True)]
-    return rows + [training_row(size, layers) for layers in size.layers]
+    rows += [training_row(size, layers) for layers in size.layers]
+    return rows + [row for precision in DTYPES for row in calibration_rows(size, precision)]
 
 
 def notes() -> list[str]:
@@ -256,23 +262,22 @@ def decode_row(size: Size, precision: str, batch: int) -> Row:
 def engine_row(size: Size, batch: int, layers: int, vocabulary: int, sampled: bool) -> Row:
     """Milliseconds of one step of the engine with `batch` requests."""
     llm = LLM(model=small_model(layers, vocabulary), max_num_seqs=batch)
-    temperature = 1.0 if sampled else 0.0
-    params = {
-        steps: SamplingParams(temperature=temperature, max_tokens=steps, ignore_eos=True)
-        for steps in (size.steps, 2 * size.steps)
-    }
     prompts = [[1 + number % 50] for number in range(batch)]
-
-    def generate(steps: int) -> None:
-        llm.reset_prefix_cache()
-        llm.generate(prompts, params[steps])
-
-    # Twice as many steps less as many: the call's own beginning and end, and the prompts, cancel.
-    seconds = [best_seconds(lambda steps=steps: generate(steps), size.seconds) for steps in params]  # type: ignore[misc]
-    each = (seconds[1] - seconds[0]) / size.steps
+    each = engine_step_seconds(llm, prompts, size.steps, size.seconds, 1.0 if sampled else 0.0)
     way = "sampled" if sampled else "greedy"
     name = f"engine step without work, {batch} requests, {layers} layers, vocabulary {vocabulary}, {way}"
     return Row(name, "milliseconds", 1e3 * each)
+
+
+def engine_step_seconds(llm: LLM, prompts: Sequence[list[int]], steps: int, least_seconds: float, temperature: float) -> float:
+    """Of one step with all prompts: twice as many less as many, so that the call's own beginning and end, and the prompts, cancel."""
+
+    def generate(count: int) -> None:
+        llm.reset_prefix_cache()
+        llm.generate(prompts, SamplingParams(temperature=temperature, max_tokens=count, ignore_eos=True))
+
+    twice, once = (best_seconds(lambda count=count: generate(count), least_seconds) for count in (2 * steps, steps))  # type: ignore[misc]
+    return (twice - once) / steps
 
 
 def training_row(size: Size, layers: int) -> Row:
@@ -293,3 +298,21 @@ def training_row(size: Size, layers: int) -> Row:
             parameter.grad = None
 
     return Row(f"training step without work, {layers} layers", "milliseconds", 1e3 * best_seconds(step, size.seconds))
+
+
+def calibration_rows(size: Size, precision: str) -> list[Row]:
+    """Whole steps of a model of V3's kind that is compared with nothing: what they take beyond the planner's formulas."""
+    sequences, least = size.calibration
+    generator = torch.Generator().manual_seed(1)
+    shape = (sequences, CALIBRATED_SEQUENCE + 1)
+    step = training_step(CALIBRATION, precision, lambda: torch.randint(CALIBRATION.vocab_size, shape, generator=generator))
+    name = f"training step of the calibration's model {precision}, {sequences * CALIBRATED_SEQUENCE} tokens"
+    rows = [Row(name, "milliseconds", 1e3 * best_seconds(lambda: step(None), size.seconds))]
+    model = our_model(CALIBRATION, DTYPES[precision])
+    for batch in size.batches:
+        llm = LLM(model=model, max_num_seqs=batch)
+        length = CALIBRATED_CONTEXT - 3 * least // 2  # so that the steps that are timed have this context in the middle
+        prompts = [[1 + (7 * number + place) % 999 for place in range(length)] for number in range(batch)]
+        seconds = engine_step_seconds(llm, prompts, least, size.seconds, 0.0)
+        rows.append(Row(f"decode step of the calibration's model {precision}, {batch} rows", "milliseconds", 1e3 * seconds))
+    return rows

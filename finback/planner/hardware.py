@@ -68,6 +68,11 @@ class SmallWork:
     """The same of weights by products of one row, which read memory more slowly than a sum does."""
     narrow_shares: Curve
     """Of that rate, what square matrices of other widths reach from a cache."""
+    mixture_training: float
+    """Of the rates above, what a training step of a model with latent attention and experts reaches: its many passes over small tensors
+    (routing, gathers, casts, norms) are in no other row."""
+    mixture_decoding: Curve
+    """The same of a step of the engine, by its rows."""
     training_layer_seconds: float
     engine_step_seconds: float
     engine_row_seconds: float
@@ -147,6 +152,14 @@ class Hardware:
         if self.small_work is not None:
             return self.peak_flops(precision) * on_curve(self.small_work.decode_shares, rows)
         return self.matmul_flops(precision)
+
+    def busy(self, experts: bool) -> float:
+        """The share of kernel time in all time, idle times that are counted apart left out; `experts`: of a model that has some."""
+        return self.efficiencies.busy * (self.small_work.mixture_training if self.small_work and experts else 1.0)
+
+    def busy_decoding(self, experts: bool, rows: float) -> float:
+        """The same of a decode step."""
+        return self.efficiencies.busy * (on_curve(self.small_work.mixture_decoding, rows) if self.small_work and experts else 1.0)
 
     @property
     def bytes_per_second(self) -> float:

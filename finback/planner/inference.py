@@ -196,7 +196,8 @@ def decode_step(
     weights, cache = (2 * half_weights, 2 * half_cache) if overlapped else (whole_weights, cache)
     kernels = min(plain, halved) if batch > 1 else plain
     draft = kernels / max(1, c.num_hidden_layers) if mtp_acceptance else 0.0
-    step = (kernels + draft) / hardware.efficiencies.busy + _engine_seconds(c, hardware, rows, greedy)
+    busy = hardware.busy_decoding(c.n_routed_experts > 0, rows)
+    step = (kernels + draft) / busy + _engine_seconds(c, hardware, rows, greedy)
     tpot = step / (1 + mtp_acceptance)
     return DecodeStep(
         batch=batch,
@@ -331,7 +332,7 @@ def prefill(c: ModelConfig, hardware: Hardware, unit: Unit, precision: Precision
         exchange += moved / (hardware.need("scale_up_gb_per_second") * GIGA * hardware.efficiencies.network)
     compute = products + attention + elementwise
     total = max(compute + exchange * hardware.efficiencies.communication_cores, exchange)
-    busy = hardware.efficiencies.busy
+    busy = hardware.busy(c.n_routed_experts > 0)
     rate = busy / total / unit.sharing
     return Prefill(
         products_us=1e6 * products,

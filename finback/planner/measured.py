@@ -2,17 +2,46 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finback.config import InputError
+from finback.config import InputError, ModelConfig
 from finback.planner.hardware import GIGA, Curve, Efficiencies, Hardware, Precision, SmallWork, find_hardware
+from finback.planner.inference import Unit, decode_step
+from finback.planner.layout import Layout
+from finback.planner.model import WEIGHT_BYTES
+from finback.planner.step import step_time
 
 _NOTE = (
     "measured on this machine, each on shapes of its own: products by their width, experts', attention at 256 tokens, reads by what "
-    "fits a cache, of weights by products of one row, steps without work; memory and busy 1, for the rates are those that were "
-    "reached and overhead is counted apart"
+    "fits a cache, of weights by products of one row, heads by their vocabulary, steps without work; memory and busy 1, for the rates "
+    "are those that were reached and overhead is counted apart; what steps of a model of V3's kind, of a shape of its own, reach of "
+    "all that holds for every model with experts"
 )
+
+CALIBRATION = ModelConfig(
+    vocab_size=3072,
+    hidden_size=320,
+    intermediate_size=800,
+    moe_intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=5,
+    n_routed_experts=12,
+    num_experts_per_tok=3,
+    n_shared_experts=1,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+    q_lora_rank=160,
+    kv_lora_rank=96,
+    qk_nope_head_dim=48,
+    qk_rope_head_dim=16,
+    v_head_dim=48,
+    max_position_embeddings=2048,
+    initializer_range=0.02,
+)
+"""A model of V3's kind, of a shape of its own: what its steps take beyond the formulas is taken over for others."""
+CALIBRATED_SEQUENCE, CALIBRATED_CONTEXT = 256, 128  # tokens
 
 
 @dataclass(frozen=True)
@@ -59,9 +88,9 @@ def measured(path: Path, precision: Precision = "bf16") -> Hardware:
 
 
 def _row(found: Ceilings, precision: Precision) -> Hardware:
-    kind = "fp32" if precision == "fp32" else "bf16"
+    kind: Precision = "fp32" if precision == "fp32" else "bf16"
     peak = found.largest(f"^(matmul|1x1 convolution) {kind} ")
-    return Hardware(
+    row = Hardware(
         name="measured",
         title=f"this machine, {found.cores} cores",
         memory_gb=found.memory_total_bytes / GIGA,
@@ -86,6 +115,25 @@ def _row(found: Ceilings, precision: Precision) -> Hardware:
         exchange_latency_us=0.0,
         small_work=_small_work(found, kind, peak),
     )
+    return _calibrated(row, found, kind)
+
+
+def _calibrated(row: Hardware, found: Ceilings, precision: Precision) -> Hardware:
+    """`row` with the shares that steps of the calibration's model reach of its rates."""
+    assert row.small_work is not None
+    (tokens, milliseconds), *_ = found.curve(rf"^training step of the calibration's model {precision}, (\d+) tokens")
+    layout = Layout(1, recompute="none", micro_batch_size=int(tokens) // CALIBRATED_SEQUENCE)
+    step = step_time(CALIBRATION, row, layout, precision, CALIBRATED_SEQUENCE, layout.micro_batch_size)
+    training = step.compute_seconds / max(1e-9, milliseconds / 1e3 - (step.seconds - step.compute_seconds))
+    decoding = []
+    for rows, milliseconds in found.curve(rf"^decode step of the calibration's model {precision}, (\d+) rows"):
+        value = WEIGHT_BYTES[precision]
+        decode = decode_step(
+            CALIBRATION, row, Unit(), precision, int(rows), CALIBRATED_CONTEXT, cache_value_bytes=value, greedy=True
+        )
+        decoding.append((rows, (decode.tpot_ms - decode.idle_ms) / max(1e-6, milliseconds - decode.idle_ms)))
+    small = replace(row.small_work, mixture_training=training, mixture_decoding=tuple(decoding))
+    return replace(row, small_work=small)
 
 
 def _small_work(found: Ceilings, kind: str, peak: float) -> SmallWork:
@@ -120,6 +168,8 @@ def _small_work(found: Ceilings, kind: str, peak: float) -> SmallWork:
             (size * 2**20, rate * GIGA) for size, rate in found.curve(rf"^weights of (\d+) MiB, decode products {kind}, read")
         ),
         narrow_shares=tuple((width, rate / narrow[-1][1]) for width, rate in narrow),
+        mixture_training=1.0,
+        mixture_decoding=((1.0, 1.0),),
         training_layer_seconds=(long - short) / (more - fewer) / 1e3,
         engine_step_seconds=none[0] - depths[0] * layer,
         engine_row_seconds=each[0] - depths[0] * layer_row,

@@ -97,7 +97,7 @@ def plan_rl(
     seen = tokens + outputs * recipe.prompt_tokens
     length = int(recipe.mean_tokens + recipe.prompt_tokens)
     forward = per_token(c, hardware, layout, precision, length)
-    reference = seen * (forward.forward + forward.all_to_all) / devices / hardware.efficiencies.busy * layout.tp
+    reference = seen * (forward.forward + forward.all_to_all) / devices / hardware.busy(c.n_routed_experts > 0) * layout.tp
     rows = max(1, round(recipe.batch_size / layout.dp)) * layout.dp
     check_layout(c, layout, rows)
     trained = _training(c, hardware, layout, free, precision, length, rows)

@@ -186,7 +186,7 @@ def _simulated(name: ScheduleName, pp: int, microbatches: int, costs: Costs) -> 
 def step_time(
     c: ModelConfig, hardware: Hardware, layout: Layout, precision: Precision, sequence_length: int, global_batch_size: int
 ) -> Step:
-    """One step of `global_batch_size` sequences. `hardware.efficiencies.busy` stretches all kernel time alike."""
+    """One step of `global_batch_size` sequences. `hardware.busy` stretches all kernel time alike."""
     times = per_token(c, hardware, layout, precision, sequence_length)
     tokens = layout.micro_batch_size * sequence_length
     microbatches = global_batch_size // (layout.dp * layout.micro_batch_size)
@@ -203,7 +203,7 @@ def step_time(
         # While all-to-all runs it takes its share of the cores from the products; whichever side is longer sets the time.
         pair = max(compute + 2 * exchange * hardware.efficiencies.communication_cores, 2 * exchange)
         hidden = compute + 2 * exchange - pair
-    busy = hardware.efficiencies.busy
+    busy = hardware.busy(c.n_routed_experts > 0)
     costs = Costs(
         forward=(forward + exchange) * scale / busy,
         backward_input=(backward_input + exchange) * scale / busy,

@@ -12,7 +12,7 @@ from finback.config import InputError, ModelConfig
 from finback.planner.hardware import HARDWARE, ROWS, Curve, find_hardware, on_curve
 from finback.planner.inference import Unit, decode_step, plain_parameters, plain_products
 from finback.planner.layout import Layout
-from finback.planner.measured import hardware_of, measured
+from finback.planner.measured import CALIBRATION, hardware_of, measured
 from finback.planner.model import shape
 from finback.planner.own_results import measured_rows
 from finback.planner.step import step_time
@@ -122,9 +122,24 @@ def test_measured_hardware_is_what_the_benchmark_found() -> None:
         assert row.narrow_share(384 * 4096) == 1.0
 
 
-@pytest.mark.parametrize("c", [COMPARED, SMOLLM2, PRESETS["v3-671b"].model], ids=["compared", "smollm2", "v3"])
+@pytest.mark.parametrize("c", [COMPARED, SMOLLM2, MODELS["v3-671b"]], ids=["compared", "smollm2", "v3"])
 def test_the_products_of_a_step_are_all_its_matrices(c: ModelConfig) -> None:
     assert sum(parameters for parameters, _ in plain_products(c)) == plain_parameters(c)
+
+
+def test_the_calibrations_model_is_predicted_as_it_was_measured() -> None:
+    """What its steps take beyond the formulas is known of no other model, and of this one exactly; dense models take none of it."""
+    found = {row["name"]: row.get("milliseconds") for row in json.loads(CEILINGS.read_text())["rows"]}
+    for precision, value in (("bf16", 2.0), ("fp32", 4.0)):
+        row = measured(CEILINGS, precision)
+        layout = Layout(1, recompute="none", micro_batch_size=8)
+        step = step_time(CALIBRATION, row, layout, precision, 256, 8)
+        assert 1e3 * step.seconds == pytest.approx(found[f"training step of the calibration's model {precision}, 2048 tokens"])
+        for rows in (1, 16):
+            decode = decode_step(CALIBRATION, row, Unit(), precision, rows, 128, cache_value_bytes=value, greedy=True)
+            told = found[f"decode step of the calibration's model {precision}, {rows} rows"]
+            assert decode.tpot_ms == pytest.approx(told)
+        assert row.busy(experts=False) == row.busy_decoding(False, 1) == 1.0
 
 
 def test_small_products_read_more_slowly() -> None:
@@ -156,7 +171,8 @@ def test_experts_of_other_steps_push_an_expert_out_of_a_cache() -> None:
 
     def weights(curve: Curve, batch: int) -> float:
         row = replace(
-            measured(CEILINGS, "fp32"), small_work=replace(small, decode_shares=products, weight_bytes_per_second=curve)
+            measured(CEILINGS, "fp32"),
+            small_work=replace(small, decode_shares=products, weight_bytes_per_second=curve, narrow_shares=((1.0, 1.0),)),
         )
         return decode_step(model, row, Unit(), "fp32", batch, 1).weights_ms
 
@@ -196,7 +212,9 @@ def test_a_data_sheet_has_no_overheads() -> None:
 
 
 def test_overheads_and_narrow_products_slow_a_small_model_down() -> None:
-    row = measured(CEILINGS)
+    found = measured(CEILINGS)
+    assert found.small_work is not None
+    row = replace(found, small_work=replace(found.small_work, mixture_training=1.0))
     assert row.small_work is not None
     free = replace(
         row,
