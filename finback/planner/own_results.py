@@ -16,6 +16,7 @@ from finback.planner.hardware import Hardware, Precision
 from finback.planner.inference import Unit, decode_step, prefill
 from finback.planner.layout import Layout
 from finback.planner.measured import measured
+from finback.planner.model import WEIGHT_BYTES
 from finback.planner.step import per_token, step_time
 from finback.planner.yardsticks import COMPARED, SMOLLM2, Row, told
 
@@ -121,18 +122,22 @@ def _engine(hardware: Hardware) -> Iterator[Prediction]:
 
 
 def _grpo(hardware: Mapping[Precision, Hardware]) -> Iterator[Prediction]:
-    """Sampling with the trainer's own float32 weights; then forward and backward, in which the backward makes the logits again."""
-    length, fp32 = _GRPO_PROMPT + _GRPO_NEW, hardware["fp32"]
+    """Sampling with the trainer's own float32 weights, or with a copy in bf16; then forward and backward, in which the backward makes
+    the logits again."""
+    length = _GRPO_PROMPT + _GRPO_NEW
     layout = Layout(1, recompute="none", micro_batch_size=_GRPO_SAMPLES)
+    ways: tuple[tuple[Precision, Precision], ...] = (("bf16", "fp32"), ("fp32", "fp32"), ("bf16", "bf16"))
     for title, c in (("V3", replace(COMPARED, vocab_size=_VOCABULARY)), ("SmolLM2-135M", SMOLLM2)):
-        step = decode_step(c, fp32, Unit(), "fp32", _GRPO_SAMPLES, length - _GRPO_NEW / 2, cache_value_bytes=4.0)
-        rollout = _GRPO_NEW * step.tpot_ms / 1e3
-        rollout += _GRPO_PROMPT / prefill(c, fp32, Unit(), "fp32", _GRPO_PROMPT, 0.0).tokens_per_second_per_device
-        for precision, row in hardware.items():
+        for precision, sampled in ways:
+            row, sampling = hardware[precision], hardware[sampled]
+            context, value = length - _GRPO_NEW / 2, WEIGHT_BYTES[sampled]
+            step = decode_step(c, sampling, Unit(), sampled, _GRPO_SAMPLES, context, cache_value_bytes=value)
+            rollout = _GRPO_NEW * step.tpot_ms / 1e3
+            rollout += _GRPO_PROMPT / prefill(c, sampling, Unit(), sampled, _GRPO_PROMPT, 0.0).tokens_per_second_per_device
             training = step_time(c, row, layout, precision, length, _GRPO_SAMPLES).seconds
             again = per_token(c, row, layout, precision, length).head_forward
             training += _GRPO_SAMPLES * (_GRPO_NEW * again - _GRPO_PROMPT * 3 * again)
-            name = f"GRPO step, {title}, {precision}"
+            name = f"GRPO step, {title}, {precision}" + (", sampled in bf16" if sampled == "bf16" else "")
             yield name, "seconds", rollout + training
             yield f"{name}: rollout", "seconds", rollout
             yield f"{name}: training", "seconds", training
