@@ -50,8 +50,6 @@ class Size:
     steps: int = 64  # of the engine
     decode_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     decode_width: int = 384
-    narrow: tuple[int, ...] = (64, 128, 192, 256, 384)
-    narrow_mebibytes: int = 8
     layers: tuple[int, int] = (2, 6)  # of training
     calibration: tuple[int, int] = (8, 48)  # sequences of a training step, and least tokens that the engine writes
     engine_layers: tuple[int, int] = (2, 8)
@@ -74,8 +72,6 @@ TOY: Size = Size(
     steps=2,
     decode_batches=(1, 2),
     decode_width=32,
-    narrow=(16, 32),
-    narrow_mebibytes=1,
     layers=(1, 2),
     calibration=(1, 2),
     engine_layers=(1, 2),
@@ -92,7 +88,6 @@ def run(size: Size) -> list[Row]:
         read, _ = memory_rates(mebibytes << 20, size.seconds)
         rows.append(Row(f"again and again, {mebibytes} MiB, read", "gb_per_second", read))
     rows += [weights_row(size, precision, mebibytes) for precision in DTYPES for mebibytes in size.mebibytes]
-    rows += [row for precision in DTYPES for row in narrow_rows(size, precision)]
     rows += [decode_row(size, precision, batch) for precision in DTYPES for batch in size.decode_batches]
     few, many = size.vocabularies
     rows += [engine_row(size, batch, layers, few, False) for layers in size.engine_layers for batch in size.batches]
@@ -205,26 +200,8 @@ def small_model(layers: int, vocabulary: int) -> Transformer:
 def weights_row(size: Size, precision: str, mebibytes: int) -> Row:
     """How fast the engine's products of one row read so many weights, again and again: square matrices of the width of `decode_row`, as
     they lie in a model that was loaded."""
-    seconds, read, _ = one_row_products(size, precision, size.decode_width, mebibytes << 20)
-    return Row(f"weights of {mebibytes} MiB, decode products {precision}, read", "gb_per_second", read / seconds / 1e9)
-
-
-def narrow_rows(size: Size, precision: str) -> list[Row]:
-    """How fast the same products read square matrices of other widths from a cache, beyond what as many products take that are too
-    small to matter: steps without work have those."""
-    tiny, _, count = one_row_products(size, precision, 16, 16 * 16 * 4 * 64)
-    rows = []
-    for width in size.narrow:
-        seconds, read, products = one_row_products(size, precision, width, size.narrow_mebibytes << 20)
-        rate = read / max(seconds - products * tiny / count, 1e-9) / 1e9
-        rows.append(Row(f"weights of width {width}, decode products {precision}, read", "gb_per_second", rate))
-    return rows
-
-
-def one_row_products(size: Size, precision: str, width: int, total: int) -> tuple[float, int, int]:
-    """The shortest time of the engine's products of one row with square matrices of so many bytes together; the bytes, and how many."""
-    dtype, pages = DTYPES[precision], LargePages()
-    count = max(1, total // (width * width * dtype.itemsize))
+    width, dtype, pages = size.decode_width, DTYPES[precision], LargePages()
+    count = max(1, (mebibytes << 20) // (width * width * dtype.itemsize))
     weights = [pages.copy(torch.randn(width, width).to(dtype)) for _ in range(count)]
     x, output = torch.randn(1, width).to(dtype), torch.empty(1, width, dtype=dtype)
     library = kernels()
@@ -233,7 +210,8 @@ def one_row_products(size: Size, precision: str, width: int, total: int) -> tupl
         work = lambda: [torch.nn.functional.linear(x, weight) for weight in weights]  # noqa: E731
     else:
         work = library.program([library.linear(x, [weight], [output]) for weight in weights])
-    return best_seconds(work, size.seconds), sum(weight.nbytes for weight in weights), count
+    read = sum(weight.nbytes for weight in weights) / best_seconds(work, size.seconds) / 1e9
+    return Row(f"weights of {mebibytes} MiB, decode products {precision}, read", "gb_per_second", read)
 
 
 def decode_row(size: Size, precision: str, batch: int) -> Row:

@@ -66,8 +66,6 @@ class SmallWork:
     """By the bytes that are read again and again: what fits a cache is read faster."""
     weight_bytes_per_second: Curve
     """The same of weights by products of one row, which read memory more slowly than a sum does."""
-    narrow_shares: Curve
-    """Of that rate, what square matrices of other widths reach from a cache."""
     mixture_training: float
     """Of the rates above, what a training step of a model with latent attention and experts reaches: its many passes over small tensors
     (routing, gathers, casts, norms) are in no other row."""
@@ -175,10 +173,6 @@ class Hardware:
     def weight_bytes_per_second(self, touched: float) -> float:
         """The same of weights in decoding."""
         return self.bytes_per_second if self.small_work is None else on_curve(self.small_work.weight_bytes_per_second, touched)
-
-    def narrow_share(self, parameters: float) -> float:
-        """Of `weight_bytes_per_second`, what a product with so many parameters reaches: a small one ends before memory is busy."""
-        return 1.0 if self.small_work is None else on_curve(self.small_work.narrow_shares, parameters**0.5)
 
     @property
     def memory_bytes(self) -> float:

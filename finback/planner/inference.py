@@ -7,14 +7,7 @@ from finback.config import InputError, ModelConfig, count_params
 from finback.planner.communication import COMBINE_BYTES, all_to_all, dispatch_bytes
 from finback.planner.hardware import GIGA, Hardware, Precision
 from finback.planner.layout import nearest_divisor
-from finback.planner.model import (
-    WEIGHT_BYTES,
-    absorbed_core_flops,
-    attention_core_flops,
-    attention_matrices,
-    cache_bytes_per_token,
-    shape,
-)
+from finback.planner.model import WEIGHT_BYTES, absorbed_core_flops, attention_core_flops, cache_bytes_per_token, shape
 from finback.planner.step import elementwise_bytes, product_seconds
 
 RESERVED = 0.10  # of memory: activations, communication buffers, graphs
@@ -115,17 +108,6 @@ def plain_parameters(c: ModelConfig) -> int:
     layers, moe = c.num_hidden_layers, c.num_moe_layers
     shared = moe * (c.n_shared_experts * s.expert + s.router) if c.n_routed_experts else 0
     return layers * s.attention + c.first_k_dense_replace * s.dense + shared
-
-
-def plain_products(c: ModelConfig) -> list[tuple[float, float]]:
-    """Parameters of the same matrices, and of one product with them: attention's each alone, gate and up together."""
-    moe, layers = c.num_moe_layers, c.num_hidden_layers
-    found = [(float(layers * inner * outer), float(inner * outer)) for inner, outer in attention_matrices(c)]
-    for count, width in ((c.first_k_dense_replace, c.intermediate_size), (moe, c.n_shared_experts * c.moe_intermediate_size)):
-        matrix = float(c.hidden_size * width)
-        found += [(2 * count * matrix, 2 * matrix), (count * matrix, matrix)] if count * matrix else []
-    router = float(shape(c).router)
-    return [*found, (moe * router, router)] if moe * router else found
 
 
 def weight_bytes_per_device(c: ModelConfig, unit: Unit, precision: Precision) -> float:
@@ -247,12 +229,10 @@ def _decode_compute(
 
     alone = unit.sharing  # devices that share an expert
     plain, head = plain_parameters(c) / unit.tp, s.embedding / unit.tp
-    narrow = sum(parameters / hardware.narrow_share(one) for parameters, one in plain_products(c)) / plain_parameters(c)
-    # Of each part the bytes that are read, the seconds of its products, the chance that a step reads any given byte of it, and how
-    # many times as long reading takes because its products are small.
+    # Of each part the bytes that are read, the seconds of its products, and the chance that a step reads any given byte of it.
     parts = [
-        (plain * size, seconds(plain, rows), 1.0, narrow),
-        (head * (size if precision == "fp32" else min(2.0, 2 * size)), seconds(head, rows), 1.0, 1.0),
+        (plain * size, seconds(plain, rows), 1.0),
+        (head * (size if precision == "fp32" else min(2.0, 2 * size)), seconds(head, rows), 1.0),
     ]
     if c.n_routed_experts:
         hit = 1 - (1 - c.num_experts_per_tok / c.n_routed_experts) ** (rows * unit.ep)  # each row chooses different ones
@@ -260,16 +240,12 @@ def _decode_compute(
         uneven = unit.expert_imbalance if unit.ep > 1 else 1.0
         products = uneven * c.num_moe_layers * c.num_experts_per_tok * s.expert / alone
         together = c.num_experts_per_tok * rows * unit.ep / (c.n_routed_experts * hit)
-        of_layer = local * hit / c.num_moe_layers  # an expert's two products each in one go with the other experts'
-        slower = (2 / hardware.narrow_share(2 / 3 * of_layer) + 1 / hardware.narrow_share(of_layer / 3)) / 3
-        parts.append((local * hit * size, seconds(products, together), hit, slower))
+        parts.append((local * hit * size, seconds(products, together), hit))
     cached = batch * context * cache_bytes_per_token(c, bytes_per_value=value_bytes) / cache_split(c, unit)
-    step = cached + sum(read for read, *_ in parts)
+    step = cached + sum(read for read, _, _ in parts)
     # A cache still has what was read last if it holds all that was read since: of an expert that every fourth step chooses, four steps.
     memory = hardware.read_bytes_per_second(step)
-    weights = sum(
-        max(slower * read / hardware.weight_bytes_per_second(step / chance), computed) for read, computed, chance, slower in parts
-    )
+    weights = sum(max(read / hardware.weight_bytes_per_second(step / chance), computed) for read, computed, chance in parts)
     weights += c.num_hidden_layers * rows * elementwise_bytes(c, precision) / unit.tp / memory
     scores = c.num_hidden_layers * rows * absorbed_core_flops(c, context) / unit.tp
     wide: Precision = "fp32" if precision == "fp32" else "bf16"

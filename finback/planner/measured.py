@@ -146,7 +146,6 @@ def _small_work(found: Ceilings, kind: str, peak: float) -> SmallWork:
         matches = ((re.search(pattern, name), value) for name, value in found.rows.items())
         return {(int(match[3]), int(match[2]), int(match[1])): value / 1e3 for match, value in matches if match}
 
-    narrow = found.curve(rf"^weights of width (\d+), decode products {kind}, read")
     (fewer, short), *_, (more, long) = found.curve(r"^training step without work, (\d+) layers")
     greedy, sampled = engine("greedy"), engine("sampled")
     vocabularies, depths, batches = ((min(sizes), max(sizes)) for sizes in zip(*greedy, strict=True))
@@ -167,7 +166,6 @@ def _small_work(found: Ceilings, kind: str, peak: float) -> SmallWork:
         weight_bytes_per_second=tuple(
             (size * 2**20, rate * GIGA) for size, rate in found.curve(rf"^weights of (\d+) MiB, decode products {kind}, read")
         ),
-        narrow_shares=tuple((width, rate / narrow[-1][1]) for width, rate in narrow),
         mixture_training=1.0,
         mixture_decoding=((1.0, 1.0),),
         training_layer_seconds=(long - short) / (more - fewer) / 1e3,

@@ -21,7 +21,6 @@ def test_the_planner_reads_what_the_benchmark_writes(tmp_path: Path) -> None:
         assert [rows for rows, _ in row.small_work.decode_shares] == list(small.TOY.decode_batches)
         assert [size for size, _ in row.small_work.read_bytes_per_second] == [m * 2**20 for m in small.TOY.mebibytes]
         assert [vocabulary for vocabulary, _ in row.small_work.head_shares] == list(small.TOY.heads_of)
-        assert [width for width, _ in row.small_work.narrow_shares] == list(small.TOY.narrow)
         assert row.small_work.mixture_training > 0
         assert [rows for rows, _ in row.small_work.mixture_decoding] == list(small.TOY.batches)
         assert row.efficiencies.attention_forward > 0

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from bench.peers import COMPARED
-from finback.config import InputError, ModelConfig
+from finback.config import InputError
 from finback.planner.hardware import HARDWARE, ROWS, Curve, find_hardware, on_curve
-from finback.planner.inference import Unit, decode_step, plain_parameters, plain_products
+from finback.planner.inference import Unit, decode_step, plain_parameters
 from finback.planner.layout import Layout
 from finback.planner.measured import CALIBRATION, hardware_of, measured
 from finback.planner.model import shape
@@ -117,14 +117,6 @@ def test_measured_hardware_is_what_the_benchmark_found() -> None:
         for vocabulary in (2048, 131072):
             rate = found[f"head and loss {precision}, vocabulary {vocabulary}"]["gflop_per_second"]
             assert row.head_flops(precision, vocabulary) == pytest.approx(rate * 1e9)
-        widths = [found[f"weights of width {width}, decode products {precision}, read"]["gb_per_second"] for width in (64, 384)]
-        assert row.narrow_share(64 * 64) == pytest.approx(widths[0] / widths[1])
-        assert row.narrow_share(384 * 4096) == 1.0
-
-
-@pytest.mark.parametrize("c", [COMPARED, SMOLLM2, MODELS["v3-671b"]], ids=["compared", "smollm2", "v3"])
-def test_the_products_of_a_step_are_all_its_matrices(c: ModelConfig) -> None:
-    assert sum(parameters for parameters, _ in plain_products(c)) == plain_parameters(c)
 
 
 def test_the_calibrations_model_is_predicted_as_it_was_measured() -> None:
@@ -142,23 +134,6 @@ def test_the_calibrations_model_is_predicted_as_it_was_measured() -> None:
         assert row.busy(experts=False) == row.busy_decoding(False, 1) == 1.0
 
 
-def test_small_products_read_more_slowly() -> None:
-    """At half of the rate for products below a size, all but the head take twice as long to read."""
-    row = measured(CEILINGS, "fp32")
-    assert row.small_work is not None
-    times = []
-    for share in (1.0, 0.5):
-        curves: dict[str, Curve] = {
-            "decode_shares": ((1.0, 1e6),),  # so fast that only reading counts
-            "weight_bytes_per_second": ((1.0, 1e12),),
-            "narrow_shares": ((900.0, share), (901.0, 1.0)),  # the head has 1,024 times 1,024 parameters
-        }
-        fast = replace(row, small_work=replace(row.small_work, **curves))
-        times.append(decode_step(COMPARED, fast, Unit(), "fp32", 1, 1).weights_ms)
-    experts = COMPARED.num_moe_layers * COMPARED.num_experts_per_tok * shape(COMPARED).expert
-    assert times[1] - times[0] == pytest.approx(1e3 * 4 * (plain_parameters(COMPARED) + experts) / 1e12)
-
-
 def test_experts_of_other_steps_push_an_expert_out_of_a_cache() -> None:
     """At one request each expert is read every fourth step: at the rate of what four steps read. The rest comes from the cache. At
     so many rows that all are read, all is read at the rate of the whole."""
@@ -172,7 +147,7 @@ def test_experts_of_other_steps_push_an_expert_out_of_a_cache() -> None:
     def weights(curve: Curve, batch: int) -> float:
         row = replace(
             measured(CEILINGS, "fp32"),
-            small_work=replace(small, decode_shares=products, weight_bytes_per_second=curve, narrow_shares=((1.0, 1.0),)),
+            small_work=replace(small, decode_shares=products, weight_bytes_per_second=curve),
         )
         return decode_step(model, row, Unit(), "fp32", batch, 1).weights_ms
 
