@@ -19,7 +19,7 @@ from finback.engine.grammar_config import Grammar
 from finback.server.errors import APIError
 from finback.server.keys import Key
 from finback.server.prompt import Prompt, chat_prompt, fim_prompt
-from finback.server.schemas import ChatRequest, CompletionRequest, ResponseFormat, Sampling, Thinking
+from finback.server.schemas import ChatRequest, CompletionRequest, ResponseFormat, Sampling, StreamOptions, Thinking
 from finback.server.service import Service
 from finback.server.turn import Delta, TokenLogprob, Usage, run_completion
 from finback.server.wire import DONE, event
@@ -140,12 +140,12 @@ def _params(
 def chat_events(service: Service, body: ChatRequest, job: Job) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events: those of one step of the engine, of all n answers, in one piece, and the last with [DONE]."""
     head = _head("chat.completion.chunk", "chatcmpl", body.model)
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    options = body.stream_options or StreamOptions()
     calls = [Calls() for _ in job.params]
 
     def chunk(index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+        return event({**head, "choices": [choice], **_usage_so_far(options, job.usage)})
 
     opened: set[int] = set()
 
@@ -164,7 +164,7 @@ def chat_events(service: Service, body: ChatRequest, job: Job) -> AsyncGenerator
         return out
 
     def end() -> bytes:
-        return (event({**head, "choices": [], "usage": usage_body(job.usage)}) if with_usage else b"") + DONE
+        return (event({**head, "choices": [], "usage": usage_body(job.usage)}) if options.with_usage else b"") + DONE
 
     return written(job.deltas(service), len(job.params), chunks, end)
 
@@ -254,7 +254,7 @@ def completion_job(
 
 def completion_events(service: Service, body: CompletionRequest, job: CompletionJob) -> AsyncGenerator[bytes, None]:
     head = _head("text_completion", "cmpl", body.model)
-    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    options = body.stream_options or StreamOptions()
     offsets: dict[int, Offsets] = {}  # of the answers that have begun
 
     def chunk(index: int, part: Delta) -> bytes:
@@ -265,10 +265,10 @@ def completion_events(service: Service, body: CompletionRequest, job: Completion
             "index": index, "text": text, "finish_reason": part.finish_reason,
             "logprobs": _text_logprobs(service.tokenizer, body, part, offsets[index]),
         }  # fmt: skip
-        return event({**head, "choices": [choice], **({"usage": None} if with_usage else {})})
+        return event({**head, "choices": [choice], **_usage_so_far(options, job.usage)})
 
     def end() -> bytes:
-        return (event({**head, "choices": [], "usage": usage_body(job.usage)}) if with_usage else b"") + DONE
+        return (event({**head, "choices": [], "usage": usage_body(job.usage)}) if options.with_usage else b"") + DONE
 
     return written(job.deltas(service), len(job.params), chunk, end)
 
@@ -281,6 +281,13 @@ async def completion_answer(service: Service, body: CompletionRequest, job: Comp
         for index, part in enumerate(wholes)
     ]  # fmt: skip
     return {**_head("text_completion", "cmpl", body.model), "choices": choices, "usage": usage_body(job.usage)}
+
+
+def _usage_so_far(options: StreamOptions, usage: Usage) -> dict[str, Any]:
+    """What every chunk but the last has of the usage: no field, null, or what was used until here."""
+    if not options.with_usage:
+        return {}
+    return {"usage": usage_body(usage) if options.continuous_usage_stats else None}
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:

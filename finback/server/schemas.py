@@ -77,7 +77,14 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
+    """With `continuous_usage_stats`, vLLM's name, every chunk has the usage so far and not only the last one."""
+
     include_usage: StrictBool = False
+    continuous_usage_stats: StrictBool = False
+
+    @property
+    def with_usage(self) -> bool:
+        return self.include_usage or self.continuous_usage_stats
 
 
 class JSONSchema(BaseModel):

@@ -165,7 +165,7 @@ class Service:
         Raises APIError for what the engine refuses, before or in the middle.
         """
         request_id, start, first = secrets.token_hex(12), time.perf_counter(), None
-        usages = [Usage() for _ in params]
+        usages = [usage] if len(params) == 1 else [Usage() for _ in params]  # one alone is counted in place
         reasons: list[str | None] = [None] * len(params)
         turns = [
             turn(self.worker, self.tokenizer, prompt, one, counted, **options)
@@ -178,8 +178,8 @@ class Service:
                 async for deltas in steps:
                     for index, delta in deltas:
                         reasons[index] = delta.finish_reason
-                    if first is None:  # what the first words of an answer tell; the rest is added up at the end
-                        _add_up(usage, usages)
+                    _add_up(usage, usages)  # each piece of a stream may tell what was used until here
+                    if first is None:
                         first = time.perf_counter()
                         usage.seconds_to_first = first - start
                         self.metrics.first_token(first - start)
@@ -276,6 +276,8 @@ def _api_error(error: Exception) -> Exception:
 
 def _add_up(usage: Usage, parts: Sequence[Usage]) -> None:
     """Several answers to one prompt read it once."""
+    if parts[0] is usage:
+        return
     read = [part for part in parts if part.prompt_tokens]
     usage.prompt_tokens = read[0].prompt_tokens if read else 0
     usage.hit_tokens = max((part.hit_tokens for part in read[:1]), default=0)

@@ -77,6 +77,48 @@ def test_a_stream_is_the_answer_in_pieces(client: openai.OpenAI, model: str) -> 
     assert whole.choices[0].message != whole.choices[1].message, "answers after the first have seeds of their own"
 
 
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_with_continuous_usage_stats_every_chunk_tells_the_usage_so_far(served: Served, path: str, n: int) -> None:
+    body = {"model": "deepseek-reasoner", "max_tokens": 17, "seed": 5, "n": n, "stream": True, "ignore_eos": True}
+    body |= {"messages": QUESTION, "logprobs": True} if "chat" in path else {"prompt": "One day a whale", "logprobs": 0}
+
+    def chunks(**options: bool) -> list[dict[str, Any]]:
+        answer = httpx.post(f"{served.url}{path}", json=body | {"stream_options": options}, timeout=60).raise_for_status()
+        return [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+
+    usual = chunks(include_usage=True)
+    *parts, last = chunks(include_usage=True, continuous_usage_stats=True)
+    assert (last["choices"], last["usage"]["completion_tokens"]) == ([], 17 * n)
+    written = reasoned = 0
+    for part in parts:
+        (choice,) = part["choices"]
+        tokens = choice["logprobs"] or {}
+        reasoned += len(tokens.get("reasoning_content", []))
+        written += len(tokens.get("content", [])) + len(tokens.get("reasoning_content", [])) + len(tokens.get("tokens", []))
+        told = part["usage"]
+        assert told["prompt_tokens"] == last["usage"]["prompt_tokens"] > 0
+        assert told["total_tokens"] == told["prompt_tokens"] + told["completion_tokens"]
+        exact = n == 1 and "role" not in choice.get("delta", {})  # other chunks of the same step may follow
+        assert written <= told["completion_tokens"] <= (written if exact else 17 * n)
+        assert reasoned <= told["completion_tokens_details"]["reasoning_tokens"] <= (reasoned if exact else 17 * n)
+    amounts = [part["usage"]["completion_tokens"] for part in parts]
+    assert amounts == sorted(amounts)
+    assert len(set(amounts)) > 5, "it grows by steps"
+    assert written == 17 * n
+    cached = ("prompt_cache_hit_tokens", "prompt_cache_miss_tokens", "prompt_tokens_details")  # the second finds what the first left
+    assert [usual[-1]["usage"] | {name: last["usage"][name] for name in cached}] == [last["usage"]]
+
+    assert chunks(continuous_usage_stats=True)[-1]["usage"] == last["usage"], "the one asks for the other"
+    assert {json.dumps(part["usage"]) for part in usual[:-1]} == {"null"}
+    usual_choices = [part["choices"] for part in usual]
+    for options in ({}, {"continuous_usage_stats": False}):
+        plain = chunks(**options)
+        assert not any("usage" in part for part in plain)
+        if n == 1:
+            assert [part["choices"] for part in plain] == usual_choices[:-1] == [part["choices"] for part in parts]
+
+
 def test_usage_tells_hits_in_units_of_64_and_zeros(served: Served) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "鲸鱼" * 40}], "max_tokens": 1}
     served.llm.reset_prefix_cache()
