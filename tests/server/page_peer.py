@@ -27,6 +27,10 @@ USAGE = {
     "completion_tokens": 30,
     "completion_tokens_details": {"reasoning_tokens": 12},
 }
+ERRORS = {
+    "midway": {"message": "engine trouble", "type": "server_error"},
+    "closing": {"message": "the server is stopping", "type": "overloaded_error"},
+}
 
 
 @dataclass
@@ -79,6 +83,8 @@ def handler_for(script: Script) -> type[BaseHTTPRequestHandler]:
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()
+            self.deltas = 0
+            self.tells_usage = request["stream_options"].get("continuous_usage_stats", False)
             try:
                 self.stream(word)
             except (BrokenPipeError, ConnectionResetError):
@@ -95,14 +101,18 @@ def handler_for(script: Script) -> type[BaseHTTPRequestHandler]:
                 self.data({"reasoning_content": reasoning, "content": content})
             if word in ("cut", "pondering"):
                 return
-            if word == "midway":
-                self.wfile.write(b'data: {"error": {"message": "engine trouble"}}\n\n')
+            if word in ERRORS:
+                self.wfile.write(f"data: {json.dumps({'error': ERRORS[word]})}\n\n".encode())
                 return
             self.wfile.write(b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\r\n\r\n')
             self.wfile.write(f"data: {json.dumps({'choices': [], 'usage': USAGE})}\n\ndata: [DONE]\n\n".encode())
 
         def data(self, delta: dict[str, str]) -> None:
-            text = json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}, ensure_ascii=False)
+            self.deltas += 1  # each is a token
+            chunk: dict[str, Any] = {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+            if self.tells_usage:
+                chunk["usage"] = USAGE | {"completion_tokens": self.deltas, "completion_tokens_details": {"reasoning_tokens": 1}}
+            text = json.dumps(chunk, ensure_ascii=False)
             body = f"data: {text}\n\n".encode()
             middle = len(body) // 2  # cut anywhere, inside a letter too
             self.wfile.write(body[:middle])

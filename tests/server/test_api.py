@@ -106,7 +106,8 @@ def test_with_continuous_usage_stats_every_chunk_tells_the_usage_so_far(served: 
     assert amounts == sorted(amounts)
     assert len(set(amounts)) > 5, "it grows by steps"
     assert written == 17 * n
-    cached = ("prompt_cache_hit_tokens", "prompt_cache_miss_tokens", "prompt_tokens_details")  # the second finds what the first left
+    # The second finds in the cache what the first has left there.
+    cached = ("prompt_cache_hit_tokens", "prompt_cache_miss_tokens", "prompt_tokens_details")
     assert [usual[-1]["usage"] | {name: last["usage"][name] for name in cached}] == [last["usage"]]
 
     assert chunks(continuous_usage_stats=True)[-1]["usage"] == last["usage"], "the one asks for the other"

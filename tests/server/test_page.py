@@ -114,7 +114,7 @@ def test_question_streams_thought_and_rendered_answer(page: Page, peer: tuple[st
     page.ask("sum of 40 and 2")
     request = peer[1].requests[-1]
     assert request["stream"] is True
-    assert request["stream_options"] == {"include_usage": True}
+    assert request["stream_options"] == {"include_usage": True, "continuous_usage_stats": True}
     assert request["model"] == "deepseek-reasoner"
     assert request["messages"] == [{"role": "user", "content": "sum of 40 and 2"}]
     assert "max_tokens" not in request

@@ -2,14 +2,18 @@
 
 import os
 import re
+import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finback.server.keys import NANO, KeyStore
 from tests.server.page_browser import Page, chromium, needs_browser
 
 pytest.importorskip("finback.server.app", reason="the service needs the packages of the extra serve")
@@ -83,6 +87,66 @@ def test_the_apis_page_shows_every_operation_and_fetches_nothing_from_elsewhere(
         assert {each for each in asked if not each.startswith(served.url)} == set()
         page.context.close()
         assert page.problems == []
+
+
+def told(page: Page) -> list[float]:
+    """The page's sum of the conversation: hits, misses, tokens of answers, nano-yuan."""
+    spent = page.tab.evaluate(
+        "JSON.parse(localStorage.getItem(Object.keys(localStorage).find((name) => name.startsWith('finback.conversation.')))).spent"
+    )
+    return [*(spent["usage"][name] for name in ("hit", "miss", "output")), round(spent["price"] * NANO)]
+
+
+def charged(keys: Path) -> list[float]:
+    """The server's, over all requests."""
+    with closing(sqlite3.connect(keys)) as database:
+        return list(
+            database.execute("SELECT sum(hit_tokens), sum(miss_tokens), sum(output_tokens), sum(cost) FROM usage").fetchone()
+        )
+
+
+@needs_browser
+def test_the_page_counts_what_the_server_charges(browser: Any, tmp_path: Path) -> None:
+    """An answer, one in its place that is stopped, and a reload: the prompts as they were charged, and of the answers what came."""
+    from tests.server.serving import serving
+
+    keys = tmp_path / "keys.sqlite"
+    store = KeyStore(keys, create=True)
+    secret = store.add("ann", NANO)
+    with serving(keys) as served:
+        served.slow_down()
+        page = Page(browser, served.url)
+        page.tab.click("#settings-open")
+        page.tab.fill("#key", secret)
+        page.tab.keyboard.press("Tab")
+        page.tab.keyboard.press("Escape")
+        page.tab.wait_for_selector("#model option", state="attached")
+        page.tab.select_option("#model", "deepseek-chat")
+        limit_answers(page, 24)
+        page.ask("Which whale is the second largest? " * 4)
+        first = told(page)
+        assert first == charged(keys)
+        limit_answers(page, 900)
+        page.tab.click(".actions .again")
+        page.wait("(document.querySelector('.answer')?.textContent.length ?? 0) > 10")
+        page.tab.click("#stop")
+        page.wait_idle()
+        assert served.is_idle()
+        page.wait("document.querySelector('.usage') !== null")
+        deadline = time.monotonic() + 20
+        while (paid := charged(keys)) == first:
+            assert time.monotonic() < deadline
+        shown = told(page)
+        assert shown[0] == paid[0] > first[0], "the second reads what the first has left"
+        assert shown[1] == paid[1] > first[1]
+        assert first[2] < shown[2] <= paid[2] < first[2] + 900
+        assert shown[3] == paid[3] - 16_000 * (paid[2] - shown[2])
+        page.tab.reload()
+        page.tab.wait_for_selector(".usage")
+        assert told(page) == shown
+        page.context.close()
+        assert page.problems == []
+    store.close()
 
 
 @needs_browser

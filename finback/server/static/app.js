@@ -8,7 +8,7 @@ import { openSettings, showBalance, showLimits, showModels, wireSettings } from 
 import { showList } from "./sidebar.js";
 import * as store from "./store.js";
 import { chat, getJson, ServerError } from "./stream.js";
-import { describeUsage, priceOf, readUsage, totalUsage } from "./usage.js";
+import { addUsage, describeUsage, priceOf, readUsage } from "./usage.js";
 
 const SAVE_EVERY_MS = 2_000; // while an answer streams: what a reload in the middle may lose
 const RETRY_MS = 2_000;
@@ -20,7 +20,7 @@ const $ = (id) => document.getElementById(id);
 let conversations = [];
 let current = store.newConversation(); // in the list from its first question on
 let info = null; // what /finback/info said
-let running = null; // {conversation, message, controller} of the answer being streamed
+let running = null; // {conversation, message, before, controller} of the answer being streamed; before it, so much was spent
 let follow = true;
 let storageTold = false;
 let toastTimer = 0;
@@ -74,7 +74,7 @@ async function answer(conversation) {
   const request = requestFor(conversation);
   const message = { role: "assistant", content: "", reasoning: "", seconds: null, elapsed: null, model: request.model, usage: null, price: null, end: null, error: null };
   conversation.messages.push(message);
-  const run = { conversation, message, controller: new AbortController(), view: null, thinkingSince: null, clock: 0 };
+  const run = { conversation, message, before: conversation.spent, controller: new AbortController(), view: null, thinkingSince: null, clock: 0 };
   running = run;
   conversation.updated = Date.now();
   follow = true;
@@ -126,6 +126,7 @@ async function stream(run, request) {
     if (value.usage) {
       message.usage = readUsage(value.usage);
       message.price = priceOf(message.usage, info);
+      run.conversation.spent = addUsage(run.before, message);
     }
     run.view?.update(run.thinkingSince);
     if (now - saved > SAVE_EVERY_MS) {
@@ -142,10 +143,16 @@ function endThought(run) {
   run.thinkingSince = null;
 }
 
-function tellFailure({ message, controller }, error) {
+function tellFailure({ conversation, message, before, controller }, error) {
   if (controller.signal.aborted) message.end = "stopped";
-  else if (error instanceof ServerError) message.error = { kind: "refused", status: error.status, message: error.message };
-  else if (error instanceof TypeError || error instanceof SyntaxError) {
+  else if (error instanceof ServerError) {
+    message.error = { kind: "refused", status: error.status, message: error.message };
+    if (error.type === "server_error") {
+      // Nobody pays for a failure of the server's own.
+      message.usage = message.price = null;
+      conversation.spent = before;
+    }
+  } else if (error instanceof TypeError || error instanceof SyntaxError) {
     // fetch and its stream report a lost connection as TypeError; half a line of JSON is the same thing seen later.
     message.error = { kind: message.content || message.reasoning ? "cutOff" : "unreachable" };
     connect();
@@ -266,8 +273,8 @@ function showControls() {
 }
 
 function showTotal() {
-  const total = totalUsage(current.messages);
-  $("total").textContent = total ? t("total", { usage: describeUsage({ ...total.usage, thought: 0 }, total.price) }) : "";
+  const { spent } = current;
+  $("total").textContent = spent ? t("total", { usage: describeUsage({ ...spent.usage, thought: 0 }, spent.price) }) : "";
 }
 
 function editQuestion(message) {

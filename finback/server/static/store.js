@@ -1,7 +1,10 @@
 // Conversations and settings in localStorage: one entry per conversation, so that saving one never rewrites the others.
 //
-// A conversation is {id, title, updated, messages}; a message is {role: "user", content} or
+// A conversation is {id, title, updated, messages, spent}: spent is {usage, price} of all its answers, those that were replaced too, or
+// null. A message is {role: "user", content} or
 // {role: "assistant", content, reasoning, seconds, elapsed, model, usage, price, end, error}. Nothing here touches the page.
+
+import { totalUsage } from "./usage.js";
 
 const PREFIX = "finback.conversation.";
 const SETTINGS = "finback.settings";
@@ -13,8 +16,8 @@ export function loadConversations() {
   let broken = 0;
   const names = attempt(() => Object.keys(localStorage), []);
   for (const name of names.filter((each) => each.startsWith(PREFIX))) {
-    const conversation = parse(localStorage.getItem(name));
-    if (wellFormed(conversation) && PREFIX + conversation.id === name) found.push(conversation);
+    const conversation = readable(localStorage.getItem(name));
+    if (conversation && PREFIX + conversation.id === name) found.push(conversation);
     else broken += 1;
   }
   found.sort((a, b) => b.updated - a.updated);
@@ -23,8 +26,7 @@ export function loadConversations() {
 
 /** One conversation as it is stored, or null: what another tab has made of it. */
 export function loadConversation(id) {
-  const conversation = parse(attempt(() => localStorage.getItem(PREFIX + id), null));
-  return wellFormed(conversation) ? conversation : null;
+  return readable(attempt(() => localStorage.getItem(PREFIX + id), null));
 }
 
 /** The id of the conversation that a storage event is about, or null. */
@@ -42,7 +44,7 @@ export function deleteConversation(id) {
 }
 
 export function newConversation() {
-  return { id: `${Date.now().toString(36)}-${randomText()}`, title: "", updated: Date.now(), messages: [] };
+  return { id: `${Date.now().toString(36)}-${randomText()}`, title: "", updated: Date.now(), messages: [], spent: null };
 }
 
 export function loadSettings() {
@@ -69,16 +71,30 @@ export function saveKey(key) {
   attempt(() => sessionStorage.setItem(KEY, key), null);
 }
 
+/** A stored conversation, or null if it is none. One of the time before sums were kept has that of the answers in it. */
+function readable(text) {
+  const conversation = parse(text);
+  if (!wellFormed(conversation)) return null;
+  conversation.spent ??= totalUsage(conversation.messages);
+  return conversation;
+}
+
 function wellFormed(conversation) {
   return (
     typeof conversation === "object" && conversation !== null && typeof conversation.id === "string" &&
     typeof conversation.title === "string" && Number.isFinite(conversation.updated) && Array.isArray(conversation.messages) &&
+    ((conversation.spent ?? null) === null || isSum(conversation.spent)) &&
     conversation.messages.every(
       (message) =>
         message && typeof message.content === "string" &&
         (message.role === "user" || (message.role === "assistant" && typeof message.reasoning === "string")),
     )
   );
+}
+
+function isSum({ usage, price }) {
+  const counts = ["hit", "miss", "output", "thought"].map((name) => usage?.[name]);
+  return counts.every(Number.isFinite) && (price === null || Number.isFinite(price));
 }
 
 function write(name, text) {

@@ -1,10 +1,11 @@
 // The wire: requests to the server, and its stream of server-sent events as plain objects.
 
-/** What the server answered when it refused: its HTTP status (0 inside a stream) and its own words. */
+/** What the server answered when it refused: its HTTP status (0 inside a stream), its own words, and their type ("" where it has none). */
 export class ServerError extends Error {
-  constructor(status, message) {
+  constructor(status, message, type = "") {
     super(message);
     this.status = status;
+    this.type = type;
   }
 }
 
@@ -20,12 +21,13 @@ export async function getJson(path, key) {
 }
 
 /**
- * Ask for a chat completion and yield its events as they come: {reasoning, content, end, usage}, each "" or null where absent.
+ * Ask for a chat completion and yield its events as they come: {reasoning, content, end, usage}, each "" or null where absent; usage is
+ * what was used until then.
  * Throws ServerError when refused, TypeError when the connection fails, AbortError when `signal` stops it.
  * Returns true if the stream ended as it should, with [DONE].
  */
 export async function* chat(request, key, signal) {
-  const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } });
+  const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } });
   const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(key), body, signal });
   if (!response.ok) throw await refusal(response);
   const reader = response.body.getReader();
@@ -33,7 +35,7 @@ export async function* chat(request, key, signal) {
     for await (const data of events(reader)) {
       if (data === "[DONE]") return true;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ServerError(0, String(chunk.error.message ?? data));
+      if (chunk.error) throw new ServerError(0, String(chunk.error.message ?? data), chunk.error.type);
       const choice = chunk.choices?.[0];
       yield {
         reasoning: choice?.delta?.reasoning_content ?? "",

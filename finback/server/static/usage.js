@@ -32,17 +32,16 @@ function isOffPeak(hours, now) {
   return start <= end ? start <= minute && minute < end : minute >= start || minute < end;
 }
 
-/** Sum over the answers of a conversation that have a usage; null if none has. */
+/** What was spent, {usage, price} or null for nothing, with one more answer. */
+export function addUsage(spent, { usage, price }) {
+  const sum = { hit: 0, miss: 0, output: 0, thought: 0, ...spent?.usage };
+  for (const name of Object.keys(sum)) sum[name] += usage[name] ?? 0;
+  return { usage: sum, price: typeof price === "number" ? (spent?.price ?? 0) + price : (spent?.price ?? null) };
+}
+
+/** Sum over the answers that have a usage; null if none has. */
 export function totalUsage(messages) {
-  const counted = messages.filter((message) => message.usage);
-  if (!counted.length) return null;
-  const sum = { hit: 0, miss: 0, output: 0, thought: 0 };
-  let price = null;
-  for (const { usage, price: one } of counted) {
-    for (const name of Object.keys(sum)) sum[name] += usage[name] ?? 0;
-    if (typeof one === "number") price = (price ?? 0) + one;
-  }
-  return { usage: sum, price };
+  return messages.filter((message) => message.usage).reduce((spent, message) => addUsage(spent, message), null);
 }
 
 /** "1,234 in (1,024 cached) · 356 out · 211 thought · ¥0.0012"; the thought is part of what is out. */
