@@ -372,6 +372,42 @@ def test_phone_width_never_scrolls_sideways(browser: Any, peer: tuple[str, Scrip
 
 
 @needs_browser
+def test_a_phone_shows_tables_lists_and_counts_in_readable_lines(browser: Any, peer: tuple[str, Script]) -> None:
+    """Long cells get room, a list inside of a task is further in than the task, and no break parts a number from its unit."""
+    note = "a remark that is long enough to be broken into lines"
+    peer[1].answers["lists"] = [
+        ("", f"| prime | $p \\bmod 4$ | sum of squares | {note} |\n|--:|:-:|---|---|\n| 2 | 2 | $1^2+1^2$ | {note} |\n\n"),
+        ("", "- [x] done\n  - nested\n- [ ] open\n"),
+    ]
+    page = Page(browser, peer[0], viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    page.ask("lists in a table")
+    cell = page.tab.locator(".answer th").last.bounding_box()
+    assert cell["width"] > 200
+    assert cell["height"] < 100
+    task, nested = (page.tab.locator(f".answer li:has-text('{word}')").last.bounding_box() for word in ("done", "nested"))
+    assert nested["x"] > task["x"] + 40
+    page.ask("endless story", wait=False)
+    page.wait("(document.querySelectorAll('.answer')[1]?.innerText.length ?? 0) > 100")
+    page.tab.keyboard.press("Escape")
+    page.wait_idle()
+    assert re.search(r"\d\u00a0tokens/s$", page.tab.locator(".usage").last.evaluate("node => node.textContent"))
+    page.context.close()
+    assert page.problems == []
+
+
+@needs_browser
+def test_a_title_that_is_cut_says_so(page: Page) -> None:
+    page.ask("bare " + "questions " * 9)
+    assert page.text("#title") == "bare questions questions questions questions questions…"
+    page.tab.click("#new")
+    page.ask("bare question")
+    assert page.text("#title") == "bare question"
+    page.tab.click("#new")
+    page.ask("bare " + "鲸鱼🐋" * 30)
+    assert page.text("#title") == "bare " + ("鲸鱼🐋" * 30)[:55] + "…"
+
+
+@needs_browser
 def test_keyboard_alone_is_enough(page: Page, peer: tuple[str, Script]) -> None:
     tab = page.tab
     focused = "document.activeElement.id || document.activeElement.className"

@@ -13,6 +13,7 @@ import { addUsage, describeUsage, priceOf, readUsage } from "./usage.js";
 const SAVE_EVERY_MS = 2_000; // while an answer streams: what a reload in the middle may lose
 const RETRY_MS = 2_000;
 const TOAST_MS = 8_000;
+const TITLE = 60; // characters of a question
 const NEAR_END = 80; // pixels from the end within which the view follows the text
 
 const $ = (id) => document.getElementById(id);
@@ -173,10 +174,19 @@ function save(conversation) {
   storageTold = Boolean(problem);
 }
 
+/** The beginning of a question, cut between words where there are any. */
+function titleOf(text) {
+  const letters = [...text.replace(/\s+/g, " ")];
+  if (letters.length <= TITLE) return letters.join("");
+  const start = letters.slice(0, TITLE).join("");
+  const space = start.lastIndexOf(" ");
+  return `${space > TITLE / 2 ? start.slice(0, space) : start}…`;
+}
+
 /** Ask in `conversation`, which drops everything from message number `from` on. */
 function ask(conversation, text, from = conversation.messages.length) {
   conversation.messages.splice(from, conversation.messages.length, { role: "user", content: text });
-  conversation.title ||= [...text.replace(/\s+/g, " ")].slice(0, 60).join("");
+  conversation.title ||= titleOf(text);
   if (!conversations.includes(conversation)) conversations.unshift(conversation);
   return answer(conversation);
 }

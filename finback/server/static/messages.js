@@ -152,7 +152,7 @@ export class AnswerView {
     const { elapsed } = this.message;
     const rate = elapsed > 0.2 && usage.output > 1 ? (usage.output - 1) / elapsed : 0;
     const words = describeUsage(usage, price);
-    return rate ? `${words} · ${t("speed", { rate: rate < 10 ? rate.toFixed(1) : Math.round(rate) })}` : words;
+    return rate ? `${words} · ${t("speed", { rate: rate < 10 ? rate.toFixed(1) : Math.round(rate) }).replace(" ", "\u00a0")}` : words;
   }
 }
 
