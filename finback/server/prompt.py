@@ -5,7 +5,6 @@ prompt ends with.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +13,6 @@ from finback.data.reasoning import CLOSE_THOUGHT, opens_thought
 from finback.data.tokenizer import END_THINK_TOKEN, FIM_BEGIN_TOKEN, FIM_END_TOKEN, FIM_HOLE_TOKEN, THINK_TOKEN, Tokenizer
 from finback.server.errors import APIError
 
-_THOUGHT = re.compile(rf"^\s*{re.escape(THINK_TOKEN)}.*?(?:{re.escape(END_THINK_TOKEN)}\s*|\Z)", re.S)
-_UNOPENED = re.compile(rf"^.*{re.escape(END_THINK_TOKEN)}\s*", re.S)
 _THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_content")
 
 
@@ -102,10 +99,11 @@ def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_thought(content: str) -> str:
-    """An earlier answer as clients keep it: with its thought between tags; with one that was cut off before it was closed; or, as a
-    model writes whose prompt has opened the thought, with the closing tag alone, where the R1 template drops what stands before it."""
-    answer, thoughts = _THOUGHT.subn("", content, count=1)
-    return answer if thoughts else _UNOPENED.sub("", content, count=1)
+    """An earlier answer without its thoughts, however they are nested: what stands behind the last closing tag, as the R1 template has
+    it too, and before an opening one, whose thought was cut off. A first thought may lack its opening tag: the prompt had it."""
+    _, closing, answer = content.rpartition(END_THINK_TOKEN)
+    answer, opening, _ = answer.partition(THINK_TOKEN)
+    return answer.lstrip() if closing or opening else answer
 
 
 def _text(content: Any, dropped: Sequence[str] = ()) -> str:

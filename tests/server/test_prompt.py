@@ -1,0 +1,54 @@
+"""What of a conversation enters the prompt."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finback.data.tokenizer import Tokenizer
+from finback.server.prompt import chat_prompt
+from tests.server.serving import tiny_model
+
+QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "Where does the whale swim?"}]
+TOKENIZERS = {name: tiny_model(name)[1] for name in ("deepseek_v3", "deepseek_r1")}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return TOKENIZERS[request.param]
+
+
+def with_answer(tokenizer: Tokenizer, content: Any) -> str:
+    """The prompt in which `content` is an earlier answer."""
+    messages = [*QUESTION, {"role": "assistant", "content": content}, *QUESTION]
+    return tokenizer.decode(chat_prompt(tokenizer, messages, thinking=None).token_ids)
+
+
+texts = st.sampled_from(["S", "S\n", "\n\nS", " ", ""])
+
+
+def thoughts(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.lists(inner | inner.map(lambda text: f"<think>{text}</think>"), max_size=4).map("".join)
+
+
+nested = st.recursive(texts, thoughts, max_leaves=8)
+
+
+@given(
+    first=nested.map(lambda text: f"{text}</think>\n\n") | st.just(""),
+    others=st.lists(nested.map(lambda text: f"<think>{text}</think>"), max_size=3).map("\n".join),
+    cut=texts.map(lambda text: f"<think>{text}") | st.just(""),
+)
+def test_no_nesting_of_thoughts_leaves_a_tag_or_a_word_of_them(first: str, others: str, cut: str) -> None:
+    """The first thought may lack the tag that opens it, the last one that closes it."""
+    for tokenizer in TOKENIZERS.values():
+        assert with_answer(tokenizer, f"{first}{others}A{cut}") == with_answer(tokenizer, "A")
+        assert with_answer(tokenizer, f"{first}{others}{cut}") == with_answer(tokenizer, "")
+
+
+@pytest.mark.parametrize("content", ["<think>S1</think>\n<think>S2</think>\nA", "<think>a<think>b</think>c</think>A"])
+def test_thoughts_in_a_row_and_in_each_other_are_dropped(tokenizer: Tokenizer, content: str) -> None:
+    assert with_answer(tokenizer, content) == with_answer(tokenizer, "A")
+    parts = [{"type": "text", "text": content[:9]}, {"type": "text", "text": content[9:]}]
+    assert with_answer(tokenizer, parts) == with_answer(tokenizer, "A")
