@@ -5,12 +5,12 @@ import secrets
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, JsonValue, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, Field, JsonValue, StrictBool, StrictInt, StrictStr, field_validator
 
 from finback.server.errors import APIError
 from finback.server.keys import Key
 from finback.server.openai import Calls, Job, chat_job, conversation_prompt, gathered, parsed_arguments, written
-from finback.server.schemas import Body, ChatRequest, Stop, Temperature, chat_request
+from finback.server.schemas import Body, ChatRequest, Part, Stop, Temperature, chat_request, is_thought
 from finback.server.service import Service
 from finback.server.turn import Delta, Usage
 from finback.server.wire import event
@@ -21,11 +21,9 @@ ERROR_TYPES = {402: "billing_error", 413: "request_too_large", 500: "api_error"}
 """Where Anthropic's word for a status differs from OpenAI's."""
 
 
-class Block(BaseModel):
+class Block(Part):
     """A part of a message. Thoughts are taken and dropped, pictures refused."""
 
-    type: StrictStr
-    text: StrictStr | None = None
     id: StrictStr | None = None
     name: StrictStr | None = None
     input: JsonValue = None
@@ -44,9 +42,21 @@ class Thought(BaseModel):
 
 
 class ToolDefinition(BaseModel):
+    """A tool of the client's. Those that Anthropic's own servers run, or its models were taught, have types of their own."""
+
+    type: StrictStr | None = None
     name: Annotated[StrictStr, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: StrictStr | None = None
     input_schema: dict[str, JsonValue] = {}
+
+    @field_validator("type")
+    @classmethod
+    def _is_custom(cls, kind: str | None) -> str | None:
+        if kind not in (None, "custom"):
+            raise ValueError(
+                f"{kind!r} is a tool of Anthropic's, which is not here; leave it out, or describe your own with name and input_schema"
+            )
+        return kind
 
 
 class ToolChoice(BaseModel):
@@ -163,7 +173,7 @@ def _text(content: str | list[Block]) -> str:
     if isinstance(content, str):
         return content
     for block in content:
-        if block.type not in ("text", "thinking", "redacted_thinking"):
+        if block.type != "text" and not is_thought(block.type):
             raise APIError(422, f"a message has a block of type {block.type!r}; this model reads text only", param="messages")
     return "".join(block.text or "" for block in content if block.type == "text")
 

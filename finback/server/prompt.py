@@ -12,8 +12,7 @@ from finback.config import InputError
 from finback.data.reasoning import CLOSE_THOUGHT, opens_thought
 from finback.data.tokenizer import END_THINK_TOKEN, FIM_BEGIN_TOKEN, FIM_END_TOKEN, FIM_HOLE_TOKEN, THINK_TOKEN, Tokenizer
 from finback.server.errors import APIError
-
-_THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_content")
+from finback.server.schemas import is_thought
 
 
 class Prompt(NamedTuple):
@@ -81,7 +80,7 @@ def fim_prompt(tokenizer: Tokenizer, prompt: str, suffix: str) -> list[int]:
 def _turn(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates take it: content as one text, no reasoning, tool calls with arguments as JSON text."""
     role = message["role"]
-    content = _text(message.get("content"), dropped=_THOUGHT_PARTS if role == "assistant" else ())
+    content = _text(message.get("content"))
     turn: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": content}
     if role == "assistant":
         turn["content"] = _without_thought(content)
@@ -106,8 +105,8 @@ def _without_thought(content: str) -> str:
     return answer.lstrip() if closing or opening else answer
 
 
-def _text(content: Any, dropped: Sequence[str] = ()) -> str:
-    """Content as clients send it: a text, nothing, or a list of parts, of which those `dropped` are left out."""
+def _text(content: Any) -> str:
+    """Content as clients send it: a text, nothing, or a list of parts, of which thoughts are left out."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -115,9 +114,9 @@ def _text(content: Any, dropped: Sequence[str] = ()) -> str:
     texts = []
     for part in content:
         kind = part.get("type")
-        if kind in dropped:
+        if is_thought(kind):
             continue
-        if kind not in ("text", "input_text"):
+        if kind not in ("text", "input_text", "output_text"):
             raise APIError(422, f"a message has a part of type {kind!r}; this model reads text only", param="messages")
         texts.append(part.get("text") or "")
     return "".join(texts)

@@ -45,11 +45,21 @@ class Body(BaseModel):
         return data
 
 
+def is_thought(kind: Any) -> bool:
+    """Whether parts of this type hold an earlier thought: thinking, redacted_thinking, reasoning, reasoning.text, ..."""
+    return isinstance(kind, str) and kind.startswith(("thinking", "redacted_thinking", "reasoning"))
+
+
 class Part(BaseModel):
-    """A part of a message's content; only texts can be read, and earlier thoughts are dropped."""
+    """A part of a message's content; only texts can be read. Of a thought nothing but its type is looked at."""
 
     type: StrictStr
     text: StrictStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_thought(cls, data: Any) -> Any:
+        return {"type": data["type"]} if isinstance(data, dict) and is_thought(data.get("type")) else data
 
 
 class FunctionCall(BaseModel):
@@ -207,7 +217,8 @@ def told(error: dict[str, Any]) -> tuple[str, str]:
     place = place if len(place) < 100 else f"{place[:100]}..."
     words = str(error["msg"]).removeprefix("Value error, ")
     value = error.get("input")
-    shown = f", not {value!r}" if isinstance(value, str | int | float | bool) and len(str(value)) < 60 else ""
+    ours = error["type"] == "value_error"  # says what is wrong with the value by itself
+    shown = f", not {value!r}" if isinstance(value, str | int | float | bool) and len(str(value)) < 60 and not ours else ""
     return place, f"field {place}: {words[0].lower() + words[1:]}{shown}" if place else words
 
 

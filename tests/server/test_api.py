@@ -175,6 +175,18 @@ def test_earlier_reasoning_never_enters_the_prompt(served: Served) -> None:
         {"content": [{"type": "text", "text": "North."}]},
         {"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "North."}]},
         {"content": [{"type": "reasoning", "text": "hm"}, {"type": "text", "text": "North."}], "reasoning_details": [{"a": 1}]},
+        *(
+            {"content": [{"type": kind, "text": text, "summary": 3}, {"type": "output_text", "text": "North."}]}
+            for kind in (
+                "thinking",
+                "thinking_delta",
+                "reasoning.text",
+                "reasoning_text",
+                "reasoning_content",
+                "reasoning.encrypted",
+            )
+            for text in ("hm", {"value": "hm"}, ["hm"], 3)
+        ),
     ]
     assert [prompt_tokens(**form) for form in forms] == [plain] * len(forms)
     assert prompt_tokens(content="<think>\nit is a wh") == prompt_tokens(content=""), "a thought that was cut off"
@@ -340,6 +352,7 @@ ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": []}, 422, "field messages"),
     ({"messages": [{"role": "robot", "content": "x"}]}, 422, "field messages.0.role"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 422, "reads text only"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": {"a": "x"}}]}]}, 422, "messages.0.content"),
     ({"messages": [{"role": "user", "content": "鲸鱼" * 2000}]}, 400, "leaves no room for an answer"),
     ({"max_tokens": 0}, 422, "field max_tokens"),
     ({"max_tokens": 5000}, 422, "above the model's context (1024)"),

@@ -100,11 +100,19 @@ def test_messages_with_tools(served: Served, claude: anthropic.Anthropic) -> Non
         {"role": "assistant", "content": [thought, call.model_dump()]},
         {"role": "user", "content": [result]},
     ]
-    counts = [
-        claude.messages.count_tokens(model="deepseek-chat", messages=messages).input_tokens
-        for messages in (turns, [turns[0], {"role": "assistant", "content": [call.model_dump()]}, turns[2]])
+    forms: list[Any] = [
+        [],
+        [thought],
+        [{"type": "thinking", "text": {"a": 1}, "id": 3}],
+        [{"type": "reasoning.text", "text": "hm"}],
     ]
-    assert counts[0] == counts[1], "thoughts never enter the prompt"
+    counts = {
+        claude.messages.count_tokens(
+            model="deepseek-chat", messages=[turns[0], {"role": "assistant", "content": [*form, call.model_dump()]}, turns[2]]
+        ).input_tokens
+        for form in forms
+    }
+    assert len(counts) == 1, "thoughts never enter the prompt"
     assert claude.messages.create(model="deepseek-chat", messages=turns, max_tokens=2).usage.output_tokens == 2
 
 
@@ -184,6 +192,21 @@ def test_messages_that_ask_for_what_is_not_there_are_refused(served: Served, cla
     call: Any = {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "get_sea", "input": {}}]}
     with pytest.raises(anthropic.BadRequestError, match="the last message calls tools"):
         claude.messages.create(model="tiny", messages=[*QUESTION, call], max_tokens=1)
+
+
+def test_tools_of_anthropics_own_are_refused(served: Served) -> None:
+    body = {"model": "tiny", "messages": QUESTION, "max_tokens": 1}
+    own = {"name": "get_sea", "input_schema": PARAMETERS}
+    for kind in ("web_search_20250305", "bash_20250124", "mcp_toolset"):
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            tools = [own, {"type": kind} | ({} if kind == "mcp_toolset" else {"name": "bash"})]
+            answer = httpx.post(f"{served.url}{path}", json=body | {"tools": tools})
+            assert answer.status_code == 422
+            told = answer.json()["error"]["message"]
+            assert told.startswith(f"field tools.1.type: '{kind}' is a tool of Anthropic's, which is not here; leave it out")
+            assert not told.endswith(f"not '{kind}'")
+    for kind in ("custom", None):
+        assert httpx.post(f"{served.url}/v1/messages", json=body | {"tools": [own | {"type": kind}]}).status_code == 200
 
 
 def test_errors_of_the_messages_are_in_their_shape(served: Served, claude: anthropic.Anthropic) -> None:
