@@ -137,13 +137,15 @@ class ReasoningParser:
     become a tag or the head of a tool call (a few hundred characters at most), so the work is linear in the text.
     """
 
-    def __init__(self, *, starts_in_thought: bool = False, tools: bool = True) -> None:
-        """`starts_in_thought`: the prompt ends inside an open `<think>`, as R1's generation prompt does (`opens_thought`).
+    def __init__(self, *, starts_in_thought: bool = False, begun: bool = False, tools: bool = True) -> None:
+        """`starts_in_thought`: the prompt ends inside an open `<think>`, as R1's generation prompt does (`opens_thought`). `begun`: and
+        has words of the thought already, so that neither the tag nor the newline behind it can come.
 
         Without `tools`, where none were offered to the model, tool tags are content like any other text.
         """
         self._tools = tools
-        self._state = _State.REPEATED if starts_in_thought else _State.START
+        opened = _State.THOUGHT if begun else _State.REPEATED
+        self._state = opened if starts_in_thought else _State.START
         self._has_thought = starts_in_thought
         self._text = ""  # what is held back, and the chunk that is worked on
         self._place = 0  # how far in it

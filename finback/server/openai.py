@@ -40,7 +40,7 @@ class Job:
     def deltas(self, service: Service) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         return service.answer(
             self.model, self.key, self.prompt.token_ids, self.params, self.usage,
-            thinking=self.prompt.thinking, tools=self.tools, budget=self.budget,
+            thinking=self.prompt.thinking, begun=self.prompt.begun, tools=self.tools, budget=self.budget,
         )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ class Prompt(NamedTuple):
     token_ids: list[int]
     thinking: bool
     """Whether the answer starts inside a thought."""
+    begun: bool = False
+    """Whether the prompt ends in the middle of that thought, with words of a prefix to continue."""
 
 
 def chat_prompt(
@@ -28,10 +30,11 @@ def chat_prompt(
 ) -> Prompt:
     """The prompt of a conversation. `thinking` None leaves to the template whether the model thinks.
 
-    A last assistant message with `prefix` true is continued; its `reasoning_content` then is part of what is continued.
+    A last assistant message with `prefix` true is continued; its `reasoning_content` then is part of what is continued. A prefix that
+    opens a thought and does not close it is continued inside the thought, whatever `thinking` says.
     """
     turns = [_turn(message) for message in messages]
-    prefix = None
+    prefix, begun = None, None
     if turns[-1]["role"] == "assistant":
         if "tool_calls" in turns[-1]:  # nothing can be written behind them but their results
             raise APIError(400, "the last message calls tools; add a message with their results", param="messages")
@@ -41,11 +44,14 @@ def chat_prompt(
                 "the last message is the assistant's; add a user's message, or set its field prefix to true",
                 param="messages",
             )
-        prefix = turns.pop()["content"]
+        prefix, begun = _prefix(_text(messages[-1].get("content")))
+        turns.pop()
         if not turns:
             raise APIError(400, "there is nothing but a prefix to continue; put a user's message before it", param="messages")
     if tools and "tools" not in (tokenizer.chat_template or ""):
         turns = _with_tools(turns, tools)
+    if begun is not None:
+        thinking = True
     variables = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}
     try:
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tools=list(tools) or None, **variables)  # type: ignore[arg-type]
@@ -57,15 +63,17 @@ def chat_prompt(
     )
     if thinks and thinking is False:
         text, thinks = text.rstrip("\n") + "\n" + CLOSE_THOUGHT, False
-    elif thinking and not thinks and can_think:
+    elif thinking and not thinks and (can_think or begun is not None):
         text, thinks = f"{text}{THINK_TOKEN}\n", True
-    if prefix is not None:
+    if begun is not None:
+        text += begun
+    elif prefix is not None:
         if thinks:
             texts = (messages[-1].get(name) for name in ("reasoning_content", "reasoning"))
             reasoning = next((each for each in texts if each and isinstance(each, str)), "")
             text, thinks = text + reasoning + CLOSE_THOUGHT, False
         text += prefix
-    return Prompt(tokenizer.encode(text), thinks)
+    return Prompt(tokenizer.encode(text), thinks, begun=bool(begun))
 
 
 def fim_prompt(tokenizer: Tokenizer, prompt: str, suffix: str) -> list[int]:
@@ -103,6 +111,15 @@ def _without_thought(content: str) -> str:
     _, closing, answer = content.rpartition(END_THINK_TOKEN)
     answer, opening, _ = answer.partition(THINK_TOKEN)
     return answer.lstrip() if closing or opening else answer
+
+
+def _prefix(content: str) -> tuple[str, str | None]:
+    """What is to be continued, as (answer, thought): the thought, behind the newline that the layout has, where one was opened at the
+    start and not closed; else None."""
+    opened = content.lstrip()
+    if opened.startswith(THINK_TOKEN) and END_THINK_TOKEN not in opened:
+        return "", opened.removeprefix(THINK_TOKEN).removeprefix("\n")
+    return _without_thought(content), None
 
 
 def _text(content: Any) -> str:

@@ -71,16 +71,17 @@ async def run_turn(
     usage: Usage,
     *,
     thinking: bool,
+    begun: bool = False,
     tools: bool = False,
     budget: int | None = None,
 ) -> AsyncIterator[Delta]:
     """The answer to `prompt` in its parts; `usage` counts along, also where the reader leaves early.
 
-    `thinking`: the prompt ends inside a thought. With a `budget`, a thought that reaches so many tokens is ended in the model's place,
-    and the model goes on behind it; a character that is not whole by then is left out. Where `max_tokens` leaves no room behind the
-    end of the thought, the answer ends there.
+    `thinking`: the prompt ends inside a thought; `begun`: in the middle of its words. With a `budget`, a thought that reaches so many
+    tokens is ended in the model's place, and the model goes on behind it; a character that is not whole by then is left out. Where
+    `max_tokens` leaves no room behind the end of the thought, the answer ends there.
     """
-    parser = ReasoningParser(starts_in_thought=thinking, tools=tools)
+    parser = ReasoningParser(starts_in_thought=thinking, begun=begun, tools=tools)
     first, called, written, text = True, False, list[int](), ""
     while True:
         closed = False

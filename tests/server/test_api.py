@@ -235,6 +235,26 @@ def test_a_prefix_is_continued(served: Served) -> None:
     assert "prefix" in refused.json()["error"]["message"]
 
 
+def test_a_prefix_forces_and_begins_a_thought(served: Served) -> None:
+    """What is written behind it is the thought, and the same as without the prefix where that holds no words."""
+    url, body = f"{served.url}/beta/chat/completions", {"max_tokens": 6, "temperature": 0}
+
+    def message(model: str, *prefix: str) -> dict[str, Any]:
+        messages = [*QUESTION, *({"role": "assistant", "content": text, "prefix": True} for text in prefix)]
+        answer = httpx.post(url, json=body | {"model": model, "messages": messages}).raise_for_status().json()
+        assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] == 6
+        said: dict[str, Any] = answer["choices"][0]["message"]
+        return said
+
+    plain = message("deepseek-reasoner")
+    assert plain["reasoning_content"]
+    for model in ("deepseek-reasoner", "deepseek-chat"):
+        assert message(model, "<think>\n") == plain
+        begun = message(model, "<think>\nLet me")
+        assert begun["content"] == ""
+        assert begun["reasoning_content"] != plain["reasoning_content"]
+
+
 def test_text_and_fill_in_the_middle(served: Served, client: openai.OpenAI) -> None:
     text = client.completions.create(model="tiny", prompt="One day", max_tokens=5, seed=2, logprobs=2, echo=True)
     assert text.choices[0].text.startswith("One day")

@@ -52,3 +52,22 @@ def test_thoughts_in_a_row_and_in_each_other_are_dropped(tokenizer: Tokenizer, c
     assert with_answer(tokenizer, content) == with_answer(tokenizer, "A")
     parts = [{"type": "text", "text": content[:9]}, {"type": "text", "text": content[9:]}]
     assert with_answer(tokenizer, parts) == with_answer(tokenizer, "A")
+
+
+@pytest.mark.parametrize("thinking", [None, False, True])
+def test_a_prefix_that_opens_a_thought_is_continued_inside_it(tokenizer: Tokenizer, thinking: bool | None) -> None:
+    def prompt(prefix: Any) -> tuple[str, bool, bool]:
+        messages = [*QUESTION, {"role": "assistant", "content": prefix, "prefix": True}]
+        token_ids, thinks, begun = chat_prompt(tokenizer, messages, thinking=thinking)
+        return tokenizer.decode(token_ids), thinks, begun
+
+    thinker = tokenizer.decode(chat_prompt(tokenizer, QUESTION, thinking=True).token_ids)
+    assert thinker.endswith("<think>\n")
+    for prefix in ("<think>", "<think>\n", "\n<think>\n", [{"type": "text", "text": "<think>\n"}]):
+        assert prompt(prefix) == (thinker, True, False)
+    assert prompt("<think>\nLet me") == prompt("<think>Let me") == (f"{thinker}Let me", True, True)
+    assert prompt("<think>\nwest")[0] != prompt("<think>\nwest</think>")[0]
+    closed = prompt("<think>\nwest\n</think>\n\nNorth")
+    assert closed == prompt("North")
+    assert closed[0].endswith("North")
+    assert not closed[1]

@@ -48,6 +48,16 @@ def run(engine: Scripted, params: SamplingParams, budget: int) -> tuple[list[Del
     return asyncio.run(all_of()), usage
 
 
+def test_a_thought_that_was_begun_keeps_the_newline_it_goes_on_with(tokenizer: Tokenizer) -> None:
+    async def turn(begun: bool) -> tuple[str, str]:
+        engine = Scripted(tokenizer, tokenizer.encode("\nthe whale</think>north"))
+        turn = run_turn(engine, tokenizer, [1, 2], SamplingParams(max_tokens=50), Usage(), thinking=True, begun=begun)
+        return joined([delta async for delta in turn])
+
+    assert asyncio.run(turn(begun=True)) == ("\nthe whale", "north")
+    assert asyncio.run(turn(begun=False)) == ("the whale", "north")
+
+
 def joined(deltas: list[Delta]) -> tuple[str, str]:
     return "".join(each.reasoning for each in deltas), "".join(each.content for each in deltas)
 
