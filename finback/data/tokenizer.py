@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,17 @@ class Tokenizer:
                 not_text.add(token_id)
         lengths[sorted(not_text)] = 0
         return lengths
+
+    @cached_property
+    def most_bytes_per_token(self) -> int | None:
+        """Bytes of the longest token: text of more than n times as many has more than n tokens. None where that does not follow: a
+        normaliser may shorten text, and an added token may take all white space beside it."""
+        normalizer = self.backend.normalizer
+        if normalizer is not None and json.loads(normalizer.__getstate__()) != {"type": "Sequence", "normalizers": []}:
+            return None
+        if any(token.lstrip or token.rstrip for token in self.backend.get_added_tokens_decoder().values()):
+            return None
+        return max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
 
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides how text becomes ids."""

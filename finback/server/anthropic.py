@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, JsonValue, StrictBool, StrictInt, StrictS
 from finback.server.errors import APIError
 from finback.server.keys import Key
 from finback.server.openai import Calls, Job, chat_job, conversation_prompt, gathered, parsed_arguments, written
+from finback.server.prompt import tokenized
 from finback.server.schemas import Body, ChatRequest, Part, Stop, Temperature, chat_request, is_thought
 from finback.server.service import Service
 from finback.server.turn import Delta, Usage
@@ -110,7 +111,7 @@ def job_of(service: Service, body: MessagesRequest, key: Key | None) -> Job:
 
 def count(service: Service, body: CountRequest) -> int:
     """The tokens of a conversation, also of one that is too long to be answered. Raises APIError for what cannot be written."""
-    return len(conversation_prompt(service, _translated(body)).token_ids)
+    return len(tokenized(service.tokenizer, conversation_prompt(service, _translated(body)).text))
 
 
 def _translated(body: CountRequest) -> ChatRequest:

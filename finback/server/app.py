@@ -1,11 +1,12 @@
 """The FastAPI application: routes, limits and errors. What a route answers is written by its door."""
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, FastAPI, Request
@@ -13,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from finback.server import anthropic, ollama, openai
@@ -20,11 +22,14 @@ from finback.server.errors import TYPES, APIError
 from finback.server.guard import Guard, error_response
 from finback.server.keys import Key, Prices, per_token, yuan
 from finback.server.prefixes import keep_prefixes
+from finback.server.prompt import LONG_TEXT
 from finback.server.schemas import ChatRequest, CompletionRequest, ErrorBody, told
 from finback.server.service import Service
 from finback.server.wire import ClientGone, event, stream, whole
 
 logger = logging.getLogger("finback.server")
+
+Made = TypeVar("Made")
 
 STATIC = Path(__file__).parent / "static"
 FILES = {file.relative_to(STATIC).as_posix(): file for file in STATIC.rglob("*") if file.is_file()}
@@ -83,23 +88,35 @@ def _known(service: Service) -> APIRouter:
     return APIRouter(route_class=KnownRoute)
 
 
+async def _made(request: Request, make: Callable[..., Made], *arguments: Any) -> Made:
+    """What `make` returns of a body, in a thread where it has much to tokenise: the others are answered meanwhile."""
+    if len(await request.body()) <= LONG_TEXT:
+        return make(*arguments)
+    return await asyncio.to_thread(make, *arguments)
+
+
+async def _job(request: Request, service: Service, make: Callable[..., Made], body: BaseModel) -> Made:
+    """A request to be answered, where its key allows it."""
+    key = request.state.key
+    service.allow(key)
+    job = await _made(request, make, service, body, key)
+    service.admit()  # once more: others may have come meanwhile
+    return job
+
+
 def _add_chat(app: FastAPI, service: Service) -> None:
     seconds, known = service.config.keep_alive_seconds, _known(service)
 
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation; with stream as events. At /beta the same."""
-        key = request.state.key
-        service.allow(key)
-        job = openai.chat_job(service, body, key)
+        job = await _job(request, service, openai.chat_job, body)
         if body.stream:
             return await stream(request, openai.chat_events(service, body, job), service.endings, seconds)
         return await whole(request, openai.chat_answer(service, body, job), service.endings, seconds)
 
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue a text, or with suffix fill in its middle."""
-        key = request.state.key
-        service.allow(key)
-        job = openai.completion_job(service, body, key)
+        job = await _job(request, service, openai.completion_job, body)
         if body.stream:
             return await stream(request, openai.completion_events(service, body, job), service.endings, seconds)
         return await whole(request, openai.completion_answer(service, body, job), service.endings, seconds)
@@ -122,18 +139,17 @@ def _add_anthropic(app: FastAPI, service: Service) -> None:
     @known.post("/v1/messages", responses=ANSWER | ANTHROPIC_ERRORS, response_model=None)
     async def messages(request: Request, body: anthropic.MessagesRequest) -> Response:
         """Answer a conversation in Anthropic's words."""
-        key = request.state.key
-        service.allow(key)
-        job = anthropic.job_of(service, body, key)
+        job = await _job(request, service, anthropic.job_of, body)
         if body.stream:
             events = anthropic.events(service, job)
             return await stream(request, events, service.endings, seconds, error_event, keep_alive=anthropic.PING)
         return await whole(request, anthropic.answer(service, job), service.endings, seconds, anthropic.error_body)
 
     @known.post("/v1/messages/count_tokens", responses=ANTHROPIC_ERRORS)
-    async def count_tokens(body: anthropic.CountRequest) -> dict[str, int]:
+    async def count_tokens(request: Request, body: anthropic.CountRequest) -> dict[str, int]:
         """How many tokens a conversation has."""
-        return {"input_tokens": anthropic.count(service, body)}
+        service.allow(request.state.key)
+        return {"input_tokens": await _made(request, anthropic.count, service, body)}
 
     app.include_router(known)
 
@@ -153,22 +169,22 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
     @known.post("/api/chat", responses=LINES | OLLAMA_ERRORS, response_model=None)
     async def chat(request: Request, body: ollama.OllamaChatRequest) -> Response:
         """Answer a conversation in Ollama's words."""
-        key = request.state.key
-        service.allow(key)
         if not body.messages:
+            service.allow(request.state.key)
             service.thinking_of(ollama.own_name(body.model))
             return JSONResponse(ollama.loaded(body.model, chat=True))
-        return await answered(request, ollama.chat_of(service, body, key), body.stream is not False, chat=True)
+        job = await _job(request, service, ollama.chat_of, body)
+        return await answered(request, job, body.stream is not False, chat=True)
 
     @known.post("/api/generate", responses=LINES | OLLAMA_ERRORS, response_model=None)
     async def generate(request: Request, body: ollama.GenerateRequest) -> Response:
         """Answer a question, or with raw continue a text, in Ollama's words."""
-        key = request.state.key
-        service.allow(key)
         if not body.prompt:
+            service.allow(request.state.key)
             service.thinking_of(ollama.own_name(body.model))
             return JSONResponse(ollama.loaded(body.model, chat=False))
-        return await answered(request, ollama.generate_of(service, body, key), body.stream is not False, chat=False)
+        job = await _job(request, service, ollama.generate_of, body)
+        return await answered(request, job, body.stream is not False, chat=False)
 
     @known.get("/api/tags", responses=OLLAMA_ERRORS)
     async def tags() -> dict[str, Any]:

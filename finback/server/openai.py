@@ -18,7 +18,7 @@ from finback.engine.config import SamplingParams
 from finback.engine.grammar_config import Grammar
 from finback.server.errors import APIError
 from finback.server.keys import Key
-from finback.server.prompt import Prompt, chat_prompt, fim_prompt
+from finback.server.prompt import LONG_TEXT, Prompt, chat_prompt, fim_prompt, tokenized
 from finback.server.schemas import ChatRequest, CompletionRequest, ResponseFormat, Sampling, StreamOptions, Thinking
 from finback.server.service import Service
 from finback.server.turn import Delta, TokenLogprob, Usage, run_completion
@@ -31,6 +31,7 @@ class Job:
 
     model: str
     key: Key | None
+    token_ids: list[int]
     prompt: Prompt
     params: list[SamplingParams]
     tools: bool
@@ -39,7 +40,7 @@ class Job:
 
     def deltas(self, service: Service) -> AsyncGenerator[list[tuple[int, Delta]], None]:
         return service.answer(
-            self.model, self.key, self.prompt.token_ids, self.params, self.usage,
+            self.model, self.key, self.token_ids, self.params, self.usage,
             thinking=self.prompt.thinking, begun=self.prompt.begun, tools=self.tools, budget=self.budget,
         )  # fmt: skip
 
@@ -49,21 +50,30 @@ def chat_job(service: Service, body: ChatRequest, key: Key | None, names: Mappin
     service.thinking_of(body.model)
     service.admit()
     tools = _tools(body)
-    prompt = conversation_prompt(service, body)
+    prompt, prompt_field = conversation_prompt(service, body), (names or {}).get("messages", "messages")
+    token_ids = _tokens_that_fit(service, prompt.text, prompt_field)
     grammar = _grammar(body, tools, after_think=prompt.thinking)
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     params = _params(
-        service, body, len(prompt.token_ids), key, limit=limit, prompt_field="messages", names=names or {},
+        service, body, len(token_ids), key, limit=limit, prompt_field=prompt_field, names=names or {},
         grammar=grammar, logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )  # fmt: skip
     bounded = isinstance(body.thinking, Thinking) and body.thinking.budget_tokens
-    return Job(body.model, key, prompt, params, bool(tools), bounded or body.thinking_budget)
+    return Job(body.model, key, token_ids, prompt, params, bool(tools), bounded or body.thinking_budget)
 
 
 def conversation_prompt(service: Service, body: ChatRequest) -> Prompt:
     """What the model reads of a conversation, however long it is. Raises APIError for what cannot be written."""
     messages = [message.model_dump(exclude_unset=True) for message in body.messages]
     return chat_prompt(service.tokenizer, messages, thinking=_thinking(service, body), tools=_tools(body))
+
+
+def _tokens_that_fit(service: Service, text: str, prompt_field: str, *, add_bos: bool = False) -> list[int]:
+    """The token ids of a prompt. A text that cannot fit, whatever its tokens are, is refused before they are looked for."""
+    most = service.tokenizer.most_bytes_per_token if len(text) > LONG_TEXT else None
+    if most is not None:
+        service.room(-(-len(text.encode()) // most), prompt_field=prompt_field, at_least=True)
+    return tokenized(service.tokenizer, text, add_bos=add_bos)
 
 
 def _thinking(service: Service, body: ChatRequest) -> bool | None:
@@ -116,9 +126,7 @@ def _params(
     **more: Any,
 ) -> list[SamplingParams]:  # fmt: skip
     """For each of the n answers its own; those after the first have seeds that follow. `limit` is the field with the longest answer."""
-    max_tokens = service.max_tokens(
-        getattr(body, limit), prompt_tokens, field=names.get(limit, limit), prompt_field=names.get(prompt_field, prompt_field)
-    )
+    max_tokens = service.max_tokens(getattr(body, limit), prompt_tokens, field=names.get(limit, limit), prompt_field=prompt_field)
     bias = None
     if body.logit_bias:
         try:
@@ -237,10 +245,8 @@ def completion_job(
     service.thinking_of(body.model)
     service.admit()
     tokenizer = service.tokenizer
-    if body.suffix is not None:
-        token_ids = fim_prompt(tokenizer, body.prompt, body.suffix)
-    else:
-        token_ids = tokenizer.encode(body.prompt, add_bos=tokenizer.add_bos_token)
+    text = body.prompt if body.suffix is None else fim_prompt(tokenizer, body.prompt, body.suffix)
+    token_ids = _tokens_that_fit(service, text, "prompt", add_bos=tokenizer.add_bos_token)
     if not token_ids:
         raise APIError(
             400, "the prompt is empty, and this tokenizer starts with no token of its own; give some text", param="prompt"

@@ -1,4 +1,4 @@
-"""From messages to the tokens that the model reads.
+"""From messages to the text that the model reads, and its tokens.
 
 Earlier reasoning never enters the prompt, in whatever form clients send it. Whether the model thinks is decided here: by what the
 prompt ends with.
@@ -14,11 +14,14 @@ from finback.data.tokenizer import END_THINK_TOKEN, FIM_BEGIN_TOKEN, FIM_END_TOK
 from finback.server.errors import APIError
 from finback.server.schemas import is_thought
 
+LONG_TEXT = 4096
+"""What is longer takes so many milliseconds to be tokenised that it is done in a thread."""
+
 
 class Prompt(NamedTuple):
-    """What is sent to the engine."""
+    """What the model reads of a conversation, as text."""
 
-    token_ids: list[int]
+    text: str
     thinking: bool
     """Whether the answer starts inside a thought."""
     begun: bool = False
@@ -73,16 +76,22 @@ def chat_prompt(
             reasoning = next((each for each in texts if each and isinstance(each, str)), "")
             text, thinks = text + reasoning + CLOSE_THOUGHT, False
         text += prefix
-    return Prompt(tokenizer.encode(text), thinks, begun=bool(begun))
+    return Prompt(text, thinks, begun=bool(begun))
 
 
-def fim_prompt(tokenizer: Tokenizer, prompt: str, suffix: str) -> list[int]:
+def fim_prompt(tokenizer: Tokenizer, prompt: str, suffix: str) -> str:
     """Fill in the middle, in the order of V3's training: prefix, suffix, middle."""
     vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
     if not all(token in vocabulary for token in (FIM_BEGIN_TOKEN, FIM_HOLE_TOKEN, FIM_END_TOKEN)):
         raise APIError(400, "this model's tokenizer has no tokens to fill in the middle with; leave out suffix", param="suffix")
-    text = f"{FIM_BEGIN_TOKEN}{prompt}{FIM_HOLE_TOKEN}{suffix}{FIM_END_TOKEN}"
-    return tokenizer.encode(text, add_bos=tokenizer.add_bos_token)
+    return f"{FIM_BEGIN_TOKEN}{prompt}{FIM_HOLE_TOKEN}{suffix}{FIM_END_TOKEN}"
+
+
+def tokenized(tokenizer: Tokenizer, text: str, *, add_bos: bool = False) -> list[int]:
+    """The token ids of a prompt. For long ones the GIL is let go, which only `encode_batch` does."""
+    if len(text) <= LONG_TEXT:
+        return tokenizer.encode(text, add_bos=add_bos)
+    return tokenizer.encode_batch([text], add_bos=add_bos)[0]
 
 
 def _turn(message: Mapping[str, Any]) -> dict[str, Any]:

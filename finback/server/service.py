@@ -111,20 +111,26 @@ class Service:
         """The longest answer: as asked, up to the room that is left in context and cache; min(4096, room) if nothing was asked.
 
         `field` and `prompt_field` are the door's names for what APIError blames."""
+        room = self.room(prompt_tokens, prompt_field=prompt_field)
+        if asked is not None and asked > self.context:
+            raise APIError(422, f"field {field} is {asked}, above the model's context ({self.context}); lower it", param=field)
+        return min(DEFAULT_MAX_TOKENS if asked is None else asked, room)
+
+    def room(self, prompt_tokens: int, *, prompt_field: str, at_least: bool = False) -> int:
+        """Tokens that context and cache leave for an answer; 400 where there are none. `at_least`: the prompt may have more."""
         cache = self.worker.llm.num_cache_tokens + 1  # the last token of an answer is never computed
         room = min(self.context, cache) - prompt_tokens
         if room < 1:
             limit = f"the context is {self.context}" if self.context <= cache else f"the server's cache holds {cache - 1} tokens"
+            count = f"at least {prompt_tokens}" if at_least else prompt_tokens
             raise APIError(
                 400,
-                f"field {prompt_field} makes a prompt of {prompt_tokens} tokens, and {limit}, which leaves no room for an answer; "
+                f"field {prompt_field} makes a prompt of {count} tokens, and {limit}, which leaves no room for an answer; "
                 "shorten it",
                 code="context_length_exceeded",
                 param=prompt_field,
             )
-        if asked is not None and asked > self.context:
-            raise APIError(422, f"field {field} is {asked}, above the model's context ({self.context}); lower it", param=field)
-        return min(DEFAULT_MAX_TOKENS if asked is None else asked, room)
+        return room
 
     def end_answers_in(self, seconds: float) -> None:
         """The server stops: what is not answered by then is cut off, told so, and charged for what was written."""

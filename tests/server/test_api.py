@@ -36,7 +36,7 @@ def run_alone(served: Served, thinking: bool, max_tokens: int, seed: int) -> str
     from finback.engine.llm import LLM
 
     llm = LLM(model=model, tokenizer=served.service.tokenizer, max_num_seqs=1)
-    return llm.generate(prompt.token_ids, SamplingParams(max_tokens=max_tokens, seed=seed))[0].text
+    return llm.generate(served.service.tokenizer.encode(prompt.text), SamplingParams(max_tokens=max_tokens, seed=seed))[0].text
 
 
 def test_the_reasoner_thinks_and_the_chat_model_does_not(served: Served, client: openai.OpenAI) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finback.data.tokenizer import Tokenizer
-from finback.server.prompt import chat_prompt
+from finback.server.prompt import Prompt, chat_prompt
 from tests.server.serving import tiny_model
 
 QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "Where does the whale swim?"}]
@@ -22,7 +22,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 def with_answer(tokenizer: Tokenizer, content: Any) -> str:
     """The prompt in which `content` is an earlier answer."""
     messages = [*QUESTION, {"role": "assistant", "content": content}, *QUESTION]
-    return tokenizer.decode(chat_prompt(tokenizer, messages, thinking=None).token_ids)
+    return chat_prompt(tokenizer, messages, thinking=None).text
 
 
 texts = st.sampled_from(["S", "S\n", "\n\nS", " ", ""])
@@ -56,12 +56,11 @@ def test_thoughts_in_a_row_and_in_each_other_are_dropped(tokenizer: Tokenizer, c
 
 @pytest.mark.parametrize("thinking", [None, False, True])
 def test_a_prefix_that_opens_a_thought_is_continued_inside_it(tokenizer: Tokenizer, thinking: bool | None) -> None:
-    def prompt(prefix: Any) -> tuple[str, bool, bool]:
+    def prompt(prefix: Any) -> Prompt:
         messages = [*QUESTION, {"role": "assistant", "content": prefix, "prefix": True}]
-        token_ids, thinks, begun = chat_prompt(tokenizer, messages, thinking=thinking)
-        return tokenizer.decode(token_ids), thinks, begun
+        return chat_prompt(tokenizer, messages, thinking=thinking)
 
-    thinker = tokenizer.decode(chat_prompt(tokenizer, QUESTION, thinking=True).token_ids)
+    thinker = chat_prompt(tokenizer, QUESTION, thinking=True).text
     assert thinker.endswith("<think>\n")
     for prefix in ("<think>", "<think>\n", "\n<think>\n", [{"type": "text", "text": "<think>\n"}]):
         assert prompt(prefix) == (thinker, True, False)
