@@ -12,8 +12,9 @@ from typing import Any
 from finback.config import InputError
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `content` (text as UTF-8) to `path` through a temporary file in the same directory, fsynced and renamed."""
+def write_atomic(path: Path, content: str | bytes, *, mode: int = 0o644) -> None:
+    """Write `content` (text as UTF-8) to `path` through a temporary file in the same directory, fsynced and renamed. Nobody else can
+    read it before it has its `mode`."""
     payload = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -23,7 +24,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.write(payload)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

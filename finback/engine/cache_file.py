@@ -53,12 +53,13 @@ def _packed(module: nn.Module) -> tuple[PackedWeight, ...]:
 
 
 def write_blocks(file: Path, identity: str, digests: Sequence[bytes], rows: Tensor) -> None:
-    """Write `rows` [layers, blocks, block_size, W] of the blocks with `digests`, through a temporary file."""
+    """Write `rows` [layers, blocks, block_size, W] of the blocks with `digests`, through a temporary file. Prompts could be told from
+    them, so that only the owner may read it."""
     from safetensors.torch import save
 
     numbers = torch.tensor([list(digest) for digest in digests], dtype=torch.uint8).reshape(len(digests), 32)
     tensors = {"digests": numbers, "rows": rows.cpu().contiguous()}
-    write_atomic(file, save(tensors, metadata={_IDENTITY: identity}))
+    write_atomic(file, save(tensors, metadata={_IDENTITY: identity}), mode=0o600)
 
 
 def read_blocks(file: Path, identity: str, shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[list[bytes], Tensor] | None:

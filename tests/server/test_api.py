@@ -1,6 +1,7 @@
 """The API as its official client sees it: answers, thoughts, usage, limits, errors."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -483,6 +484,43 @@ def test_prefixes_are_kept_over_a_restart(tmp_path: Path) -> None:
             hits.append(usage["prompt_cache_hit_tokens"])
     assert hits[0] == 0
     assert hits[1] >= 64
+
+
+def test_kept_prefixes_are_the_owners_alone_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, replace = list[int](), os.replace
+
+    def watched(source: Any, target: Any) -> None:
+        seen.append(Path(source).stat().st_mode & 0o777)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    umask = os.umask(0)
+    try:
+        with serving(cache_dir=tmp_path) as served:
+            body = {"model": "tiny", "messages": [{"role": "user", "content": "鲸鱼" * 40}], "max_tokens": 1}
+            httpx.post(f"{served.url}/v1/chat/completions", json=body).raise_for_status()
+    finally:
+        os.umask(umask)
+    assert seen == [0o600]
+    assert (tmp_path / "prefixes.safetensors").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("kind", ["truncated", "another model's", "no such file at all"])
+def test_prefixes_that_cannot_be_used_are_set_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    file, aside = tmp_path / "prefixes.safetensors", tmp_path / "prefixes.safetensors.aside"
+    with serving(cache_dir=tmp_path) as served:
+        httpx.post(
+            f"{served.url}/v1/completions", json={"model": "tiny", "prompt": "鲸鱼" * 80, "max_tokens": 1}
+        ).raise_for_status()
+    content = file.read_bytes()
+    file.write_bytes({"truncated": content[:-9], "no such file at all": b"nonsense"}.get(kind, content))
+    with serving(cache_dir=tmp_path, llm={"block_size": 32} if kind == "another model's" else None) as served:
+        assert httpx.get(f"{served.url}/health").status_code == 200
+    (line,) = (each.getMessage() for each in caplog.records if each.levelname == "WARNING")
+    assert "is set aside as prefixes.safetensors.aside" in line
+    assert ("another model's" in line) == (kind == "another model's")
+    assert aside.exists()
+    assert not file.exists(), "an empty cache leaves no file that the next server would warn of"
 
 
 def test_slow_answers_are_kept_alive_and_too_many_are_refused() -> None:
