@@ -1,6 +1,7 @@
 """What stands before the routes: a wall against bodies that are too large and hosts that are not this machine; and errors in the words
 of each door."""
 
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from fastapi.responses import JSONResponse, Response
 from finback.server import anthropic, ollama
 from finback.server.config import ServeConfig, is_loopback
 from finback.server.errors import APIError
+
+_HOST = re.compile(r"(\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^][:@/]+))(:[0-9]+)?")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -36,6 +39,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if sum(name == b"host" for name, _ in scope["headers"]) > 1:  # a proxy before us may have looked at the other one
+            await _refuse(scope["path"], send, APIError(400, "the request names two hosts; send one header Host"))
+            return
         if self.config.keys is None and not is_loopback(_host_name(headers.get("host", ""))):
             await _refuse(
                 scope["path"],
@@ -71,11 +77,9 @@ def _too_large(limit: int) -> APIError:
 
 
 def _host_name(host: str) -> str:
-    """Without the port, in small letters: [::1]:8000 -> ::1."""
-    host = host.lower()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
+    """Without the port, in small letters: [::1]:8000 -> ::1; empty where it is no host."""
+    found = _HOST.fullmatch(host.lower())
+    return (found["address"] or found["name"]) if found else ""
 
 
 async def _refuse(path: str, send: Send, error: APIError) -> None:

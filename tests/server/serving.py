@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import uvicorn
 
 from finback.data.chat import published_template
 from finback.data.tokenizer import Tokenizer, save_tokenizer, train_tokenizer
 from finback.engine.llm import LLM
 from finback.model.checkpoint import save
 from finback.model.transformer import Transformer, init_weights
-from finback.server.app import create_app
 from finback.server.config import ServeConfig
 from finback.server.keys import KeyStore, prices
 from finback.server.metrics import Metrics
 from finback.server.prefixes import restore_prefixes
+from finback.server.run import Server
 from finback.server.service import Service
 from finback.server.worker import EngineWorker
 from tests.model.oracle import BASE
@@ -103,7 +102,7 @@ def serving(
     )
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="warning", lifespan="on", ws="none"))
+    server = Server(service)
 
     def run() -> None:
         if keys is not None:
