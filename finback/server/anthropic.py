@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, StrictBool, StrictInt, StrictStr, field_validator
 
-from finback.server.errors import APIError
+from finback.server.errors import TYPES, APIError
 from finback.server.keys import Key
 from finback.server.openai import Calls, Job, chat_job, conversation_prompt, gathered, parsed_arguments, written
 from finback.server.prompt import tokenized
@@ -100,7 +100,7 @@ class ErrorBody(BaseModel):
 
 def error_body(error: APIError) -> dict[str, Any]:
     """Anthropic's shape."""
-    kind = ERROR_TYPES.get(error.status, error.body()["error"]["type"])
+    kind = "not_found_error" if error.code == "model_not_found" else ERROR_TYPES.get(error.status, TYPES[error.status])
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 

@@ -163,7 +163,7 @@ def _add_ollama(app: FastAPI, service: Service) -> None:
         lines = ollama.lines(service, job, chat)
         return await stream(
             request, lines, service.endings, seconds, lambda error: orjson.dumps(ollama.error_body(error)) + b"\n",
-            media_type="application/x-ndjson", keep_alive=b" ",  # its clients take an empty line for an answer
+            media_type="application/x-ndjson", keep_alive=b" ", first_keep_alive=b" ",  # an empty line would be an answer
         )  # fmt: skip
 
     @known.post("/api/chat", responses=LINES | OLLAMA_ERRORS, response_model=None)

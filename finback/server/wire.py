@@ -50,9 +50,10 @@ async def stream(
     error_event: Callable[[APIError], bytes] = lambda error: event(error.body()),
     media_type: str = "text/event-stream",
     keep_alive: bytes = KEEP_ALIVE,
+    first_keep_alive: bytes = KEEP_ALIVE,
 ) -> Response:
-    """Send events as they come. An error before the first one, within `seconds`, is an answer of its own; of later ones an APIError
-    is an event."""
+    """Send events as they come; while none comes `keep_alive`, and `first_keep_alive` before the first. An error before the first one,
+    within `seconds`, is an answer of its own; of later ones an APIError is an event."""
     iterator = aiter(events)
     pending = asyncio.ensure_future(anext(iterator, None))
     try:
@@ -75,7 +76,7 @@ async def stream(
 
         try:
             while not await patience.wait(pending):
-                yield keep_alive
+                yield first_keep_alive
             try:
                 if (chunk := pending.result()) is None:
                     return

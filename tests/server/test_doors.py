@@ -210,8 +210,9 @@ def test_tools_of_anthropics_own_are_refused(served: Served) -> None:
 
 
 def test_errors_of_the_messages_are_in_their_shape(served: Served, claude: anthropic.Anthropic) -> None:
-    with pytest.raises(anthropic.NotFoundError, match="there is no model 'claude'"):
+    with pytest.raises(anthropic.NotFoundError, match="there is no model 'claude'") as unknown:
         claude.messages.create(model="claude", messages=QUESTION, max_tokens=1)
+    assert unknown.value.body["error"]["type"] == "not_found_error"  # type: ignore[index, call-overload]
     with pytest.raises(anthropic.BadRequestError, match="leaves no room") as told:
         claude.messages.create(model="tiny", messages=[{"role": "user", "content": "鲸" * 2000}], max_tokens=1)
     assert told.value.body["type"] == "error"  # type: ignore[index, call-overload]
@@ -259,6 +260,19 @@ def test_a_connection_that_is_kept_open_disturbs_no_client() -> None:
             assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == text
             assert ": keep-alive" in httpx.post(f"{slow.url}/v1/chat/completions", json=asked | {"stream": True}).text
         assert slow.is_idle()
+
+
+def test_no_event_comes_before_the_start_of_a_message() -> None:
+    """A comment keeps the connection open until then, pings afterwards."""
+    with serving(keep_alive_seconds=0.01) as slow:
+        slow.slow_down(0.1)
+        body = {"model": "deepseek-chat", "messages": QUESTION, "max_tokens": 5, "stream": True}
+        lines = httpx.post(f"{slow.url}/v1/messages", json=body, timeout=60).text.splitlines()
+        assert lines[0] == ": keep-alive"
+        events = [line for line in lines if line.startswith("event: ")]
+        assert events[0] == "event: message_start"
+        assert "event: ping" in events
+        assert ": keep-alive" not in lines[lines.index(events[0]) :]
 
 
 def test_ollama_calls_tools_and_writes_json(llama: ollama.Client) -> None:
