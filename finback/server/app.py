@@ -317,13 +317,16 @@ def _add_errors(app: FastAPI, service: Service) -> None:
         if first["type"] == "json_invalid":
             where = first["ctx"]["error"] if "ctx" in first else first["msg"]
             return answer(request, APIError(400, f"the body is not valid JSON: {where}"))
-        place, words = told(dict(first))
+        place, words = told([{**each, "loc": each["loc"][1:]} for each in error.errors()], error.body)
         if first["type"] in ("missing", "model_attributes_type", "model_type", "dict_type") and not place:
             return answer(request, APIError(400, "the body must be a JSON object, sent with Content-Type: application/json"))
         return answer(request, APIError(422, words, param=place or None))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        why = _why_no_json(error.__cause__)
+        if why is not None:
+            return answer(request, APIError(400, f"the body is not valid JSON: {why}"))
         status = error.status_code if error.status_code in TYPES else 400
         words = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not possible at {request.url.path}"}
         return answer(request, APIError(status, words.get(status, str(error.detail)), headers=dict(error.headers or {})))
@@ -331,3 +334,14 @@ def _add_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         return answer(request, APIError(500, "the server failed at this request; its log says why"))  # uvicorn logs the traceback
+
+
+def _why_no_json(cause: BaseException | None) -> str | None:
+    """What FastAPI found when it read the body, where it was no error in the grammar of JSON."""
+    if isinstance(cause, RecursionError):
+        return "it is nested too deeply; make it flatter"
+    if isinstance(cause, UnicodeDecodeError):
+        return f"byte {cause.start} is no {cause.encoding} text ({cause.reason}); send UTF-8"
+    if isinstance(cause, ValueError):  # of int()
+        return "a number in it has too many digits; shorten it"
+    return None

@@ -3,7 +3,7 @@
 Fields that we do not know are ignored, as the hosted services do: clients send many that change nothing here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
@@ -211,15 +211,56 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-def told(error: dict[str, Any]) -> tuple[str, str]:
-    """A pydantic error as (field, sentence)."""
-    place = ".".join(str(part) for part in error["loc"] if part != "body")
+_SHAPES = {
+    "model_type": "an object", "model_attributes_type": "an object", "dict_type": "an object", "list_type": "a list",
+    "string_type": "a string", "bool_type": "true or false", "literal_error": "",
+}  # fmt: skip
+"""Errors of pydantic's that say no more than that the input is of another kind; "" where its own words say of which."""
+
+
+def told(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str]:
+    """What pydantic says of `body`, as (field, sentence) of the first field that is wrong."""
+    meant = _meant([{**error, "loc": tuple(error["loc"])} for error in errors], body)
+    first = meant[0]
+    place = ".".join(map(str, first["loc"]))
     place = place if len(place) < 100 else f"{place[:100]}..."
-    words = str(error["msg"]).removeprefix("Value error, ")
-    value = error.get("input")
-    ours = error["type"] == "value_error"  # says what is wrong with the value by itself
+    words = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] in _SHAPES:
+        kinds = dict.fromkeys(_SHAPES[error["type"]] or str(error["msg"]).removeprefix("Input should be ") for error in meant)
+        words = f"input should be {' or '.join(kinds)}"
+    value = first.get("input")
+    ours = first["type"] == "value_error"  # says what is wrong with the value by itself
     shown = f", not {value!r}" if isinstance(value, str | int | float | bool) and len(str(value)) < 60 and not ours else ""
     return place, f"field {place}: {words[0].lower() + words[1:]}{shown}" if place else words
+
+
+def _meant(errors: list[dict[str, Any]], body: Any) -> list[dict[str, Any]]:
+    """The first error. Where a field may be of several kinds, pydantic tells of each, with its name in the place: of these the first
+    error of the kind that the input is of; if it is of none, one for each kind. The names are left out."""
+    at = _kind_in(errors[0], body)
+    if at is None:
+        return errors[:1]
+    place = errors[0]["loc"][:at]
+    kinds: dict[Any, list[dict[str, Any]]] = {}
+    for error in errors:
+        loc = error["loc"]
+        if loc[:at] == place and len(loc) > at:
+            kinds.setdefault(loc[at], []).append({**error, "loc": place + loc[at + 1 :]})
+    for of_kind in kinds.values():
+        if of_kind[0]["loc"] != place or of_kind[0]["type"] not in _SHAPES:
+            return _meant(of_kind, body)
+    return [of_kind[0] for of_kind in kinds.values()]
+
+
+def _kind_in(error: Mapping[str, Any], body: Any) -> int | None:
+    """Where in an error's place the name of a kind stands: the first part that leads nowhere in the body and is no missing field."""
+    loc, value = error["loc"], body
+    for at, part in enumerate(loc):
+        if (isinstance(value, Mapping) and part in value) or (isinstance(value, list) and part in range(len(value))):
+            value = value[part]
+        else:
+            return None if at == len(loc) - 1 and error["type"] == "missing" else at
+    return None
 
 
 def chat_request(kind: type[Kind], fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Kind:
@@ -227,6 +268,7 @@ def chat_request(kind: type[Kind], fields: Mapping[str, Any], names: Mapping[str
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        place, words = told({**first, "loc": [(names or {}).get(str(part), part) for part in first["loc"]]})
-        raise APIError(422, words, param=place or None) from None
+        place, words = told(error.errors(), fields)
+        inner = place.split(".")
+        named = ".".join((names or {}).get(part, part) for part in inner)
+        raise APIError(422, words.replace(f"field {place}", f"field {named}", 1), param=named or None) from None

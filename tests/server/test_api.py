@@ -429,6 +429,49 @@ def test_bodies_that_are_no_json_or_too_large(served: Served) -> None:
     assert chunked.status_code == 413
 
 
+NO_JSON: list[tuple[bytes, str]] = [
+    (b"[" * 100_000 + b"]" * 100_000, "it is nested too deeply"),
+    (b'{"model": "\xff"}', "byte 11 is no utf-8 text (invalid start byte); send UTF-8"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "a number in it has too many digits"),
+    (b"{", "Expecting property name"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), NO_JSON)
+def test_a_body_that_is_no_json_is_told_why(served: Served, content: bytes, words: str) -> None:
+    for path in ("/v1/chat/completions", "/v1/messages", "/api/chat"):
+        answer = httpx.post(f"{served.url}{path}", content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == 400
+        assert f"the body is not valid JSON: {words}" in str(answer.json()["error"])
+
+
+KINDS: list[tuple[dict[str, Any], str, str]] = [
+    ({"stop": ["a"] * 17}, "stop", "list should have at most 16 items after validation, not 17"),
+    ({"stop": ["a", 1]}, "stop.1", "input should be a string, not 1"),
+    ({"stop": 3}, "stop", "input should be a string or a list, not 3"),
+    ({"thinking": "enabled"}, "thinking", "input should be an object or true or false, not 'enabled'"),
+    ({"thinking": {"budget_tokens": 0}}, "thinking.budget_tokens", "input should be greater than or equal to 1, not 0"),
+    ({"thinking": {"type": "on"}}, "thinking.type", "input should be 'enabled', 'disabled', 'auto' or 'adaptive', not 'on'"),
+    ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "messages.0.content.0.type", "field required"),
+    ({"messages": [{"role": "user", "content": ["x"]}]}, "messages.0.content.0", "input should be an object, not 'x'"),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "input should be a string or a list, not 3"),
+    ({"messages": ["x"]}, "messages.0", "input should be an object, not 'x'"),
+    ({"messages": [{}]}, "messages.0.role", "field required"),
+    ({"tool_choice": "some"}, "tool_choice", "input should be 'none', 'auto' or 'required' or an object, not 'some'"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function", "field required"),
+    ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name", "field required"),
+]
+
+
+@pytest.mark.parametrize(("change", "param", "words"), KINDS)
+def test_of_a_field_of_several_kinds_the_error_of_the_one_that_is_meant_is_told(
+    served: Served, change: dict[str, Any], param: str, words: str
+) -> None:
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json={"model": "tiny", "messages": QUESTION} | change)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["message"]) == (422, param, f"field {param}: {words}")
+
+
 def test_other_names_for_this_machine_and_other_pages_are_refused(served: Served) -> None:
     assert httpx.get(f"{served.url}/v1/models", headers={"host": "evil.example"}).status_code == 403
     for name in ("localhost:1", "LocalHost", "127.0.0.1", "[::1]:8000"):
