@@ -65,9 +65,11 @@ def create_app(service: Service) -> FastAPI:
     _add_page(app)
     _add_errors(app, service)
     config = service.config
-    if config.allow_origin:
-        app.add_middleware(CORSMiddleware, allow_origins=list(config.allow_origin), allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Guard, config=config)
+    if config.allow_origin:  # around everything: a page elsewhere cannot read an error that lacks its header, be it 413 or 500
+        app.middleware_stack = CORSMiddleware(
+            app.build_middleware_stack(), allow_origins=list(config.allow_origin), allow_methods=["*"], allow_headers=["*"]
+        )
     return app
 
 

@@ -486,6 +486,32 @@ def test_other_names_for_this_machine_and_other_pages_are_refused(served: Served
     assert "access-control-allow-origin" not in answer.headers
 
 
+def test_a_page_elsewhere_can_read_every_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    origin, kind = {"origin": "https://chat.example"}, {"content-type": "application/json"}
+    with serving(allow_origin=("https://chat.example",), max_request_bytes=1000) as served:
+        url = f"{served.url}/v1/chat/completions"
+
+        def status(headers: dict[str, str], content: bytes) -> int:
+            answer = httpx.post(url, content=content, headers=origin | kind | headers)
+            assert answer.headers["access-control-allow-origin"] == origin["origin"]
+            return answer.status_code
+
+        body = json.dumps({"model": "tiny", "messages": QUESTION, "max_tokens": 1}).encode()
+        assert status({}, body) == 200
+        assert status({}, b" " * 2000) == 413
+        assert status({"host": "evil.example"}, body) == 403
+        assert status({}, b"{") == 400
+        monkeypatch.setattr("finback.server.turn.ReasoningParser.feed", lambda *_: 1 / 0)
+        assert status({}, body) == 500
+        asked = origin | {"access-control-request-method": "POST", "access-control-request-headers": "x-api-key"}
+        assert httpx.options(url, headers=asked).status_code == 200
+        assert (
+            "access-control-allow-origin"
+            not in httpx.get(f"{served.url}/health", headers={"origin": "https://evil.example"}).headers
+        )
+        assert served.is_idle()
+
+
 def test_facts(served: Served, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["deepseek-chat", "deepseek-reasoner", "tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
