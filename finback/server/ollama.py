@@ -90,22 +90,24 @@ def error_body(error: APIError) -> dict[str, Any]:
     return {"error": error.message}
 
 
-def _common(body: Asking) -> dict[str, Any]:
-    """Model, options, format and thinking in OpenAI's words."""
+def _common(body: Asking, context: int) -> dict[str, Any]:
+    """Model and options in OpenAI's words. As Ollama has it, a top_k below 1 is none, and an answer ends where the context does."""
     options = body.options or {}
     fields: dict[str, Any] = {"model": own_name(body.model)}
     for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop", "frequency_penalty", "presence_penalty"):
         if options.get(name) is not None:
             fields[name] = options[name]
     fields["stop"] = fields.get("stop") or None
-    length = options.get("num_predict")
+    top_k, length = options.get("top_k"), options.get("num_predict")
+    if isinstance(top_k, int) and top_k < 0:
+        del fields["top_k"]
     if length is not None and not (isinstance(length, int) and length < 1):  # -1 and -2: as far as there is room
-        fields["max_tokens"] = length
+        fields["max_tokens"] = context if isinstance(length, int) and length > context else length
     return fields
 
 
-def _chat_fields(body: Asking) -> dict[str, Any]:
-    fields = _common(body)
+def _chat_fields(body: Asking, context: int) -> dict[str, Any]:
+    fields = _common(body, context)
     if body.think is not None:
         fields["thinking"] = body.think if isinstance(body.think, bool) else True  # "low", "medium", "high"
     form = _form(body)
@@ -143,7 +145,7 @@ def chat_of(service: Service, body: OllamaChatRequest, key: Key | None) -> Job:
         messages.append(turn)
     if messages and messages[-1]["role"] == "assistant":
         messages[-1]["prefix"] = True
-    fields = {**_chat_fields(body), "messages": messages, "tools": body.tools or None}
+    fields = {**_chat_fields(body, service.context), "messages": messages, "tools": body.tools or None}
     return chat_job(service, chat_request(ChatRequest, fields, NAMES), key, NAMES)
 
 
@@ -155,10 +157,10 @@ def generate_of(service: Service, body: GenerateRequest, key: Key | None) -> Job
             raise APIError(422, "field think: with raw or suffix the text goes on as it stands, without a thought; leave it out")
         form = _form(body)
         grammar = None if form is None else form_grammar(chat_request(ResponseFormat, form, NAMES))
-        fields = {**_common(body), "prompt": body.prompt, "suffix": body.suffix}
+        fields = {**_common(body, service.context), "prompt": body.prompt, "suffix": body.suffix}
         return completion_job(service, chat_request(CompletionRequest, fields, NAMES), key, grammar, NAMES)
     system = [{"role": "system", "content": body.system}] if body.system else []
-    fields = {**_chat_fields(body), "messages": [*system, {"role": "user", "content": body.prompt}]}
+    fields = {**_chat_fields(body, service.context), "messages": [*system, {"role": "user", "content": body.prompt}]}
     return chat_job(service, chat_request(ChatRequest, fields, NAMES), key, {**NAMES, "messages": "prompt"})
 
 

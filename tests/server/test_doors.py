@@ -10,6 +10,7 @@ import ollama
 import openai
 import pytest
 
+from finback.server import ollama as ollama_door
 from finback.server.openai import parsed_arguments
 from tests.server.serving import Served, serving
 
@@ -292,6 +293,44 @@ def test_ollama_calls_tools_and_writes_json(llama: ollama.Client) -> None:
     assert isinstance(json.loads(made.message.content or "")["deep"], bool)
 
 
+def test_ollamas_options_beyond_their_ranges_mean_what_they_mean_there(llama: ollama.Client) -> None:
+    def told(**options: Any) -> tuple[str | None, int | None]:
+        answer = llama.chat("tiny", QUESTION, think=False, options={"num_predict": 9, "seed": 3} | options)
+        return answer.message.content, answer.eval_count
+
+    assert told(top_k=-1) == told(top_k=0) == told() != told(top_k=1)
+    asked: Any = {"model": "tiny", "prompt": "鲸" * 300, "raw": True}
+    long = llama.generate(**asked, options={"num_predict": 5000, "stop": ["never written"]})
+    assert long.done_reason in ("length", "stop")
+    assert (long.prompt_eval_count or 0) + (long.eval_count or 0) <= 1024
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ollamas_client_gets_the_calls_of_tools(llama: ollama.Client, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+    """Its API cannot ask for a call, which a tiny model would not make by itself; so the door is made to ask for one."""
+    fields, call_wanted = ollama_door._chat_fields, {"tool_choice": "required", "parallel_tool_calls": False}
+    monkeypatch.setattr(ollama_door, "_chat_fields", lambda *arguments: fields(*arguments) | call_wanted)
+    tool: Any = {"type": "function", "function": {"name": "get_sea", "description": "Where.", "parameters": PARAMETERS}}
+    asked: Any = {"model": "deepseek-chat", "messages": QUESTION, "tools": [tool], "options": {"num_predict": 400, "seed": 1}}
+    parts = list(llama.chat(**asked, stream=True)) if stream else [llama.chat(**asked)]
+    (call,) = (call for part in parts for call in part.message.tool_calls or [])
+    assert call.function.name == "get_sea"
+    assert set(call.function.arguments) == {"deep"}
+    assert isinstance(call.function.arguments["deep"], bool)
+    assert (parts[-1].done, parts[-1].done_reason) == (True, "stop")
+
+
+def test_ollamas_client_gets_json_in_pieces(llama: ollama.Client) -> None:
+    options = {"num_predict": 300, "seed": 4}
+    asked: Any = {"model": "deepseek-chat", "format": PARAMETERS, "options": options, "think": False, "stream": True}
+    chat = "".join(part.message.content or "" for part in llama.chat(messages=QUESTION, **asked))
+    assert isinstance(json.loads(chat)["deep"], bool)
+    text = "".join(part.response for part in llama.generate(prompt="Where?", **asked))
+    assert isinstance(json.loads(text)["deep"], bool)
+    anything = "".join(part.message.content or "" for part in llama.chat(messages=QUESTION, **asked | {"format": "json"}))
+    assert anything.lstrip().startswith("{")
+
+
 def test_ollama_generates_and_fills_in(served: Served, llama: ollama.Client) -> None:
     options = {"num_predict": 5, "temperature": 0}
     chat = llama.chat(model="tiny", messages=QUESTION, think=False, options=options)
@@ -323,7 +362,7 @@ def test_ollama_lists_shows_and_refuses(served: Served, llama: ollama.Client) ->
         llama.generate(model="tiny", prompt="What is it?", images=[b"a picture"])
     with pytest.raises(ollama.ResponseError, match="temperature"):
         llama.chat(model="tiny", messages=QUESTION, options={"temperature": 9})
-    for options, words in (({"num_predict": 5000}, "field num_predict is 5000"), ({"num_predict": "x"}, "field num_predict: ")):
+    for options, words in (({"top_k": "x"}, "field top_k: "), ({"num_predict": "x"}, "field num_predict: ")):
         for ask in (
             lambda o: llama.chat("tiny", QUESTION, options=o),
             lambda o: llama.generate("tiny", "x", raw=True, options=o),
