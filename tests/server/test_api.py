@@ -272,6 +272,20 @@ def test_text_and_fill_in_the_middle(served: Served, client: openai.OpenAI) -> N
     )
 
 
+def test_prefix_filling_in_and_json_need_neither_beta_nor_a_word(served: Served) -> None:
+    ask = {"model": "tiny", "max_tokens": 3, "temperature": 0}
+    prefix = {"messages": [*QUESTION, {"role": "assistant", "content": "The", "prefix": True}]}
+    for path, body in (("chat/completions", prefix), ("completions", {"prompt": "One ", "suffix": " whale"})):
+        choices = [
+            httpx.post(f"{served.url}/{base}/{path}", json=ask | body).raise_for_status().json()["choices"]
+            for base in ("v1", "beta")
+        ]
+        assert choices[0] == choices[1]
+    form = {"messages": QUESTION, "response_format": {"type": "json_object"}, "model": "deepseek-chat"}
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=ask | form).raise_for_status().json()
+    assert answer["choices"][0]["message"]["content"].lstrip().startswith("{")
+
+
 def test_the_places_of_tokens_go_on_over_the_chunks_of_a_text(served: Served, client: openai.OpenAI) -> None:
     asked: Any = {"model": "tiny", "prompt": "One day 鲸", "max_tokens": 12, "seed": 2, "logprobs": 0, "echo": True, "n": 2}
     wholes = client.completions.create(**asked).choices
@@ -388,6 +402,20 @@ ERRORS: list[tuple[dict[str, Any], int, str]] = [
     ({"top_logprobs": 2}, 422, "top_logprobs needs logprobs"),
     ({"response_format": {"type": "json_schema"}}, 422, "needs the field json_schema"),
     ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "impossible"}}}}, 400, "impossible"),
+    (
+        {
+            "tools": [
+                TOOL | {"function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "impossible"}}}}}
+            ]
+        },
+        400,
+        "impossible",
+    ),
+    (
+        {"tools": [TOOL | {"function": {"name": "f", "parameters": {"type": "array"}}}]},
+        422,
+        'must be a JSON schema of type "object"',
+    ),
     ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}}, 422, "not among the tools"),
     ({"tools": [TOOL, TOOL]}, 422, "two functions with the name"),
     ({"messages": [{"role": "user", "content": "\ud800"}]}, 422, "surrogates not allowed"),
