@@ -40,7 +40,8 @@ class GenerateFields:
     chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Send the prompt as a user's message, in the model's chat template."""
     num_speculative_tokens: int = 0
-    """Tokens that the model's MTP module drafts ahead at each step; 0 is none. The text is the same, it only comes faster."""
+    """Tokens that the model's MTP module drafts ahead at each step; 0 is none. The text is the same. It comes faster where a step waits
+    for memory and the module is small beside the model; small models on a CPU are slower with drafts."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in memory; auto is that of the files."""
     device: Literal["cpu", "cuda"] = "cpu"

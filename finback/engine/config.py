@@ -50,7 +50,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     """Taken from a token's logit once if it stands in the answer, -2 to 2."""
     repetition_penalty: float = 1.0
-    """Positive logits of tokens in prompt and answer are divided by it, negative ones multiplied; 1: no penalty."""
+    """Positive logits of tokens in prompt and answer are divided by it, negative ones multiplied, 0.001 to 1000; 1: no penalty."""
     logit_bias: dict[int, float] | None = None
     """Token id -> what is added to its logit, -100 to 100."""
     grammar: Grammar | None = None
@@ -91,7 +91,7 @@ _NUMBERS = {
     "min_p": (0.0, 1.0, False),
     "frequency_penalty": (-2.0, 2.0, False),
     "presence_penalty": (-2.0, 2.0, False),
-    "repetition_penalty": (0.0, math.inf, True),
+    "repetition_penalty": (1e-3, 1e3, False),
 }
 
 

@@ -144,7 +144,8 @@ class GrammarMatcher:
         elif self.is_finished:
             bits = np.zeros_like(self._compiled.free)
         else:
-            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32).copy()
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+            bits = bits[: len(self._compiled.free)].copy()  # llguidance has a word more where the vocabulary fills its last one
             self._check()
             if self._phase is _Phase.GAP:
                 room = _MAX_GAP - self._history[-1][1]
@@ -360,6 +361,8 @@ def _sentence(grammar: Grammar, message: str) -> str:
     """llguidance's report as a sentence for the user."""
     what = {"json_schema": "the JSON schema", "regex": "the regex", "lark": "the grammar", "tools": "the schema of a tool"}
     reason = _first_line(message)
+    if reason == "NoExtensionBias":  # of the first token
+        return f"{what[grammar.kind]} cannot be used: nothing satisfies it"
     keys = re.search(r"Unimplemented keys: \[(.*)\]", reason)
     if keys:
         return f"{what[grammar.kind]} uses the keywords {keys[1]}, which are not supported; leave them out"

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ from finback.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.grammar import GrammarCompiler, GrammarMatcher
 from finback.engine.grammar_config import Grammar
+from finback.engine.llm import LLM
 from finback.engine.sampler import SamplingRows, SamplingState, accept, sample
+from tests.engine.models import V3_MTP
+from tests.model.oracle import build
 
 TEXTS = [
     '{"name": "The fox", "age": 12, "tags": ["a", "b"], "ok": true, "none": null, "x": -1.5e3}\n' * 3,
@@ -512,3 +516,53 @@ def test_further_stop_tokens_end_where_the_grammar_may(tokenizer: Tokenizer) -> 
 def test_compiled_grammars_are_kept(compiler: GrammarCompiler) -> None:
     assert compiler.compile(Grammar.json_schema(PERSON)) is compiler.compile(Grammar.json_schema(json.dumps(PERSON)))
     assert hash(Grammar.tool_calls(TOOLS)) == hash(Grammar.tool_calls(TOOLS))
+
+
+@pytest.fixture(scope="module")
+def whole_words() -> Tokenizer:
+    """A vocabulary that fills its words of 32 bits."""
+    tokenizer = train_tokenizer(TEXTS * 4, 416)
+    assert tokenizer.vocab_size % 32 == 0
+    return tokenizer
+
+
+def test_every_phase_has_a_mask_of_the_same_width(tokenizer: Tokenizer, whole_words: Tokenizer) -> None:
+    for each in (tokenizer, whole_words):
+        compiler = GrammarCompiler(each)
+        thought, end = each.encode("a"), each.backend.token_to_id("</think>")
+        yes = each.encode("Yes")
+        matcher = compiler.compile(Grammar.regex("Yes", after_think=True)).matcher()
+        words = -(-each.vocab_size // 32)
+        for token in (*thought, end, *yes, each.eos_token_id):
+            assert matcher.mask().shape == (words,)
+            matcher.advance(token)
+        assert matcher.is_finished
+        assert matcher.mask().shape == (words,)
+        drafted = compiler.compile(Grammar.regex("Yes", after_think=True)).matcher()
+        assert drafted.masks([*thought, end, *yes, each.eos_token_id]).shape == (len(thought) + len(yes) + 3, words)
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_grammars_in_different_phases_share_a_step(whole_words: Tokenizer, drafts: int) -> None:
+    """A thought, JSON, and an answer that has ended and goes on to its limit: each is the one of the request alone."""
+    config = replace(V3_MTP, vocab_size=whole_words.vocab_size)
+    model = build(config)
+    params = [
+        SamplingParams(max_tokens=24, seed=1, grammar=Grammar.json_object(after_think=True)),
+        SamplingParams(max_tokens=24, seed=2, grammar=Grammar.json_object()),
+        SamplingParams(max_tokens=12, seed=3, grammar=Grammar.regex("Yes")),
+        SamplingParams(max_tokens=12, temperature=0),
+    ]
+    prompts = [[5, 6, 7]] * len(params)
+    llm = LLM(model=model, tokenizer=whole_words, num_speculative_tokens=drafts, max_num_seqs=4)
+    together = [output.token_ids for output in llm.generate(prompts, params)]
+    alone = LLM(model=model, tokenizer=whole_words, max_num_seqs=1)
+    for tokens, one in zip(together, params, strict=True):
+        assert tokens == alone.generate([[5, 6, 7]], one)[0].token_ids
+    assert whole_words.decode(together[2], skip_special_tokens=True) == "Yes"
+
+
+@pytest.mark.parametrize("grammar", [Grammar.json_schema({"$ref": "#"}), Grammar.regex(r"[^\s\S]")], ids=["loop", "no character"])
+def test_a_grammar_that_nothing_satisfies_is_told_in_plain_words(compiler: GrammarCompiler, grammar: Grammar) -> None:
+    with pytest.raises(InputError, match="nothing satisfies it"):
+        compiler.compile(grammar)
