@@ -16,7 +16,7 @@ Tool calls have DeepSeek's form (bars and low lines as in `finback.data.tokenize
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from finback.config import InputError
 from finback.data.tokenizer import END_THINK_TOKEN, Tokenizer
 from finback.engine.grammar_config import Grammar
+from finback.engine.schema_limits import check_schema, check_text, listed, mapped, references, resolve
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -82,17 +83,15 @@ class CompiledGrammar:
         self.grammar = grammar
         self.stop_token_ids = compiler.stop_token_ids
         self.free, self.newlines = compiler.free, compiler.newlines
+        _check_schemas(grammar)
         text = _source(grammar, tokenizer)
         limits = LLParserLimits(initial_lexer_fuel=_LEXER_FUEL, verbose_errors=False)
         self._start = LLMatcher(backend, text, log_level=0, limits=limits)
         error = self._start.get_error() or _error_of_a_first_token(self._start.deep_copy())
         if error:
             raise InputError(_sentence(grammar, error))
-        if grammar.kind == "json_schema":
-            _check_finite("the JSON schema", grammar.source)
-        elif grammar.kind == "tools":
-            for name, schema in json.loads(grammar.source):
-                _check_finite(f"the schema of the function {name!r}", schema)
+        for what, schema in _schemas(grammar):
+            _check_finite(what, schema)
         self.end_think_id: int | None = None
         if grammar.after_think:
             if tokenizer.backend.token_to_id(END_THINK_TOKEN) is None:
@@ -229,6 +228,26 @@ def _backend_tokenizer(tokens: _BackendTokens) -> "LLTokenizer":
     return LLTokenizer(TokenizerWrapper(tokens))
 
 
+def _schemas(grammar: Grammar) -> list[tuple[str, str]]:
+    """What each schema of a grammar is called, and its text."""
+    match grammar.kind:
+        case "json_schema":
+            return [("the JSON schema", grammar.source)]
+        case "tools":
+            return [(f"the schema of the function {name!r}", schema) for name, schema in json.loads(grammar.source)]
+        case _:
+            return []
+
+
+def _check_schemas(grammar: Grammar) -> None:
+    """InputError for schemas that the grammar engine would be busy with for too long."""
+    schemas = _schemas(grammar)
+    if schemas:
+        check_text("the JSON schema" if grammar.kind == "json_schema" else "field tools", grammar.source)
+    for what, schema in schemas:
+        check_schema(what, schema)
+
+
 def _source(grammar: Grammar, tokenizer: Tokenizer) -> str:
     """The grammar in llguidance's notation."""
     from llguidance import LLMatcher
@@ -288,37 +307,12 @@ def _check_finite(what: str, source: str) -> None:
     """InputError if only JSON that never ends satisfies the schema, because an object needs another one like itself; llguidance
     would follow it forever. Errs on the side of accepting."""
     root = json.loads(source)
-    references = set(_references(root))
+    named = references(root)
     finite: set[str] = set()
-    while more := {name for name in references - finite if _is_finite(_resolve(root, name), finite)}:
+    while more := {name for name in named - finite if _is_finite(resolve(root, name), finite)}:
         finite |= more
     if not _is_finite(root, finite):
         raise InputError(f"{what} requires JSON that never ends, since each part requires another like itself; make one optional")
-
-
-def _references(schema: Any) -> Iterator[str]:
-    if isinstance(schema, dict):
-        if isinstance(schema.get("$ref"), str):
-            yield schema["$ref"]
-        schema = list(schema.values())
-    if isinstance(schema, list):
-        for part in schema:
-            yield from _references(part)
-
-
-def _resolve(root: Any, reference: str) -> Any:
-    """What a JSON pointer refers to; `True`, anything, where it is no pointer into this schema."""
-    if not reference.startswith("#"):
-        return True
-    for key in reference[1:].split("/")[1:]:
-        key = key.replace("~1", "/").replace("~0", "~")
-        if isinstance(root, dict) and key in root:
-            root = root[key]
-        elif isinstance(root, list) and key.isdecimal() and len(key) < 10 and int(key) < len(root):
-            root = root[int(key)]
-        else:
-            return True
-    return root
 
 
 def _is_finite(schema: Any, finite: set[str]) -> bool:
@@ -332,29 +326,24 @@ def _is_finite(schema: Any, finite: set[str]) -> bool:
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference not in finite:
         return False
-    if not all(_is_finite(part, finite) for part in _list(schema.get("allOf"))):
+    if not all(_is_finite(part, finite) for part in listed(schema.get("allOf"))):
         return False
     for name in ("anyOf", "oneOf"):
-        parts = _list(schema.get(name))
+        parts = listed(schema.get(name))
         if parts and not any(_is_finite(part, finite) for part in parts):
             return False
     match schema.get("type"):
         case "object":
-            properties, additional = schema.get("properties"), schema.get("additionalProperties", True)
-            properties = properties if isinstance(properties, dict) else {}
-            names = [name for name in _list(schema.get("required")) if isinstance(name, str)]
+            properties, additional = mapped(schema.get("properties")), schema.get("additionalProperties", True)
+            names = [name for name in listed(schema.get("required")) if isinstance(name, str)]
             return all(_is_finite(properties.get(name, additional), finite) for name in names)
         case "array":
             least = schema.get("minItems")
             least = max(0, least) if isinstance(least, int) else 0
-            items = [*_list(schema.get("prefixItems")), schema.get("items", True)][:least]
+            items = [*listed(schema.get("prefixItems")), schema.get("items", True)][:least]
             return all(_is_finite(part, finite) for part in items)
         case _:
             return True
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _sentence(grammar: Grammar, message: str) -> str:

@@ -255,8 +255,9 @@ class LLM:
         finally:
             self.abort(request_id)
 
-    def add(self, prompt: Prompt, params: SamplingParams) -> int:
-        """Queue a request and return its id. Raises InputError if it can never be answered; the others go on."""
+    def add(self, prompt: Prompt, params: SamplingParams, compiled: CompiledGrammar | None = None) -> int:
+        """Queue a request and return its id; `compiled` is what `compile` has made of its grammar before. Raises InputError if it can
+        never be answered; the others go on."""
         if not isinstance(params, SamplingParams):
             raise InputError(f"params is {params!r}, it must be SamplingParams")
         token_ids = self._token_ids(prompt)
@@ -266,7 +267,9 @@ class LLM:
                 raise InputError(f"stop_token_ids or logit_bias names token {token}, outside the model's vocabulary ({vocab})")
         if params.stop and self.tokenizer is None:
             raise InputError("stop strings need a tokenizer; give LLM(tokenizer=...) or use stop_token_ids")
-        matcher = None if params.grammar is None else self._compile(params.grammar).matcher()
+        if compiled is None and params.grammar is not None:
+            compiled = self.compile(params.grammar)
+        matcher = None if compiled is None else compiled.matcher()
         request = Request(self._next_id, token_ids, params)
         self._scheduler.add(request)
         self._next_id += 1
@@ -510,7 +513,9 @@ class LLM:
                 raise InputError(f"the prompt holds token {token}, outside the model's vocabulary ({vocab})")
         return token_ids  # the scheduler checks the rest
 
-    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """What `add` makes of a grammar, which may take a second: one thread may do it while another steps. The latest are kept.
+        InputError for a grammar that cannot be followed."""
         if self._compiler is None:
             if self.tokenizer is None:
                 raise InputError("a grammar needs a tokenizer; give LLM(tokenizer=...)")

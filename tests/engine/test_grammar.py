@@ -1,8 +1,10 @@
 """Answers of random models that follow a grammar, masks against brute force, and what is refused."""
 
+import functools
 import json
 import random
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -425,7 +427,9 @@ NEVER_ENDING = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required"
         (lambda: Grammar.json_schema({"enum": []}), "Unsatisfiable"),
         (lambda: Grammar.json_schema(False), "Unsatisfiable"),
         (lambda: Grammar.json_schema({"$ref": "#/$defs/x"}), "does not exist"),
-        (lambda: Grammar.json_schema({"$ref": "http://example.com/x"}), "example.com"),
+        (lambda: Grammar.json_schema({"$ref": "http://example.com/x"}), "refers to 'http://example.com/x', which is not supported"),
+        (lambda: Grammar.json_schema({"$ref": "#x", "$defs": {"x": {"$anchor": "x"}}}), "refers to '#x', which is not supported"),
+        (lambda: Grammar.json_schema({"properties": {"a": {"$id": "http://example.com/x"}}}), "part with the name 'http://example.com/x'"),
         (lambda: Grammar.json_schema({"type": "string", "pattern": "(?=a)b"}), "look-around"),
         (lambda: Grammar.json_schema({"type": "string", "format": "weird"}), "weird"),
         (lambda: Grammar.json_schema('{"type": '), "the JSON schema is not valid JSON"),
@@ -433,7 +437,7 @@ NEVER_ENDING = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required"
         (lambda: Grammar.json_schema({"const": {1, 2}}), "cannot be written as JSON"),
         (lambda: Grammar.json_schema({"const": float("nan")}), "cannot be written as JSON"),
         (lambda: Grammar.json_schema('{"not":' * 5000 + "{}" + "}" * 5000), "nested too deeply"),
-        (lambda: Grammar.json_schema('{"anyOf":[' * 300 + "{}" + "]}" * 300), "recursion limit"),
+        (lambda: Grammar.json_schema('{"anyOf":[' * 300 + "{}" + "]}" * 300), "nested too deeply"),
         (lambda: Grammar.json_schema(NEVER_ENDING), "never ends"),
         (lambda: Grammar.json_schema({"$ref": "#/$defs/a", "$defs": {"a": {"allOf": [NEVER_ENDING]}}}), "never ends"),
         (lambda: Grammar.json_schema({"type": "array", "minItems": 1, "items": {"$ref": "#"}}), "never ends"),
@@ -479,6 +483,143 @@ def test_what_cannot_be_followed_is_refused_in_one_sentence(
 )
 def test_keywords_that_the_type_does_not_use_may_have_any_form(compiler: GrammarCompiler, schema: dict[str, Any]) -> None:
     compiler.compile(Grammar.json_schema(schema))
+
+
+def letters(count: int) -> list[dict[str, Any]]:
+    """Schemas whose intersection has to remember which letters have come."""
+    return [{"type": "string", "pattern": f".*{chr(97 + i)}.*"} for i in range(count)]
+
+
+def chain(count: int, link: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Definitions that each refer to the next."""
+    links = {f"d{i}": link({"$ref": f"#/$defs/d{i + 1}"}) for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": {**links, f"d{count}": {"type": "string"}}}
+
+
+def alternatives(first: int, width: int = 8) -> str:
+    return "^(" + "|".join(f"[^{chr(97 + first + j)}]{{{3 + first * 7 + j}}}" for j in range(width)) + ")*$"
+
+
+STRING, OBJECT = {"type": "string"}, {"type": "object"}
+DEAR: dict[str, tuple[Any, str]] = {
+    "allOf": ({"allOf": letters(26)}, "26 regular expressions"),
+    "siblings": ({"pattern": "x", "format": "date", "allOf": letters(7)}, "9 regular expressions"),
+    "one alternative": ({**letters(1)[0], "anyOf": [STRING, {"allOf": letters(8)}]}, "9 regular expressions"),
+    "references": (
+        {
+            "$ref": "#/$defs/d0",
+            "$defs": {f"d{i}": {"allOf": [one, {"$ref": f"#/$defs/d{i + 1}"}]} for i, one in enumerate(letters(26))},
+        },
+        "26 regular expressions",
+    ),
+    "escaped references": (
+        {"$defs": {"a b/c": {"allOf": letters(8)}}, "$ref": "#/%24defs/a%20b~1c", **letters(1)[0]},
+        "9 regular expressions",
+    ),
+    "property": ({"allOf": [{**OBJECT, "properties": {"a": one}, "required": ["a"]} for one in letters(26)]}, "26 regular"),
+    "any property": ({"allOf": [{**OBJECT, "additionalProperties": one} for one in letters(26)]}, "26 regular"),
+    "property by pattern": (
+        {**OBJECT, "properties": {"a": letters(1)[0]}, "patternProperties": {"^a": {"allOf": letters(8)}}},
+        "9 regular expressions",
+    ),
+    "items": ({"allOf": [{"type": "array", "items": one, "minItems": 1} for one in letters(26)]}, "26 regular expressions"),
+    "first items": ({"allOf": [{"type": "array", "prefixItems": [STRING, one]} for one in letters(26)]}, "26 regular"),
+    "branches": ({"allOf": [{"type": "string", "pattern": alternatives(i)} for i in range(8)]}, "8 regular .* too long together"),
+    "multiple": ({"type": "integer", "multipleOf": 999983}, "multiples of too large numbers"),
+    "multiples": ({"allOf": [{"type": "integer", "multipleOf": p} for p in (83, 89, 97)]}, "multiples of too large numbers"),
+    "many multiples": (
+        {
+            "anyOf": [
+                {**OBJECT, "properties": {"a": {"type": "integer", "multipleOf": i}}, "required": ["a"]} for i in range(100, 600)
+            ]
+        },
+        "multiples of too large numbers",
+    ),
+    "optional": ({**OBJECT, "properties": {f"p{i}": {} for i in range(9000)}}, "9000 optional properties"),
+    "required": ({**OBJECT, "required": [f"p{i}" for i in range(20000)]}, "20000 required properties"),
+    "values": ({"enum": [[i] for i in range(20000)]}, "20000 alternatives"),
+    "name patterns": ({**OBJECT, "patternProperties": {f"^a{i:04}": {} for i in range(900)}}, "900 patternProperties"),
+    "text": ({"enum": [f"value {i}" for i in range(200_000)]}, "bytes, more than 262144; make it shorter"),
+    "deep": (chain(2000, lambda link: {"type": "array", "items": link}), "levels deep"),
+    "deep alone": (chain(4000, lambda link: link), "levels deep"),
+    "deep with siblings": (chain(4000, lambda link: {"minLength": 1, **link}), "levels deep"),
+    "deep in deep": (
+        chain(100, lambda link: functools.reduce(lambda inner, _: {"type": "array", "items": inner}, range(40), link)),
+        "levels deep",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DEAR)
+@pytest.mark.parametrize("as_tool", [False, True])
+def test_what_would_keep_the_grammar_engine_busy_is_refused_at_once(compiler: GrammarCompiler, kind: str, as_tool: bool) -> None:
+    """Some of these would take hours, and the deep ones end the process."""
+    schema, sentence = DEAR[kind]
+    inner = {"a": {name: part for name, part in schema.items() if name != "$defs"}}
+    grammar = Grammar.json_schema(schema)
+    if as_tool:
+        grammar = Grammar.tool_calls([tool(type="object", properties=inner, **{"$defs": schema.get("$defs", {})})])
+    start = time.process_time()
+    with pytest.raises(InputError, match=sentence) as raised:
+        compiler.compile(grammar)
+    assert time.process_time() - start < 2
+    assert str(raised.value).startswith(("the schema of the function 'a' ", "field tools ") if as_tool else "the JSON schema ")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": letters(26)},
+        {"type": "object", "properties": {one["pattern"]: one for one in letters(26)}, "required": [".*a.*"]},
+        {"type": "array", "prefixItems": letters(26)},
+        {"type": "object", "patternProperties": {f"^{chr(97 + i)}": one for i, one in enumerate(letters(26))}},
+        {
+            "type": "array",
+            "items": {
+                "anyOf": [
+                    {
+                        "type": "object",
+                        "properties": {"kind": {"const": i}, "at": {"type": "string", "format": "date-time"}},
+                        "required": ["kind"],
+                    }
+                    for i in range(60)
+                ]
+            },
+        },
+        {
+            "$ref": "#/$defs/term",
+            "$defs": {
+                "term": {"anyOf": [{"$ref": "#/$defs/sum"}, {"$ref": "#/$defs/name"}, {"type": "number", "multipleOf": 0.01}]},
+                "sum": {
+                    "type": "object",
+                    "properties": {"left": {"$ref": "#/$defs/term"}, "right": {"$ref": "#/$defs/term"}},
+                    "required": ["left", "right"],
+                },
+                "name": {
+                    "type": "object",
+                    "properties": {"name": {"type": "string", "pattern": "^[a-z]+$"}},
+                    "required": ["name"],
+                },
+            },
+        },
+        {
+            "$defs": {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(30)} | {"d30": STRING},
+            "$ref": "#/$defs/d0",
+        },
+        {"type": "object", "properties": {f"p{i}": {} for i in range(4000)}, "required": [f"p{i}" for i in range(4000)]},
+        {"type": "object", "properties": {f"p{i}": {} for i in range(490)}},
+        {"type": "string", "minLength": 10**9, "maxLength": 2 * 10**9},
+        {"type": "array", "minItems": 10**5, "maxItems": 10**9},
+        {"type": "string", "pattern": "^((a{1,100}){1,100}){1,100}$"},
+        {"type": "integer", "multipleOf": 86400},
+        chain(300, lambda link: {"type": "array", "items": link}),
+    ],
+    ids=range(14),
+)
+def test_schemas_that_only_look_dear_are_taken(compiler: GrammarCompiler, schema: dict[str, Any]) -> None:
+    start = time.process_time()
+    compiler.compile(Grammar.json_schema(schema)).matcher().mask()
+    assert time.process_time() - start < 4
 
 
 def test_recursive_schemas_that_can_end_are_accepted(compiler: GrammarCompiler) -> None:
