@@ -53,8 +53,8 @@ def create_app(service: Service) -> FastAPI:
         service.worker.start()
         yield
         await service.finish()
-        service.worker.stop()
-        if service.config.cache_dir is not None:
+        ended = service.worker.stop()
+        if ended and service.config.cache_dir is not None:
             keep_prefixes(service.worker.llm, service.config.cache_dir)
 
     app = FastAPI(title="finback", version=service.version, lifespan=lifespan, docs_url=None, redoc_url=None)

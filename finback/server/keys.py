@@ -1,23 +1,33 @@
 """Keys, balances and usage in one SQLite file. `finback keys` writes it, the server reads and charges it, also at the same time.
 
 Keys are random, so a plain SHA-256 of them is enough to store. Money is whole nano-yuan. A request is charged once: its id is the
-primary key of its row, and row and balance change in one transaction, which a killed process leaves done or not begun.
+primary key of its row, and row and balance change in one transaction, which a killed process leaves done or not begun. The server
+charges in a thread of its own (`Charges`): whoever else writes into the file may keep it locked for long.
 """
 
 import hashlib
+import logging
+import queue
 import secrets
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
+from typing import NamedTuple
 
 from finback.config import InputError
 
+logger = logging.getLogger("finback.server")
+
 NANO = 10**9
+LOCK_SECONDS = 30.0
+"""How long whoever reads or writes waits for others that write."""
 _VERSION = 1
 _SCHEMA = """
 CREATE TABLE keys (
@@ -102,11 +112,9 @@ class KeyStore:
             raise InputError(f"there is no directory {file.parent} for the file {file.name}; make it first")
         self.file = file
         try:
-            self._db = sqlite3.connect(file, isolation_level=None, timeout=30)
+            self._db = _connect(file, LOCK_SECONDS)
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.execute("PRAGMA foreign_keys = ON")
-            with self._transaction():
+            with _transaction(self._db):
                 (version,) = self._db.execute("PRAGMA user_version").fetchone()
                 (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
                 if version == 0 and tables == 0 and create:
@@ -122,21 +130,11 @@ class KeyStore:
     def close(self) -> None:
         self._db.close()
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
-
     def add(self, name: str, balance: int = 0, requests_per_minute: int | None = None) -> str:
         """A new key, which is told here and never again; InputError if the name is taken."""
         secret = f"sk-{secrets.token_urlsafe(32)}"
         try:
-            with self._transaction():
+            with _transaction(self._db):
                 self._db.execute(
                     "INSERT INTO keys (name, hash, created, granted, requests_per_minute) VALUES (?, ?, ?, ?, ?)",
                     (name, _hash(secret), time.time(), balance, requests_per_minute),
@@ -148,7 +146,7 @@ class KeyStore:
     def revoke(self, name: str) -> None:
         """No request is taken with the key from now on; its usage stays, and its name is free again."""
         key = self.named(name)
-        with self._transaction():
+        with _transaction(self._db):
             self._db.execute(
                 "UPDATE keys SET revoked = ?, name = name || ' (revoked ' || id || ')' WHERE id = ?", (time.time(), key.id)
             )
@@ -156,7 +154,7 @@ class KeyStore:
     def top_up(self, name: str, amount: int) -> int:
         """Add to a key's balance; the new balance."""
         key = self.named(name)
-        with self._transaction():
+        with _transaction(self._db):
             self._db.execute("UPDATE keys SET topped_up = topped_up + ? WHERE id = ?", (amount, key.id))
         return self.named(name).balance
 
@@ -191,24 +189,115 @@ class KeyStore:
         ).fetchone()
         return int(row[0]), int(row[1]), int(row[2])
 
-    def charge(self, request_id: str, key_id: int, model: str, hit: int, miss: int, output: int, cost: int) -> bool:
-        """Write down a request and take its cost from the balance, what was granted first; False if it was charged before."""
-        with self._transaction():
-            added = self._db.execute(
-                "INSERT OR IGNORE INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (request_id, key_id, time.time(), model, hit, miss, output, cost),
-            ).rowcount
-            if added:
-                self._db.execute(
-                    "UPDATE keys SET topped_up = topped_up - max(0, ? - max(0, granted)), granted = granted - min(max(0, granted), ?) "
-                    "WHERE id = ?",
-                    (cost, cost, key_id),
-                )
-        return bool(added)
-
     def _row(self, condition: str, value: str | int) -> Key | None:
         row = self._db.execute(f"SELECT {_COLUMNS} FROM keys WHERE {condition}", (value,)).fetchone()
         return None if row is None else Key(*row)
+
+
+class Charge(NamedTuple):
+    """What one request has used."""
+
+    request_id: str
+    key_id: int
+    model: str
+    hit_tokens: int
+    miss_tokens: int
+    output_tokens: int
+    cost: int
+
+
+class Charges:
+    """Writes charges down one after the other, and goes on trying while the file is locked or the disk full. To be used by one thread;
+    the writing is done by another."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._outstanding: dict[str, Charge] = {}  # by request
+        self._queue: queue.SimpleQueue[tuple[Charge, Future[None]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="charges", daemon=True)
+        self._thread.start()
+
+    def add(self, charge: Charge) -> Future[None]:
+        """It counts from now on; the future ends when it is written."""
+        written: Future[None] = Future()
+        written.set_running_or_notify_cancel()  # whoever waits for it cannot take it back
+        self._outstanding[charge.request_id] = charge
+        self._queue.put((charge, written))
+        return written
+
+    def owed(self, key_id: int) -> int:
+        """What a key has still to pay. To be asked for after its balance was read: what is written in between then counts once."""
+        return sum(charge.cost for charge in list(self._outstanding.values()) if charge.key_id == key_id)
+
+    def close(self, seconds: float) -> list[Charge]:
+        """Write what is outstanding; what could not be written by then, each with a line in the log."""
+        self._queue.put(None)
+        self._thread.join(seconds)
+        lost = list(self._outstanding.values())
+        for charge in lost:
+            logger.error("%s could not be written into, and is owed: %s", self.file, charge)
+        return lost
+
+    def _run(self) -> None:
+        with closing(_connect(self.file, timeout=1.0)) as db:
+            while (item := self._queue.get()) is not None:
+                charge, written = item
+                try:
+                    self._write(db, charge)
+                except sqlite3.Error as error:  # no file of ours any more: the request fails, and close tells what is owed
+                    logger.exception("%s cannot be written into", self.file)
+                    written.set_exception(error)
+                else:
+                    written.set_result(None)
+
+    def _write(self, db: sqlite3.Connection, charge: Charge) -> None:
+        told = False
+        while True:
+            try:
+                with _transaction(db):
+                    _charge(db, charge)
+                    self._outstanding.pop(charge.request_id, None)  # before it is in the balance, so that it never counts twice
+                return
+            except sqlite3.OperationalError as error:  # locked, or no room on the disk
+                self._outstanding[charge.request_id] = charge
+                if not told:
+                    logger.warning("%s cannot be written into now (%s); requests are charged later", self.file, error)
+                told = True
+                time.sleep(0.1)
+
+
+def _connect(file: Path, timeout: float) -> sqlite3.Connection:
+    db = sqlite3.connect(file, isolation_level=None, timeout=timeout)
+    db.execute("PRAGMA synchronous = NORMAL")
+    db.execute("PRAGMA foreign_keys = ON")
+    return db
+
+
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:  # some errors have ended it
+            db.execute("ROLLBACK")
+        raise
+
+
+def _charge(db: sqlite3.Connection, charge: Charge) -> None:
+    """Write down a request and take its cost from the balance, what was granted first; nothing if it was charged before."""
+    added = db.execute(
+        "INSERT OR IGNORE INTO usage (request_id, key_id, finished, model, hit_tokens, miss_tokens, output_tokens, cost) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (charge.request_id, charge.key_id, time.time(), *charge[2:]),
+    ).rowcount
+    if added:
+        db.execute(
+            "UPDATE keys SET topped_up = topped_up - max(0, ? - max(0, granted)), granted = granted - min(max(0, granted), ?) "
+            "WHERE id = ?",
+            (charge.cost, charge.cost, charge.key_id),
+        )
 
 
 _COLUMNS = "id, name, created, revoked, granted, topped_up, requests_per_minute"

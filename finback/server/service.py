@@ -16,7 +16,7 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.config import DEFAULT_MAX_TOKENS, SamplingParams
 from finback.server.config import ServeConfig
 from finback.server.errors import APIError
-from finback.server.keys import Key, KeyStore, Prices, now
+from finback.server.keys import Charge, Charges, Key, KeyStore, Prices, now
 from finback.server.metrics import Metrics
 from finback.server.turn import Delta, Usage, run_turn
 from finback.server.wire import Endings
@@ -25,6 +25,11 @@ from finback.server.worker import EngineFailure, EngineWorker
 logger = logging.getLogger("finback.server")
 
 FINISH_SECONDS = 5.0
+"""How long what ends with the server may take."""
+CHARGE_SECONDS = 2.0
+"""How long an answer waits for its charge to be written; then it ends, and the charge is written later."""
+CLOSE_SECONDS = 60.0
+"""How long the server waits at its end for a locked file of keys."""
 CHAT_MODEL, REASONER_MODEL = "deepseek-chat", "deepseek-reasoner"
 
 
@@ -44,6 +49,7 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     _answering: set[str] = field(default_factory=set)  # the ids of the requests that are not charged yet
     _recent: dict[int, deque[float]] = field(default_factory=dict)  # key id -> when its last requests came
+    _charges: Charges | None = None  # made with the first one
 
     @property
     def models(self) -> list[str]:
@@ -68,8 +74,7 @@ class Service:
         """402 where the balance of a request's key is spent, 429 where it asks too often."""
         if key is None:
             return
-        if key.balance <= 0:
-            raise APIError(402, f"the balance of the key {key.name!r} is spent; top it up", code="insufficient_balance")
+        self._check_balance(key)
         if key.requests_per_minute is not None:
             recent, moment = self._recent.setdefault(key.id, deque()), time.monotonic()
             while recent and recent[0] <= moment - 60:
@@ -83,6 +88,12 @@ class Service:
                     headers={"Retry-After": str(wait)},
                 )
             recent.append(moment)
+
+    def _check_balance(self, key: Key) -> None:
+        """402 where the balance, as it was read just now, is spent."""
+        owed = 0 if self._charges is None else self._charges.owed(key.id)
+        if key.balance <= owed:
+            raise APIError(402, f"the balance of the key {key.name!r} is spent; top it up", code="insufficient_balance")
 
     def key_of(self, headers: Mapping[str, str]) -> Key | None:
         """The key of a request, whatever its balance; None where the server has no keys. 401 without one or with a wrong one."""
@@ -140,10 +151,17 @@ class Service:
 
     async def finish(self) -> None:
         """Wait until nothing is left to be freed or charged."""
+        await self._until_answered()
+        self.worker.forget()  # where the engine is stuck in a step
+        await self._until_answered()
+        await self.endings.finish()
+        if self._charges is not None:
+            await asyncio.to_thread(self._charges.close, CLOSE_SECONDS)
+
+    async def _until_answered(self) -> None:
         deadline = time.monotonic() + FINISH_SECONDS
         while self._answering and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        await self.endings.finish()
 
     def params(self, **fields: Any) -> SamplingParams:
         """SamplingParams, None meaning the default; 422 for what cannot be meant."""
@@ -168,9 +186,11 @@ class Service:
 
         `turn` is `run_turn` or `run_completion`, `options` are what it takes.
 
-        Raises APIError for what the engine refuses, before or in the middle.
+        Raises APIError for what the engine refuses, before or in the middle, and where others have spent the balance by the time the
+        engine begins, which costs nothing either.
         """
         request_id, start, first = secrets.token_hex(12), time.perf_counter(), None
+        begun = False
         usages = [usage] if len(params) == 1 else [Usage() for _ in params]  # one alone is counted in place
         reasons: list[str | None] = [None] * len(params)
         turns = [
@@ -181,7 +201,13 @@ class Service:
         self._answering.add(request_id)
         try:
             async with aclosing(_alone(turns[0]) if len(turns) == 1 else _together(turns)) as steps:
-                async for deltas in steps:
+                async for parts in steps:
+                    if not begun and key is not None and self.store is not None:
+                        self._check_balance(self.store.get(key.id))
+                    begun = True
+                    deltas = [(index, delta) for index, delta in parts if not delta.is_empty or delta.finish_reason is not None]
+                    if not deltas:
+                        continue
                     for index, delta in deltas:
                         reasons[index] = delta.finish_reason
                     _add_up(usage, usages)  # each piece of a stream may tell what was used until here
@@ -196,7 +222,8 @@ class Service:
         finally:  # also where the server stops meanwhile: what was used is paid
             _add_up(usage, usages)
             end = time.perf_counter()
-            refused = isinstance(error, InputError) and not usage.completion_tokens
+            spent = isinstance(error, APIError) and error.status == 402
+            refused = spent or (isinstance(error, InputError) and not usage.completion_tokens)
             if not refused:
                 ended = [reason or (None if error is None else "error") for reason in reasons]
                 self.metrics.finished(usage, ended, end - start, None if first is None else end - first)
@@ -207,15 +234,21 @@ class Service:
             try:
                 failed = error is not None and not isinstance(error, APIError | InputError)
                 if not refused and not failed:
-                    self._charge(request_id, model, key, usage)
+                    await self._charge(request_id, model, key, usage)
             finally:
                 self._answering.discard(request_id)
 
-    def _charge(self, request_id: str, model: str, key: Key | None, usage: Usage) -> None:
+    async def _charge(self, request_id: str, model: str, key: Key | None, usage: Usage) -> None:
+        """Charge a request, and wait a while until it is written."""
         if self.store is None or key is None or self.prices is None or not usage.prompt_tokens:
             return
         cost = self.prices.cost(usage.hit_tokens, usage.miss_tokens, usage.completion_tokens, now())
-        self.store.charge(request_id, key.id, model, usage.hit_tokens, usage.miss_tokens, usage.completion_tokens, cost)
+        if self._charges is None:
+            self._charges = Charges(self.store.file)
+        charge = Charge(request_id, key.id, model, usage.hit_tokens, usage.miss_tokens, usage.completion_tokens, cost)
+        written = asyncio.wrap_future(self._charges.add(charge))
+        if (await asyncio.wait({written}, timeout=CHARGE_SECONDS))[0]:
+            written.result()
 
 
 async def _alone(turn: AsyncIterator[Delta]) -> AsyncGenerator[list[tuple[int, Delta]], None]:

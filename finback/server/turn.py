@@ -13,6 +13,7 @@ from finback.data.tokenizer import Tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.output import Increment
 from finback.engine.sampler import TokenLogprobs
+from finback.server.worker import Begin
 
 CACHE_UNIT = 64
 """Tokens in which hits are told, whatever the engine's blocks: DeepSeek's storage unit."""
@@ -60,7 +61,7 @@ class Delta:
 class Engine(Protocol):
     """What is needed of `EngineWorker`."""
 
-    def answer(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Increment]: ...
+    def answer(self, prompt: list[int], params: SamplingParams, begin: Begin) -> AsyncIterator[Increment]: ...
 
 
 async def run_turn(
@@ -75,22 +76,22 @@ async def run_turn(
     tools: bool = False,
     budget: int | None = None,
 ) -> AsyncIterator[Delta]:
-    """The answer to `prompt` in its parts; `usage` counts along, also where the reader leaves early.
+    """The answer to `prompt` in its parts; `usage` counts along, also where the reader leaves early. Where the engine begins before it
+    has anything to say, an empty part tells so.
 
     `thinking`: the prompt ends inside a thought; `begun`: in the middle of its words. With a `budget`, a thought that reaches so many
     tokens is ended in the model's place, and the model goes on behind it; a character that is not whole by then is left out. Where
     `max_tokens` leaves no room behind the end of the thought, the answer ends there.
     """
     parser = ReasoningParser(starts_in_thought=thinking, begun=begun, tools=tools)
-    first, called, written, text = True, False, list[int](), ""
+    begin, called, written, text = Begin(), False, list[int](), ""
     while True:
         closed = False
-        stream = engine.answer([*prompt, *written], params)
+        stream = engine.answer([*prompt, *written], params, begin)
         try:
             async for increment in stream:
-                if first:
-                    _count_prompt(usage, prompt, increment)
-                    first = False
+                begins = not usage.prompt_tokens
+                _count_prompt(usage, prompt, begin)
                 written += increment.token_ids
                 text += increment.text
                 was_open = parser.thought == "open"
@@ -115,13 +116,14 @@ async def run_turn(
                     delta.stop_text = increment.stop_reason
                     yield delta
                     return
-                if not delta.is_empty:
+                if begins or not delta.is_empty:
                     yield delta
                 if budget is not None and parser.thought == "open" and usage.reasoning_tokens >= budget:
                     closed = True
                     break
         finally:
             await stream.aclose()  # type: ignore[attr-defined]
+            _count_prompt(usage, prompt, begin)
         if not closed:
             return
         # The thought is as long as it may be: close it, and let the model answer with what is left of max_tokens.
@@ -157,25 +159,25 @@ async def run_completion(
     engine: Engine, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams, usage: Usage
 ) -> AsyncIterator[Delta]:
     """The continuation of a text as it stands: whatever the model writes is content."""
-    stream = engine.answer(prompt, params)
-    first = True
+    stream = engine.answer(prompt, params, begin := Begin())
     try:
         async for increment in stream:
-            if first:
-                _count_prompt(usage, prompt, increment)
-                first = False
+            begins = not usage.prompt_tokens
+            _count_prompt(usage, prompt, begin)
             usage.completion_tokens += len(increment.token_ids)
             delta = Delta(content=increment.text, finish_reason=increment.finish_reason, stop_text=increment.stop_reason)
             if increment.logprobs is not None:
                 pairs = zip(increment.token_ids, increment.logprobs, strict=True)
                 delta.content_logprobs = [TokenLogprob(*pair) for pair in pairs]
-            if not delta.is_empty or delta.finish_reason is not None:
+            if begins or not delta.is_empty or delta.finish_reason is not None:
                 yield delta
     finally:
         await stream.aclose()  # type: ignore[attr-defined]
+        _count_prompt(usage, prompt, begin)
 
 
-def _count_prompt(usage: Usage, prompt: Sequence[int], first: Increment) -> None:
-    """At the first increment, before which the engine had nothing to do with the prompt."""
-    usage.prompt_tokens = len(prompt)
-    usage.hit_tokens = first.num_cached_tokens // CACHE_UNIT * CACHE_UNIT
+def _count_prompt(usage: Usage, prompt: Sequence[int], begin: Begin) -> None:
+    """Once the engine has begun, before which it had nothing to do with the prompt."""
+    if not usage.prompt_tokens and begin.num_cached_tokens is not None:
+        usage.prompt_tokens = len(prompt)
+        usage.hit_tokens = begin.num_cached_tokens // CACHE_UNIT * CACHE_UNIT

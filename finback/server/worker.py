@@ -1,22 +1,27 @@
-"""The engine in a thread of its own. The thread alone touches the `LLM`; requests and aborts come to it through a queue, and what a
-step has added goes back to the event loop in one call for all of them."""
+"""The engine in a thread of its own. The thread alone touches the `LLM`, but for its compiler of grammars, which has another thread;
+requests and aborts come to it through a queue, and what a step has added goes back to the event loop in one call for all of them."""
 
 import asyncio
 import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from finback.config import InputError
 from finback.engine.config import SamplingParams
+from finback.engine.grammar import CompiledGrammar
+from finback.engine.grammar_config import Grammar
 from finback.engine.llm import LLM
 from finback.engine.output import Increment
 
 logger = logging.getLogger("finback.server")
 
 TROUBLE = "the engine failed; the server's log says why"
+STOP_SECONDS = 30.0
+"""How long a step may take to its end when the server stops."""
 
 Made = TypeVar("Made")
 
@@ -46,15 +51,28 @@ class EngineFailure(RuntimeError):
     nothing was computed yet go on waiting."""
 
 
+@dataclass
+class Begin:
+    """Whether the engine has begun with a request, also with one that is left before its first token."""
+
+    num_cached_tokens: int | None = None
+    """Tokens of the prompt that the prefix cache had; None while nothing of it was computed."""
+
+
+_Answer = asyncio.Queue[Increment | Exception | None]  # None: the engine knows nothing of the request any more
+
+
 class _Submission(NamedTuple):
     ticket: int
     prompt: list[int]
     params: SamplingParams
-    answer: "asyncio.Queue[Increment | Exception]"
+    compiled: CompiledGrammar | None
+    answer: _Answer
 
 
 class _Abort(NamedTuple):
     ticket: int
+    answer: _Answer
 
 
 class EngineWorker:
@@ -66,7 +84,10 @@ class EngineWorker:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._next_ticket = 0
-        self._answers: set[asyncio.Queue[Increment | Exception]] = set()  # of the requests that have not ended
+        self._grammars = ThreadPoolExecutor(1, "grammars")
+        self._answers: set[_Answer] = set()  # of the requests that have not ended
+        # Of those that wait until the engine has heard that they were left; None when nobody waits for it any more.
+        self._left: set[_Answer] | None = set()
 
     @property
     def open(self) -> int:
@@ -78,44 +99,85 @@ class EngineWorker:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def stop(self) -> None:
-        """End after the step that runs now."""
+    def stop(self) -> bool:
+        """End after the step that runs now; False, and an error in the log, if it takes too long. To be called in the event loop."""
+        self.forget()
+        self._grammars.shutdown(wait=False, cancel_futures=True)
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
+        if self._thread.is_alive():
+            logger.error("the engine is still busy with a step after %g s; the server ends without it", STOP_SECONDS)
+        return not self._thread.is_alive()
 
     def end_answers(self, error: Exception) -> None:
         """Whoever waits for an answer now gets `error` behind what was written until here; to be called in the event loop."""
         for answer in self._answers:
             answer.put_nowait(error)
 
-    async def answer(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Increment]:
+    def forget(self) -> None:
+        """Whoever has left an answer, now or from now on, does not wait until the engine has heard of it; to be called in the event
+        loop when the server ends."""
+        left, self._left = self._left, None
+        for answer in left or ():
+            answer.put_nowait(None)
+
+    async def answer(self, prompt: list[int], params: SamplingParams, begin: Begin | None = None) -> AsyncIterator[Increment]:
         """The answer: one increment for each step that adds to it, and an empty one before them where a step has begun with the prompt
-        and not ended it: before the first, no step has done anything for it. Leaving early aborts the request, which frees its blocks.
+        and not ended it: before the first, no step has done anything for it. Leaving early aborts the request, which frees its blocks;
+        where none has come by then, the end of the step that runs now is waited for, and `begin` tells whether it has begun.
 
         Raises InputError if the request can never be answered, EngineFailure if the engine failed, and what `end_answers` was given.
         """
         ticket, self._next_ticket = self._next_ticket, self._next_ticket + 1
-        answer: asyncio.Queue[Increment | Exception] = asyncio.Queue()
-        self._inbox.put(_Submission(ticket, prompt, params, answer))
+        begin, answer = begin or Begin(), _Answer()
         self._answers.add(answer)
-        finished = False
+        known = False  # to the engine
         try:
-            while not finished:
+            compiled = None if params.grammar is None else await self._compiled(params.grammar)
+            self._inbox.put(_Submission(ticket, prompt, params, compiled, answer))
+            known = True
+            while known:
                 increment = await answer.get()
+                assert increment is not None
                 if isinstance(increment, Exception):
-                    finished = isinstance(increment, InputError | EngineFailure)  # the engine has it no more
+                    known = not isinstance(increment, InputError | EngineFailure)
                     raise increment
-                finished = increment.finish_reason is not None
+                known = increment.finish_reason is None
                 if increment.is_fault:
                     logger.error("the engine failed at a request: %s", increment.error)
                     raise EngineFailure(increment.error)
                 if increment.error is not None:
                     raise InputError(increment.error)
+                begin.num_cached_tokens = increment.num_cached_tokens
                 yield increment
         finally:
             self._answers.discard(answer)
-            if not finished:
-                self._inbox.put(_Abort(ticket))
+            if known:
+                await self._leave(ticket, answer, begin)
+
+    async def _compiled(self, grammar: Grammar) -> CompiledGrammar:
+        """Apart from the engine, whose steps go on meanwhile."""
+        try:
+            return await asyncio.wrap_future(self._grammars.submit(self.llm.compile, grammar))
+        except InputError:
+            raise
+        except Exception:  # a fault of ours at one request
+            logger.exception("the engine failed at a grammar")
+            raise EngineFailure(TROUBLE) from None
+
+    async def _leave(self, ticket: int, answer: _Answer, begin: Begin) -> None:
+        """Abort a request. Until the engine answers with None, what it has done before may still come."""
+        self._inbox.put(_Abort(ticket, answer))
+        if begin.num_cached_tokens is not None or self._left is None:
+            return
+        self._left.add(answer)
+        try:
+            while (part := await answer.get()) is not None:
+                if isinstance(part, Increment) and part.error is None:
+                    begin.num_cached_tokens = part.num_cached_tokens
+        finally:
+            if self._left is not None:
+                self._left.discard(answer)
 
     def _run(self) -> None:
         requests: dict[int, _Submission] = {}  # by the engine's id
@@ -135,7 +197,7 @@ class EngineWorker:
                 # If none has begun, no step would ever end them.
                 failed = [request_id for request_id in requests if request_id not in new] or list(requests)
                 logger.exception("the engine failed in a step; %d requests end with it", len(failed))
-                self._deliver([(requests[request_id], EngineFailure(TROUBLE)) for request_id in failed])
+                self._deliver([(requests[request_id].answer, EngineFailure(TROUBLE)) for request_id in failed])
                 for request_id in failed:
                     self.llm.abort(request_id)
                     ids.pop(requests.pop(request_id).ticket)
@@ -151,7 +213,7 @@ class EngineWorker:
                 if request_id not in told
             ]
             parts = [*begun, *(increment for increment in increments if increment.request_id in requests)]
-            self._deliver([(requests[increment.request_id], increment) for increment in parts])
+            self._deliver([(requests[increment.request_id].answer, increment) for increment in parts])
             for request_id in ended & requests.keys():
                 ids.pop(requests.pop(request_id).ticket)
 
@@ -176,24 +238,25 @@ class EngineWorker:
                 requests.pop(request_id, None)
                 new.pop(request_id, None)
                 self.llm.abort(request_id)
+            self._deliver([(message.answer, None)])
             return
         try:
-            request_id = self.llm.add(message.prompt, message.params)
+            request_id = self.llm.add(message.prompt, message.params, message.compiled)
         except InputError as error:
-            self._deliver([(message, error)])
+            self._deliver([(message.answer, error)])
             return
         except Exception:  # a fault of ours at one request: the others and the server go on
             logger.exception("the engine failed at a request")
-            self._deliver([(message, EngineFailure(TROUBLE))])
+            self._deliver([(message.answer, EngineFailure(TROUBLE))])
             return
         requests[request_id], ids[message.ticket], new[request_id] = message, request_id, None
 
-    def _deliver(self, parts: "Sequence[tuple[_Submission, Increment | InputError | EngineFailure]]") -> None:
+    def _deliver(self, parts: Sequence[tuple[_Answer, Increment | InputError | EngineFailure | None]]) -> None:
         """Everything of a step at once: the event loop wakes once."""
 
         def put() -> None:
-            for request, part in parts:
-                request.answer.put_nowait(part)
+            for answer, part in parts:
+                answer.put_nowait(part)
 
         assert self._loop is not None
         if parts and not self._loop.is_closed():

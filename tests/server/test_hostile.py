@@ -248,6 +248,30 @@ def test_a_request_that_the_engine_cannot_take_ends_alone(
         assert served.is_idle()
 
 
+LETTERS = {"allOf": [{"type": "string", "pattern": f".*{chr(97 + i)}.*"} for i in range(10)]}
+FUNCTION = {"name": "spell", "parameters": {"type": "object", "properties": {"word": LETTERS}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("v1/chat/completions", {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": LETTERS}}}),
+        ("v1/chat/completions", {"tools": [{"type": "function", "function": FUNCTION}], "n": 4}),
+        ("v1/messages", {"tools": [{"name": "spell", "input_schema": FUNCTION["parameters"]}], "max_tokens": 4}),
+        ("api/chat", {"format": LETTERS}),
+        ("api/chat", {"tools": [{"type": "function", "function": FUNCTION}], "stream": True}),
+        ("api/generate", {"format": LETTERS, "prompt": "x", "raw": True}),
+    ],
+)
+def test_a_schema_of_too_many_patterns_is_refused_at_every_door(path: str, fields: dict[str, Any]) -> None:
+    with serving() as served:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": False} | fields
+        answer = httpx.post(f"{served.url}/{path}", json=body, timeout=30)
+        assert answer.status_code == 400
+        assert "asks for 10 regular expressions (pattern, format) for one string" in answer.text
+        assert served.is_idle()
+
+
 def test_a_step_that_fails_ends_what_had_begun_and_not_what_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 900, "ignore_eos": True}
     fails = threading.Event()

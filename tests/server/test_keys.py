@@ -6,9 +6,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 
 from finback.cli import main as finback
 from finback.config import InputError
-from finback.server.keys import NANO, KeyStore, nano, prices, yuan
+from finback.server.keys import NANO, Charge, Charges, KeyStore, nano, prices, yuan
 from tests.server.serving import Served, serving, write_model
 
 QUESTION = {"model": "tiny", "messages": [{"role": "user", "content": "Where does the whale swim?"}], "max_tokens": 5}
@@ -49,14 +51,17 @@ def test_a_request_is_charged_once_and_what_was_granted_goes_first(tmp_path: Pat
     store.add("ann", 100)
     store.top_up("ann", 50)
     key = store.named("ann")
-    assert store.charge("r1", key.id, "m", 0, 1, 2, 70)
-    assert not store.charge("r1", key.id, "m", 0, 1, 2, 70)
+    charges = Charges(store.file)
+    for _ in range(2):
+        charges.add(Charge("r1", key.id, "m", 0, 1, 2, 70)).result()
     assert (store.named("ann").granted, store.named("ann").topped_up) == (30, 50)
-    assert store.charge("r2", key.id, "m", 0, 1, 2, 40)
+    charges.add(Charge("r2", key.id, "m", 0, 1, 2, 40)).result()
     assert (store.named("ann").granted, store.named("ann").topped_up) == (0, 40)
-    assert store.charge("r3", key.id, "m", 64, 1, 2, 60)
+    charges.add(Charge("r3", key.id, "m", 64, 1, 2, 60)).result()
     assert store.named("ann").balance == -20
     assert store.usage(key.id) == (3, 73, 170)
+    assert charges.owed(key.id) == 0
+    assert charges.close(60) == []
 
 
 def test_prices_are_those_of_the_table_and_lower_off_peak() -> None:
@@ -248,6 +253,161 @@ def test_a_prompt_that_was_begun_is_paid_for(keys: Path, secrets: dict[str, str]
                 timeout=0.4,
             )
         assert charged_once(served, KeyStore(keys)) > 800
+
+
+@pytest.mark.parametrize("change", [{}, {"n": 3}, {"stream": True}, {"stream": True, "n": 3}])
+def test_a_prompt_is_paid_for_where_the_client_leaves_in_its_first_step(
+    served: Served, keys: Path, secrets: dict[str, str], change: dict[str, Any]
+) -> None:
+    """The step is held until the client has gone; one that waits behind it leaves for nothing."""
+    store, step, held, may_end = KeyStore(keys), served.llm.step, threading.Event(), threading.Event()
+    store.top_up("bob", NANO)
+    long = {"messages": [{"role": "user", "content": "鲸鱼" * 60}]}
+    prompt = ask(served, secrets["ann"], **long, max_tokens=1).raise_for_status().json()["usage"]["prompt_tokens"]
+
+    def slow() -> Any:
+        increments = step()
+        held.set()
+        assert may_end.wait(60)
+        return increments
+
+    def rows() -> list[tuple[int, int, int]]:
+        with closing(sqlite3.connect(keys)) as database:
+            found = database.execute("SELECT hit_tokens, miss_tokens, output_tokens FROM usage ORDER BY finished")
+            return [(hit, miss, output) for hit, miss, output in found]
+
+    served.llm.step = slow  # type: ignore[method-assign]
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            leaves = pool.submit(httpx.post, **posted(served, secrets["ann"], long | change), timeout=1.0)
+            assert held.wait(60)
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(**posted(served, secrets["bob"], {}), timeout=0.5)
+            with pytest.raises(httpx.ReadTimeout):
+                leaves.result()
+        wait_for(lambda: served.service.worker.open == 0)
+        assert rows() == [(0, prompt, 1)]
+    finally:
+        may_end.set()
+    wait_for(lambda: not served.service._answering)
+    hits = prompt // 64 * 64  # the same prompt was there before
+    assert hits > 0
+    assert rows() == [(0, prompt, 1), (hits, prompt - hits, 0)]
+    assert store.usage(store.named("bob").id) == (0, 0, 0)
+
+
+def posted(served: Served, secret: str, change: dict[str, Any]) -> dict[str, Any]:
+    headers = {"authorization": f"Bearer {secret}"}
+    return {"url": f"{served.url}/v1/chat/completions", "json": QUESTION | change, "headers": headers}
+
+
+def test_a_locked_file_holds_up_nobody_and_loses_no_charge(
+    keys: Path, secrets: dict[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("finback.server.service.CHARGE_SECONDS", 0.3)
+    with serving(keys) as served:
+        store = KeyStore(keys)
+        with closing(sqlite3.connect(keys, isolation_level=None)) as other, ThreadPoolExecutor(2) as pool:
+            other.execute("BEGIN IMMEDIATE")
+            answers = [pool.submit(ask, served, secrets["ann"], seed=seed, stream=seed == 1) for seed in range(2)]
+            while not all(answer.done() for answer in answers):
+                assert httpx.get(f"{served.url}/health", timeout=10).status_code == 200
+            assert [answer.result().status_code for answer in answers] == [200, 200]
+            wait_for(lambda: "requests are charged later" in caplog.text)
+            assert store.usage(store.named("ann").id) == (0, 0, 0)
+            other.execute("ROLLBACK")
+        wait_for(lambda: store.usage(store.named("ann").id)[0] == 2)
+        requests, _, cost = store.usage(store.named("ann").id)
+        assert requests == 2
+        assert store.named("ann").balance == NANO - cost < NANO
+
+
+def test_what_is_owed_while_the_file_is_locked_is_not_spent_again_and_written_at_the_end(
+    keys: Path, secrets: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finback.server.service.CHARGE_SECONDS", 0.1)
+    store = KeyStore(keys)
+    with closing(sqlite3.connect(keys, isolation_level=None, check_same_thread=False)) as other:
+        with serving(keys) as served:
+            store.top_up("bob", 1)
+            other.execute("BEGIN IMMEDIATE")
+            assert ask(served, secrets["bob"]).status_code == 200
+            assert store.named("bob").balance == 1, "nothing is written"
+            assert ask(served, secrets["bob"]).status_code == 402
+            opens = threading.Timer(1.0, lambda: other.execute("ROLLBACK"))
+            opens.start()
+        opens.join()
+    requests, _, cost = store.usage(store.named("bob").id)
+    assert (requests, store.named("bob").balance) == (1, 1 - cost)
+
+
+def test_charges_that_cannot_be_written_to_the_last_are_told(keys: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = KeyStore(keys, create=True)
+    store.add("ann", NANO)
+    charge = Charge("r1", store.named("ann").id, "m", 0, 1, 2, 70)
+    with closing(sqlite3.connect(keys, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        charges = Charges(keys)
+        charges.add(charge)
+        assert charges.owed(charge.key_id) == 70
+        assert charges.close(0.1) == [charge]
+        assert "is owed: Charge(request_id='r1'" in caplog.text
+        other.execute("ROLLBACK")
+    charges._thread.join(60)
+    assert store.named("ann").balance == NANO - 70
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_waits_behind_others_of_a_key_is_refused_when_they_have_spent_its_balance(
+    keys: Path, secrets: dict[str, str], stream: bool
+) -> None:
+    store = KeyStore(keys)
+    store.top_up("bob", 1000)
+    with serving(keys, llm={"max_num_seqs": 1}) as served, ThreadPoolExecutor(30) as pool:
+        served.slow_down()
+        answers = list(pool.map(lambda seed: ask(served, secrets["bob"], seed=seed, stream=stream), range(30)))
+        codes = [answer.status_code for answer in answers]
+        assert codes.count(200) in (1, 2)  # the second may begin in the moment in which the first ends
+        assert codes.count(200) + codes.count(402) == 30
+        assert {answer.json()["error"]["code"] for answer in answers if answer.status_code == 402} == {"insufficient_balance"}
+        assert served.is_idle()
+    requests, _, cost = store.usage(store.named("bob").id)
+    assert requests == codes.count(200)
+    assert store.named("bob").balance == 1000 - cost < 0
+
+
+def test_a_balance_that_is_spent_meanwhile_is_told_in_a_stream_that_has_begun(keys: Path, secrets: dict[str, str]) -> None:
+    """Comments were sent by then, and with them status 200."""
+    store = KeyStore(keys)
+    store.top_up("bob", 1000)
+    with serving(keys, llm={"max_num_seqs": 1}, keep_alive_seconds=0.1) as served, ThreadPoolExecutor(1) as pool:
+        served.slow_down()
+        running = pool.submit(ask, served, secrets["bob"], max_tokens=200, ignore_eos=True)
+        wait_for(lambda: served.llm.scheduler_stats.num_running == 1)
+        answer = ask(served, secrets["bob"], stream=True)
+        assert running.result().status_code == 200
+    assert answer.status_code == 200
+    events = [line for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert [json.loads(event.removeprefix("data: "))["error"]["code"] for event in events] == ["insufficient_balance"]
+    assert store.usage(store.named("bob").id)[0] == 1
+
+
+def test_what_runs_already_may_overdraw(keys: Path, secrets: dict[str, str]) -> None:
+    store = KeyStore(keys)
+    store.top_up("bob", 1000)
+    with serving(keys) as served, ThreadPoolExecutor(4) as pool:
+        step, all_there = served.llm.step, threading.Event()
+
+        def together() -> Any:
+            assert all_there.wait(60)
+            return step()
+
+        served.llm.step = together  # type: ignore[method-assign]
+        answers = [pool.submit(ask, served, secrets["bob"], max_tokens=10 * length, ignore_eos=True) for length in (1, 2, 3, 4)]
+        wait_for(lambda: served.service.worker.open == 4)
+        all_there.set()
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+    assert store.usage(store.named("bob").id)[0] == 4
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

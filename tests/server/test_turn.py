@@ -12,6 +12,7 @@ from finback.engine.config import SamplingParams
 from finback.engine.output import Increment
 from finback.engine.stops import StopStrings
 from finback.server.turn import Delta, Usage, run_turn
+from finback.server.worker import Begin
 from tests.server.serving import tiny_model
 
 
@@ -27,8 +28,9 @@ class Scripted:
         self.tokenizer, self.scripts, self.per_step = tokenizer, list(scripts), per_step
         self.asked: list[tuple[list[int], SamplingParams]] = []
 
-    async def answer(self, prompt: list[int], params: SamplingParams) -> AsyncIterator[Increment]:
+    async def answer(self, prompt: list[int], params: SamplingParams, begin: Begin) -> AsyncIterator[Increment]:
         self.asked.append((list(prompt), params))
+        begin.num_cached_tokens = 0
         detokenizer, stops = IncrementalDetokenizer(self.tokenizer), StopStrings(params.stop)
         script = self.scripts.pop(0)[: params.max_tokens]
         for at in range(0, len(script), self.per_step):

@@ -3,12 +3,15 @@
 import asyncio
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finback.config import InputError
 from finback.engine.config import SamplingParams
+from finback.engine.grammar_config import Grammar
 from finback.engine.llm import LLM
 from finback.server.worker import EngineWorker, made_apart
 from tests.server.serving import tiny_model
@@ -76,3 +79,71 @@ def test_answers_that_are_ended_leave_the_engine() -> None:
         worker.stop()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_grammar_is_compiled_while_others_are_answered() -> None:
+    model, tokenizer = tiny_model()
+    llm = LLM(model=model, tokenizer=tokenizer, num_blocks=60)
+    worker, compile_grammar = EngineWorker(llm), llm.compile
+    begun, may_end, compiled = threading.Event(), threading.Event(), list[Grammar]()
+
+    def slow(grammar: Grammar) -> Any:
+        begun.set()
+        assert may_end.wait(60)
+        compiled.append(grammar)
+        return compile_grammar(grammar)
+
+    llm.compile = slow  # type: ignore[method-assign]
+
+    async def text_of(params: SamplingParams) -> str:
+        return "".join([increment.text async for increment in worker.answer([5, 6, 7], params)])
+
+    async def main() -> None:
+        worker.start()
+        shaped = asyncio.create_task(text_of(SamplingParams(grammar=Grammar.regex("whale"))))
+        await asyncio.to_thread(begun.wait, 60)
+        await text_of(SamplingParams(max_tokens=20, ignore_eos=True))
+        assert not shaped.done()
+        refused = asyncio.create_task(text_of(SamplingParams(grammar=Grammar.regex("["))))
+        await asyncio.sleep(0)
+        may_end.set()
+        assert await shaped == "whale"
+        with pytest.raises(InputError, match="the regex cannot be used"):
+            await refused
+        assert len(compiled) == 2
+        assert worker.open == 0
+        assert worker.stop()
+
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_a_server_ends_though_its_engine_does_not(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = tiny_model()
+    llm = LLM(model=model, tokenizer=tokenizer, num_blocks=60)
+    worker, step = EngineWorker(llm), llm.step
+    stuck, released = threading.Event(), threading.Event()
+
+    def endless() -> Any:
+        stuck.set()
+        assert released.wait(60)
+        return step()
+
+    llm.step = endless  # type: ignore[method-assign]
+    monkeypatch.setattr("finback.server.worker.STOP_SECONDS", 0.2)
+
+    async def main() -> None:
+        worker.start()
+        task = asyncio.create_task(anext(worker.answer([5, 6, 7], SamplingParams(max_tokens=2))))
+        await asyncio.to_thread(stuck.wait, 60)
+        task.cancel()
+        assert not (await asyncio.wait({task}, timeout=0.2))[0], "whether the engine has begun is not known yet"
+        assert not worker.stop()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    (line,) = (record.message for record in caplog.records)
+    assert line == "the engine is still busy with a step after 0.2 s; the server ends without it"
+    released.set()
+    worker._thread.join(60)
+    assert not worker._thread.is_alive()
