@@ -62,12 +62,12 @@ class Item(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What a turn wrote, prompts included."""
+    """What a turn wrote, prompts included; and for each prompt how many tokens were drafted, and how many of them were right."""
 
     token_ids: list[list[int]]
     new_tokens: int
-    drafted: int
-    accepted: int
+    drafted: list[int]
+    accepted: list[int]
 
 
 class StepTimes(NamedTuple):
@@ -106,7 +106,7 @@ def run(size: Size) -> tuple[list[Row], list[str]]:
     for temperature in size.temperatures:
         kept = _kept(turns, schedule, Item(temperature, False), size.warm_up)
         clock = build_clock(size, prompts, kept[_name(0)][0].value.token_ids)
-        rows += [row for drafts in size.drafts for row in draft_rows(kept, temperature, drafts, clock)]
+        rows += [row for drafts in size.drafts for row in draft_rows(kept, temperature, drafts, size.problems, clock)]
     beside = _kept(turns, schedule, Item(0.0, True), 0)
     for drafts in size.drafts:
         name = f"greedy, {_name(drafts)}"
@@ -134,14 +134,16 @@ def build_ours(size: Size, prompts: list[list[int]], drafts: int) -> Callable[[I
 
     def turn(item: Item) -> Written:
         llm.reset_prefix_cache()
-        before = llm.stats.drafted_tokens, llm.stats.accepted_tokens
-        written, new = [], 0
+        written, new, drafted, accepted = [], 0, list[int](), list[int]()
         for seed, prompt in enumerate(prompts):
             params = SamplingParams(temperature=item.temperature, seed=seed, max_tokens=size.new_tokens)
+            before = llm.stats.drafted_tokens, llm.stats.accepted_tokens
             (output,) = llm.generate([prompt], params)
+            drafted.append(llm.stats.drafted_tokens - before[0])
+            accepted.append(llm.stats.accepted_tokens - before[1])
             written.append(prompt + output.token_ids)
             new += len(output.token_ids)
-        return Written(written, new, llm.stats.drafted_tokens - before[0], llm.stats.accepted_tokens - before[1])
+        return Written(written, new, drafted, accepted)
 
     return turn
 
@@ -169,7 +171,7 @@ def build_theirs(size: Size, prompts: list[list[int]]) -> Callable[[Item], Writt
         if not item.peer:
             return None
         written = [write(prompt, size.new_tokens) for prompt in prompts]
-        return Written(written, sum(map(len, written)) - sum(map(len, prompts)), 0, 0)
+        return Written(written, sum(map(len, written)) - sum(map(len, prompts)), [], [])
 
     write(prompts[0], 4)
     return turn
@@ -220,10 +222,15 @@ def build_clock(size: Size, prompts: list[list[int]], written: list[list[int]]) 
     return lambda drafts, acceptance: min((once(drafts, acceptance) for _ in range(size.passes)), key=sum)
 
 
-def draft_rows(kept: dict[str, list[Turn]], temperature: float, drafts: int, clock: StepClock | None) -> list[Row]:
-    """Speed beside no drafts, with what the kernels alone would allow, and the acceptance."""
+def draft_rows(kept: dict[str, list[Turn]], temperature: float, drafts: int, problems: int, clock: StepClock | None) -> list[Row]:
+    """Speed beside no drafts, with what the kernels alone would allow, and the acceptance: of all, of sums, which are the first
+    `problems` prompts, and of fables."""
     mine, plain = kept[_name(drafts)], kept[_name(0)]
-    acceptance = sum(turn.value.accepted for turn in mine) / sum(turn.value.drafted for turn in mine)
+
+    def accepted(prompts: slice) -> float:
+        return sum(sum(turn.value.accepted[prompts]) for turn in mine) / sum(sum(turn.value.drafted[prompts]) for turn in mine)
+
+    acceptance = accepted(slice(None))
     what = f"{_sampling(temperature)}, {_name(drafts)}"
     target_ratio, target_acceptance = (TARGET_RATIO, TARGET_ACCEPTANCE) if drafts == 1 else (None, None)
     floor = None
@@ -239,6 +246,8 @@ def draft_rows(kept: dict[str, list[Turn]], temperature: float, drafts: int, clo
     return [
         Row(what, "tokens_per_second", *speeds, target=target_ratio, floor=floor, extra={"acceptance": acceptance}),
         Row(f"{what}: acceptance", "share", acceptance, target=target_acceptance),
+        Row(f"{what}: acceptance on sums", "share", accepted(slice(problems))),
+        Row(f"{what}: acceptance on fables", "share", accepted(slice(problems, None))),
     ]
 
 

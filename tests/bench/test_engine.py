@@ -96,7 +96,7 @@ def test_tokens_that_drafts_would_change_are_an_error(tmp_path: Path) -> None:
     schedule = [speculation.Item(0.6, False)]
 
     def wrote(*tokens: int) -> list[Turn]:
-        return [Turn(1.0, speculation.Written([[*tokens]], len(tokens), 0, 0))]
+        return [Turn(1.0, speculation.Written([[*tokens]], len(tokens), [], []))]
 
     speculation.check_written(
         size, {"no drafts": wrote(1, 2), "1 draft by MTP": wrote(1, 2), speculation.PEER: [Turn(0, None)]}, schedule
@@ -116,7 +116,7 @@ def test_the_curve_is_drawn(tmp_path: Path) -> None:
 
 
 def test_what_the_kernels_allow_is_worked_out_at_the_measured_acceptance() -> None:
-    def turns(seconds: float, drafted: int, accepted: int) -> list[Turn]:
+    def turns(seconds: float, drafted: list[int], accepted: list[int]) -> list[Turn]:
         return [Turn(seconds, speculation.Written([], 100, drafted, accepted))] * 2
 
     asked = []
@@ -125,8 +125,8 @@ def test_what_the_kernels_allow_is_worked_out_at_the_measured_acceptance() -> No
         asked.append((drafts, acceptance))
         return speculation.StepTimes(2.0, 1.0) if drafts else speculation.StepTimes(1.5, 0.0)
 
-    kept = {"no drafts": turns(1.0, 0, 0), "1 draft by MTP": turns(0.8, 50, 40)}
-    speed, acceptance = speculation.draft_rows(kept, 0.0, 1, clock)
+    kept = {"no drafts": turns(1.0, [0, 0, 0], [0, 0, 0]), "1 draft by MTP": turns(0.8, [10, 20, 20], [9, 19, 12])}
+    speed, acceptance, sums, fables = speculation.draft_rows(kept, 0.0, 1, 2, clock)
     assert asked == [(0, 0.0), (1, 0.8)]
     assert speed.ratio == pytest.approx(1.25)
     assert speed.floor == {
@@ -136,6 +136,7 @@ def test_what_the_kernels_allow_is_worked_out_at_the_measured_acceptance() -> No
         "times_as_fast_by_the_kernels_alone": pytest.approx(1.8 * 1.5 / 3.0),
     }
     assert (acceptance.value, acceptance.target, acceptance.met) == (0.8, 0.7, True)
+    assert (sums.value, sums.target, fables.value, fables.target) == (pytest.approx(28 / 30), None, 0.6, None)
 
 
 def test_the_command_line_names_programs_and_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
