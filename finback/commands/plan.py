@@ -244,6 +244,8 @@ def _schedule(fields: ScheduleFields) -> None:
     if not (fields.send >= 0 and math.isfinite(fields.send)):
         raise InputError(f"--send is {fields.send:g}, it must be at least 0")
     chunks = fields.chunks if name == "interleaved" else 1
+    if fields.stages > MOST_STAGES:
+        raise InputError(f"--stages is {fields.stages}, above {MOST_STAGES}; use at most {MOST_STAGES}")
     size = fields.stages * fields.microbatches * chunks
     if size > MOST_CELLS:
         told = "--stages x --microbatches" + (" x --chunks" if name == "interleaved" else "")
@@ -284,6 +286,7 @@ def _schedule(fields: ScheduleFields) -> None:
     )
 
 
+MOST_STAGES = 1000
 MOST_CELLS = 20_000
 """Forwards of the largest schedule that is simulated and drawn."""
 

@@ -65,26 +65,46 @@ def _bytes(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
+MOST_LABELS = 1000
+"""Actions of a schedule up to which each is drawn with its micro-batch: more would be unreadable, and slow."""
+
+
 def schedule_png(title: str, schedule: Sequence[Sequence[Action]], result: Simulation) -> bytes:
-    """The timeline of every rank; the number in a box is its micro-batch, in a pair those of forward and backward."""
+    """The timeline of every rank; the number in a box is its micro-batch, in a pair those of forward and backward. Large schedules
+    have no numbers."""
     ranks = len(schedule)
-    figure = _figure(16, 0.45 * ranks + 1.4)
+    figure = _figure(16, min(30.0, 0.45 * ranks) + 1.4)
     axes = figure.subplots()
-    small = 7 if result.makespan > 40 else 9
-    for rank, (actions, spans) in enumerate(zip(schedule, result.timeline, strict=True)):
-        for action, (start, end) in zip(actions, spans, strict=True):
-            axes.barh(rank, end - start, left=start, height=0.86, color=COLORS[action.kind], edgecolor="white", linewidth=0.5)
-            text = str(action.microbatch) if action.backward is None else f"{action.microbatch}/{action.backward.microbatch}"
-            axes.text((start + end) / 2, rank, text, ha="center", va="center", fontsize=small, color="white")
+    from matplotlib.collections import PolyCollection
+
+    boxes = [
+        (rank, action, start, end)
+        for rank, (actions, spans) in enumerate(zip(schedule, result.timeline, strict=True))
+        for action, (start, end) in zip(actions, spans, strict=True)
+    ]
+    labelled = len(boxes) <= MOST_LABELS
     for kind, color in COLORS.items():
-        if any(action.kind == kind for actions in schedule for action in actions):
-            axes.bar(0, 0, color=color, label=kind.name.lower().replace("_", " "))
-    axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
-    axes.invert_yaxis()
+        corners = [
+            ((start, rank - 0.43), (end, rank - 0.43), (end, rank + 0.43), (start, rank + 0.43))
+            for rank, action, start, end in boxes
+            if action.kind == kind
+        ]
+        if corners:
+            name = kind.name.lower().replace("_", " ")
+            axes.add_collection(
+                PolyCollection(corners, facecolors=color, edgecolors="white", linewidths=0.5 if labelled else 0.1, label=name)
+            )
+    small = 7 if result.makespan > 40 else 9
+    for rank, action, start, end in boxes if labelled else ():
+        text = str(action.microbatch) if action.backward is None else f"{action.microbatch}/{action.backward.microbatch}"
+        axes.text((start + end) / 2, rank, text, ha="center", va="center", fontsize=small, color="white")
+    named = range(0, ranks, -(-ranks // 64))
+    axes.set_yticks(named, [f"rank {rank}" for rank in named])
+    axes.set_ylim(ranks - 0.5, -0.5)
     axes.set_xlim(0, result.makespan)
     axes.set_xlabel("time")
     axes.set_title(title)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15 - 0.6 / ranks), ncols=5, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     return _bytes(figure)
 
 

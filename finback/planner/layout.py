@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import isqrt
 from typing import Literal
 
 from finback.config import InputError, ModelConfig
@@ -139,7 +141,14 @@ def _check_microbatches(layout: Layout, microbatches: int, unit: int) -> None:
 
 def nearest_divisor(size: int, value: int) -> int:
     """The divisor of `size` that is nearest to `value`, the smaller of two."""
-    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - value), d))
+    return min(divisors(size), key=lambda d: (abs(d - value), d))
+
+
+@lru_cache(maxsize=1024)
+def divisors(size: int) -> tuple[int, ...]:
+    """All divisors in rising order, found up to the root: the others are what these leave."""
+    low = [one for one in range(1, isqrt(size) + 1) if size % one == 0]
+    return tuple(sorted({*low, *(size // one for one in low)}))
 
 
 def activation_bytes_per_layer(c: ModelConfig, precision: Precision, recompute: Recompute) -> float:

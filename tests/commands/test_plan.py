@@ -56,6 +56,41 @@ def test_the_whole_search_answers_without_torch_and_within_a_second(capsys: pyte
     assert json.loads(done.stdout)["best"]["fits"] is True
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "v3-671b"],
+        ["train", "v3-671b", "--devices", "600000000"],
+        ["train", "v3-671b", "--devices", "1000000007"],
+        ["train", "v3-671b", "--devices", "999999937", "--ep", "8"],
+        ["serve", "v3-671b", "--redundant-experts", "999999937"],
+        ["rl", "v3-671b", "--devices", "1000000000", "--pp", "999"],
+        ["schedule", "one_f_one_b", "--stages", "20000", "--microbatches", "1"],
+        ["schedule", "one_f_one_b", "--stages", "1000", "--microbatches", "20"],
+        ["schedule", "dualpipe", "--stages", "64", "--microbatches", "312"],
+    ],
+    ids=" ".join,
+)
+def test_the_largest_questions_are_answered_soon(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Or refused; a machine much slower than the one that answers in a second stays under the bound."""
+    start = time.process_time()
+    assert main(["plan", *words]) in (0, 2)
+    assert time.process_time() - start < 5
+    printed = capsys.readouterr()
+    assert len(printed.out) > 100 or printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(64, 312), (1000, 20)])
+def test_the_largest_schedules_are_drawn_soon(
+    stages: int, microbatches: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = time.process_time()
+    words = ["--stages", str(stages), "--microbatches", str(microbatches), "--json", "--png", str(tmp_path / "plan.png")]
+    assert main(["plan", "schedule", "one_f_one_b", *words]) == 0
+    assert time.process_time() - start < 15
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_numbers_carry_their_units(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", *KINDS["train"], "--json"])
     plan = json.loads(capsys.readouterr().out)

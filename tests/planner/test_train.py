@@ -1,5 +1,6 @@
 """Training plans: traffic and memory by hand, what must grow with what, and impossible layouts."""
 
+import time
 from dataclasses import replace
 from itertools import combinations_with_replacement, pairwise
 
@@ -12,7 +13,15 @@ from finback.parallel.schedule import SCHEDULES, Costs, interleaved, simulate
 from finback.planner.communication import all_to_all, distinct
 from finback.planner.dense import cheapest, chinchilla_loss, compare_with_dense, dense_equivalent
 from finback.planner.hardware import HARDWARE
-from finback.planner.layout import Layout, activation_bytes_per_layer, check_layout, parameters_of_ranks, stages, training_memory
+from finback.planner.layout import (
+    Layout,
+    activation_bytes_per_layer,
+    check_layout,
+    nearest_divisor,
+    parameters_of_ranks,
+    stages,
+    training_memory,
+)
 from finback.planner.model import modules
 from finback.planner.stages import balanced
 from finback.planner.step import pipeline, step_time
@@ -250,6 +259,19 @@ def test_chinchilla_by_hand_and_the_published_pair() -> None:
 def test_layouts_that_do_not_divide(layout: Layout, batch: int, words: str) -> None:
     with pytest.raises(InputError, match=words):
         check_layout(V3, layout, batch)
+
+
+@settings(max_examples=60)
+@given(st.integers(1, 3000), st.integers(-5, 4000))
+def test_the_nearest_divisor_is_the_one_that_trying_all_finds(size: int, value: int) -> None:
+    divisors = [one for one in range(1, size + 1) if size % one == 0]
+    assert nearest_divisor(size, value) == min(divisors, key=lambda one: (abs(one - value), one))
+
+
+def test_the_divisors_of_a_large_prime_are_found_at_once() -> None:
+    start = time.process_time()
+    assert nearest_divisor(1_000_000_007, 8) == 1
+    assert time.process_time() - start < 1
 
 
 def test_experts_of_a_dense_model_and_precisions_that_are_missing() -> None:
