@@ -65,7 +65,9 @@ def main(argv: Sequence[str]) -> int:
         hint = nearest(words[0], list(KINDS)) or f"; kinds are {', '.join(KINDS)}"
         raise InputError(f"unknown kind of plan {words[0]!r}{hint}")
     fields, description, function = KINDS[words[0]]
-    function(parse_arguments(fields, words[1:], verb=f"plan {words[0]}", description=description))
+    parsed = parse_arguments(fields, words[1:], verb=f"plan {words[0]}", description=description)
+    _check_ranges(parsed)
+    function(parsed)
     return 0
 
 
@@ -93,6 +95,7 @@ def _show(output: Output, plan: Any, show: Callable[[], None], picture: Callable
     if output.png is not None:
         if picture is None:
             raise InputError(f"--png: {NO_PNG}; leave it out")
+        _check_target("--png", output.png)
         write_atomic(output.png, picture())
     if output.json:
         print(json.dumps(plan, indent=2, ensure_ascii=False, allow_nan=False, default=str))
@@ -118,6 +121,45 @@ def _precision(chosen: Precision | None, hardware: Hardware) -> Precision:
 
 def _length(chosen: int | None, model: ModelConfig) -> int:
     return min(USUAL_LENGTH, model.max_position_embeddings) if chosen is None else chosen
+
+
+def _check_target(flag: str, path: Path) -> None:
+    """Refuse a place where no file can be written, before the work for it is done."""
+    if path.is_dir():
+        raise InputError(f"{flag} {path} is a directory; give a file")
+
+
+MOST_COUNT = 10**9
+# Of numbers that are no counts the least (above 0) and the most that are taken: beyond any real question, and far from where
+# formulas overflow. Shares have a check of their own.
+RANGES: dict[str, tuple[float, float]] = (
+    dict.fromkeys(("tokens", "input_tokens_per_day", "output_tokens_per_day", "prompt_tokens", "context_tokens"), (1.0, 1e18))
+    | dict.fromkeys(("mean_tokens", "longest_tokens"), (1.0, 1e18))
+    | dict.fromkeys(("forward", "backward_input", "backward_weight", "overlapped", "send"), (1e-9, 1e9))
+    | {"usd_per_device_hour": (1e-6, 1e6)}
+    | dict.fromkeys(("usd_per_million_hit", "usd_per_million_miss", "usd_per_million_output"), (0.0, 1e6))
+    | {"pue": (1.0, 1e3), "kg_co2_per_kwh": (0.0, 1e3), "expert_imbalance": (1.0, 1e6)}
+    | dict.fromkeys(("hit_share", "mtp_acceptance"), (0.0, math.inf))
+)
+
+
+def _check_ranges(fields: object) -> None:
+    """Refuse numbers so large or so small that no formula takes them; what must be positive is checked where it is used."""
+    for name, value in vars(fields).items():
+        says = f"--{name.replace('_', '-')} {'holds' if isinstance(value, tuple) else 'is'}"
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            whole = isinstance(number, int)
+            least, most = (1, MOST_COUNT) if whole else RANGES[name]
+            digits = len(str(abs(number))) if whole else 0
+            told = f"{says} a number of {digits} digits" if digits > 20 else f"{says} {number if whole else f'{number:g}'}"
+            if number > most:
+                raise InputError(f"{told}, above {most:{'d' if whole else 'g'}}; use at most {most:{'d' if whole else 'g'}}")
+            if number < -most:
+                raise InputError(f"{told}, below {-most:{'d' if whole else 'g'}}; use at least {least:g}")
+            if 0 < number < least:
+                raise InputError(f"{told}, below {least:g}; use at least {least:g}")
 
 
 def _check_positive(fields: object, *names: str) -> None:
@@ -319,8 +361,7 @@ def _page(words: Sequence[str]) -> int:
     fields = parse_arguments(PageFields, words, verb="plan", description="Write the planner as one page.")
     from finback.planner.page import page
 
-    if fields.html.is_dir():
-        raise InputError(f"--html {fields.html} is a directory; give a file")
+    _check_target("--html", fields.html)
     models = {name: PRESETS[name]().model for name in ("v3-671b", "v2-lite-16b")}
     write_atomic(fields.html, page(models))
     print(f"wrote {fields.html}", file=sys.stderr)

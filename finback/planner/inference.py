@@ -5,7 +5,7 @@ from math import lcm
 
 from finback.config import InputError, ModelConfig, count_params
 from finback.planner.communication import COMBINE_BYTES, all_to_all, dispatch_bytes
-from finback.planner.hardware import GIGA, Hardware, Precision
+from finback.planner.hardware import GIGA, ROWS, Hardware, Precision
 from finback.planner.layout import nearest_divisor
 from finback.planner.model import WEIGHT_BYTES, absorbed_core_flops, attention_core_flops, cache_bytes_per_token, shape
 from finback.planner.step import elementwise_bytes, product_seconds
@@ -83,17 +83,46 @@ def usual_unit(
     redundant_experts: int | None = None,
 ) -> Unit:
     """The unit of a question that leaves it open: the fewest devices of a node over which experts can be spread such that each holds
-    its part, `several_nodes` where there are none, as in DeepSeek's deployment. With `tp`, every layer is cut instead."""
+    its part, `several_nodes` where there are none, as in DeepSeek's deployment. With `tp`, every layer is cut instead.
+
+    Raises:
+        InputError: one node does not hold the weights, and nothing connects it to others.
+    """
     if tp < 1:
         raise InputError(f"--tp is {tp}, it must be at least 1")
     if not c.n_routed_experts:
         return Unit(1, tp, redundant_experts or 0)
+    unit = _in_a_node(c, hardware, precision, tp, redundant_experts or 0)
+    if unit is not None:
+        return unit
+    if tp == 1 and hardware.scale_out_gb_per_second is None:
+        raise _too_heavy(c, hardware, precision)
+    return Unit(several_nodes, tp, usual_copies(hardware, several_nodes) if redundant_experts is None else redundant_experts)
+
+
+def _in_a_node(c: ModelConfig, hardware: Hardware, precision: Precision, tp: int, copies: int) -> Unit | None:
+    """The fewest devices of a node that hold the model, if they do."""
     for ep in (1, 2, 4, 8) if tp == 1 else (1,):
-        unit = Unit(ep, tp, redundant_experts or 0)
-        divides = ep <= hardware.devices_per_node and (c.n_routed_experts + unit.redundant_experts) % ep == 0
+        unit = Unit(ep, tp, copies)
+        divides = ep <= hardware.devices_per_node and (c.n_routed_experts + copies) % ep == 0
         if divides and weight_bytes_per_device(c, unit, precision) <= 0.8 * hardware.memory_bytes:
             return unit
-    return Unit(several_nodes, tp, usual_copies(hardware, several_nodes) if redundant_experts is None else redundant_experts)
+    return None
+
+
+def _too_heavy(c: ModelConfig, hardware: Hardware, precision: Precision) -> InputError:
+    """Of a node that does not hold the model and has no network: the precision or hardware with which it would go."""
+    has = f"{hardware.name} has {hardware.memory_bytes / 1e9:.0f} GB"
+    if hardware.devices_per_node > 1:
+        has += f" on each of a node's {hardware.devices_per_node} devices"
+    weights = weight_bytes_per_device(c, Unit(), precision) / 1e9
+    larger = next(
+        (row.name for row in ROWS if row.scale_out_gb_per_second is not None or _in_a_node(c, row, precision, 1, 0)), "measured"
+    )
+    # Int4 weights are multiplied in bf16, so it helps where that rate is known.
+    lower = hardware.bf16_tflops is not None and _in_a_node(c, hardware, "int4", 1, 0) is not None
+    remedy = f"--precision int4 or --hardware {larger}" if lower else f"--hardware {larger}"
+    return InputError(f"{has}, and {weights:.0f} GB of weights in {precision} do not fit; take {remedy}")
 
 
 def usual_copies(hardware: Hardware, ep: int) -> int:

@@ -92,13 +92,16 @@ def check_devices(c: ModelConfig, layout: Layout) -> None:
     for name in ("devices", "pp", "ep", "tp", "micro_batch_size"):
         if getattr(layout, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(layout, name)}, it must be at least 1")
-    if layout.devices % group:
+    if layout.devices % layout.tp:
         near = nearest_multiple(layout.devices, group)
         raise InputError(f"--devices is {layout.devices}, it must be a multiple of pp x tp = {group}; the nearest is {near}")
     if layout.pp > c.num_hidden_layers:
+        near = nearest_divisor(layout.devices // layout.tp, layout.pp, c.num_hidden_layers)
         raise InputError(
-            f"--pp is {layout.pp}, above the model's {c.num_hidden_layers} layers; use at most {c.num_hidden_layers}"
+            f"--pp is {layout.pp}, above the model's {c.num_hidden_layers} layers; the nearest that divides is {near}"
         )
+    if layout.devices % group:
+        raise does_not_divide(layout, nearest_divisor(layout.devices // layout.tp, layout.pp, c.num_hidden_layers))
     if layout.num_stages > c.num_hidden_layers + 1:
         raise InputError(
             f"--schedule {layout.schedule} with pp {layout.pp} makes {layout.num_stages} stages of {c.num_hidden_layers} layers; "
@@ -116,6 +119,14 @@ def check_devices(c: ModelConfig, layout: Layout) -> None:
         raise InputError(
             f"--tp is {layout.tp}, it must divide num_attention_heads ({c.num_attention_heads}); the nearest is {near}"
         )
+
+
+def does_not_divide(layout: Layout, near: int) -> InputError:
+    """Of a pipeline over which the devices cannot be shared out, with the length that is offered instead."""
+    groups = layout.devices // layout.tp
+    return InputError(
+        f"--pp is {layout.pp}, it must divide --devices / --tp ({layout.devices} / {layout.tp} = {groups}); the nearest is {near}"
+    )
 
 
 def _check_microbatches(layout: Layout, microbatches: int, unit: int) -> None:
@@ -139,9 +150,10 @@ def _check_microbatches(layout: Layout, microbatches: int, unit: int) -> None:
         )
 
 
-def nearest_divisor(size: int, value: int) -> int:
-    """The divisor of `size` that is nearest to `value`, the smaller of two."""
-    return min(divisors(size), key=lambda d: (abs(d - value), d))
+def nearest_divisor(size: int, value: int, most: int | None = None) -> int:
+    """The divisor of `size` that is nearest to `value`, the smaller of two; none above `most`."""
+    found = (one for one in divisors(size) if most is None or one <= most)
+    return min(found, key=lambda one: (abs(one - value), one))
 
 
 @lru_cache(maxsize=1024)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from finback.config import InputError, ModelConfig
+from finback.parallel.schedule import nearest_multiple
 from finback.planner.hardware import Hardware, Precision
 from finback.planner.inference import Unit, check_acceptance, check_unit, decode_step, largest_batch
 from finback.planner.layout import Layout, check_devices, check_layout, nearest_divisor
@@ -170,6 +171,9 @@ def _check(
         )
     check_unit(c, unit)
     groups, rest = divmod(layout.devices, max(1, layout.ep))
+    if rest and layout.pp > 0:
+        near = nearest_multiple(layout.devices, layout.pp * layout.ep)
+        raise InputError(f"--devices is {layout.devices}, it must be a multiple of --pp x --ep; the nearest is {near}")
     if rest == 0 < groups and layout.pp > 0 and groups % layout.pp:
         raise InputError(
             f"--pp is {layout.pp}, it must divide --devices / --ep ({layout.devices} / {layout.ep} = {groups}); "

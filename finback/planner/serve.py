@@ -1,7 +1,7 @@
 """`finback plan serve`: throughput, latency and money of serving, and dense against mixture for a given traffic."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from finback.config import InputError, ModelConfig
 from finback.planner.dense import dense_equivalent
@@ -19,8 +19,10 @@ from finback.planner.inference import (
     largest_batch,
     network_limit_ms,
     prefill,
+    usual_copies,
     weight_bytes_per_device,
 )
+from finback.planner.layout import divisors
 from finback.planner.model import cache_bytes_per_token
 
 DAY_SECONDS = 86400.0
@@ -273,19 +275,23 @@ def _fitting_batch(batch: int | None, largest: int, context: float) -> int:
 
 
 def _more_devices(c: ModelConfig, unit: Unit, precision: Precision, hardware: Hardware, field: str) -> str:
-    """The smallest unit of the same kind that holds the weights; `field` is the word of the command line for its experts' devices."""
-    for power in range(1, 12):
-        size = 1 << power
-        bigger = replace(unit, ep=size, tp=1) if c.n_routed_experts else Unit(tp=size)
-        try:
-            check_unit(c, bigger)
-        except InputError:
-            break
-        if weight_bytes_per_device(c, bigger, precision) <= 0.8 * hardware.memory_bytes:
-            if not c.n_routed_experts:
-                return f"--tp {size}"
+    """The smallest unit of the same kind that holds the weights; `field` is the word of the command line for its experts' devices.
+    It divides with the copies that `unit` has, and with the usual ones of the larger unit if those of `unit` are usual."""
+    room, node = 0.88 * hardware.memory_bytes, hardware.devices_per_node  # some is left for a cache
+    nothing = "a device with more memory, or a lower precision"
+    if not c.n_routed_experts:
+        sizes = (size for size in divisors(c.num_attention_heads) if size <= node)
+        fitting = (size for size in sizes if weight_bytes_per_device(c, Unit(tp=size), precision) <= room)
+        return next((f"--tp {size}" for size in fitting), nothing)
+    usual = unit.redundant_experts == usual_copies(hardware, unit.ep)
+    for size in range(2, c.n_routed_experts + unit.redundant_experts + 1):
+        copies = usual_copies(hardware, size) if usual else unit.redundant_experts
+        divides = not any((c.n_routed_experts + held) % size for held in (copies, unit.redundant_experts))
+        if not divides or (size > node and hardware.scale_out_gb_per_second is None):
+            continue
+        if weight_bytes_per_device(c, Unit(size, redundant_experts=copies), precision) <= room:
             return f"{field} {size}" + (" and --tp 1" if unit.tp > 1 else "")
-    return "a device with more memory, or a lower precision"
+    return nothing
 
 
 def _latency(filled: Prefill, sharing: int, step: DecodeStep, node: int, traffic: Traffic, cache_bytes: float) -> Latency:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from finback.config import InputError, ModelConfig, count_params
+from finback.parallel.schedule import nearest_multiple
 from finback.planner.dense import DenseComparison, compare_with_dense
 from finback.planner.hardware import TERA, Hardware, Precision
 from finback.planner.layout import (
@@ -12,6 +13,8 @@ from finback.planner.layout import (
     ScheduleName,
     busiest_rank,
     check_layout,
+    divisors,
+    does_not_divide,
     stages,
     training_memory,
 )
@@ -19,6 +22,7 @@ from finback.planner.step import Step, per_token, step_time, useful_flops
 
 USABLE_MEMORY = 0.92  # the rest is the driver's, the communication library's and fragmentation
 SIMULATED = 6  # layouts of a search
+TRIED = 8  # numbers near to one that divides nothing
 MODELLED = "data parallelism with ZeRO-1; pipelines of uneven stages; experts over devices; tensor parallelism inside a node"
 NOT_MODELLED = "context parallelism (a sequence stays whole); weights cut by ZeRO-2, ZeRO-3 or FSDP; offloading"
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -159,12 +163,8 @@ def candidates(
 ) -> list[Layout]:
     """Layouts that divide: the fields in `free` vary, the others are those of `fixed`. Tensor parallelism stays inside a node, and
     whole layers are shared out over the stages as evenly as they go."""
-    pps = (
-        [pp for pp in _powers(min(64, c.num_hidden_layers, fixed.devices)) if fixed.devices % pp == 0]
-        if "pp" in free
-        else [fixed.pp]
-    )
-    tps = _powers(min(8, hardware.devices_per_node, c.num_attention_heads)) if "tp" in free else [fixed.tp]
+    pps = [pp for pp in _pipelines(c, fixed, free) if fixed.devices % pp == 0]
+    tps = _tensors(c, hardware, fixed, free)
     eps = _powers(min(c.n_routed_experts or 1, fixed.devices)) if "ep" in free else [fixed.ep]
     schedules: list[ScheduleName] = ["one_f_one_b", "interleaved", "zb1p", "dualpipe", "dualpipe_v"]
     names = schedules if "schedule" in free else [fixed.schedule]
@@ -190,6 +190,16 @@ def candidates(
                             continue
                         found.append(layout)
     return found
+
+
+def _pipelines(c: ModelConfig, fixed: Layout, free: frozenset[str]) -> list[int]:
+    """Numbers of stages that a search tries."""
+    return _powers(min(64, c.num_hidden_layers)) if "pp" in free else [fixed.pp]
+
+
+def _tensors(c: ModelConfig, hardware: Hardware, fixed: Layout, free: frozenset[str]) -> list[int]:
+    """Devices over which a search cuts layers."""
+    return _powers(min(8, hardware.devices_per_node, c.num_attention_heads)) if "tp" in free else [fixed.tp]
 
 
 def live_by_table(layout: Layout) -> list[float]:
@@ -249,19 +259,55 @@ def _nothing_divides(
     sequence_length: int,
     batch: int,
 ) -> InputError:
-    """The nearest number of devices with a layout, if the number is what stands in the way; else what does not divide."""
-    sizes = sorted(_powers(4 * fixed.devices), key=lambda size: abs(size - fixed.devices))
-    for devices in sizes if fixed.devices not in sizes and "pp" in free else []:
-        if candidates(c, hardware, replace(fixed, devices=devices), free, precision, sequence_length, batch):
-            return InputError(
-                f"--devices is {fixed.devices}, over which no layout of the search shares out --global-batch-size {batch}; the nearest "
-                f"that does is {devices}"
-            )
+    """The nearest number with a layout that holds the model: of stages if that was given and does not divide, else of sequences or of
+    devices, whichever has to change less; else what does not divide."""
+    limit = USABLE_MEMORY * hardware.memory_bytes
+
+    def answers(layout: Layout, sequences: int) -> bool:
+        found = candidates(c, hardware, layout, free, precision, sequence_length, sequences)
+        return any(training_memory(c, one, precision, sequence_length, live_by_table(one)).total_bytes <= limit for one in found)
+
+    def nearest(sizes: set[int], size: int) -> list[int]:
+        return sorted(sizes, key=lambda one: (abs(one - size), one))[:TRIED]
+
+    shared = fixed.devices // fixed.tp
+    if "pp" not in free and fixed.devices % fixed.tp == 0 and shared % fixed.pp:
+        lengths = nearest({one for one in divisors(shared) if one <= c.num_hidden_layers}, fixed.pp)
+        near = next((pp for pp in lengths if answers(replace(fixed, pp=pp), batch)), None)
+        if near is not None:
+            return does_not_divide(fixed, near)
+    pps, tps = _pipelines(c, fixed, free), _tensors(c, hardware, fixed, free)
+    groups = {(pp, pp * tp) for pp in pps for tp in tps}
+    batches = {_nearest_batch(fixed, free, pp, group, batch) for pp, group in groups if fixed.devices % group == 0}
+    offers = []
+    for sequences in nearest(batches, batch):
+        if answers(fixed, sequences):
+            told = f"--global-batch-size is {batch}, which no layout of the search shares out over --devices {fixed.devices}"
+            offers.append((abs(sequences / batch - 1), f"{told}; the nearest that does is {sequences}"))
+            break
+    replicas = divisors(batch // fixed.micro_batch_size) if batch % fixed.micro_batch_size == 0 else ()
+    for devices in nearest({dp * group for dp in replicas for _, group in groups}, fixed.devices):
+        if answers(replace(fixed, devices=devices), batch):
+            told = f"--devices is {fixed.devices}, over which no layout of the search shares out --global-batch-size {batch}"
+            offers.append((abs(devices / fixed.devices - 1), f"{told}; the nearest that does is {devices}"))
+            break
+    if offers:
+        return InputError(min(offers)[1])
     try:
         check_layout(c, fixed, batch)
     except InputError as error:
         return error
     return InputError(f"--devices {fixed.devices}: no layout divides both the devices and the batch; change --global-batch-size")
+
+
+def _nearest_batch(fixed: Layout, free: frozenset[str], pp: int, group: int, batch: int) -> int:
+    """The batch nearest to the one asked for that pipelines of `pp` ranks over `group` devices take, by their schedule if it was
+    given."""
+    unit = fixed.devices // group * fixed.micro_batch_size
+    name = "one_f_one_b" if "schedule" in free or pp == 1 else fixed.schedule
+    step = {"interleaved": pp, "dualpipe": 2}.get(name, 1) * unit
+    least = {"dualpipe": 2 * pp, "dualpipe_v": 2 * pp}.get(name, 1) * unit
+    return max(least, nearest_multiple(batch, step))
 
 
 def _devices_that_fit(c: ModelConfig, hardware: Hardware, precision: Precision) -> int:

@@ -25,6 +25,7 @@ KINDS = {
     "hardware": ["hardware"],
     "validate": ["validate", "--results", str(ROOT / "bench" / "results")],
 }
+HUGE = "1" + 400 * "0"
 DRAWN = ["model", "train", "rl", "serve", "schedule"]
 
 
@@ -177,7 +178,48 @@ def test_help_names_every_kind_and_field(capsys: pytest.CaptureFixture[str]) -> 
         (["model", "v3-67b"], "model 'v3-67b' is neither a preset nor a directory; did you mean 'v3-671b'?"),
         (["train", "v3-671b", "--hardware", "h80"], "--hardware is 'h80', which is unknown; did you mean 'h800'?"),
         (["train", "v3-671b", "--devises", "8"], "unknown field --devises; the nearest is --devices"),
-        (["train", "v3-671b", "--pp", "24"], "it must be a multiple of pp x tp = 24; the nearest is 2040"),
+        (["train", "v3-671b", "--pp", "24"], "--pp is 24, it must divide --devices / --tp (2048 / 1 = 2048); the nearest is 16"),
+        (["train", "v3-671b", "--pp", "7"], "--pp is 7, it must divide --devices / --tp (2048 / 1 = 2048); the nearest is 8"),
+        (["train", "v3-671b", "--pp", "64"], "--pp is 64, above the model's 61 layers; the nearest that divides is 32"),
+        (["train", "v3-671b", "--global-batch-size", "15361"], "--global-batch-size is 15361"),
+        (["train", "v3-671b", "--global-batch-size", "15361"], "the nearest that does is 15360"),
+        (["train", "v3-671b", "--global-batch-size", "3100"], "the nearest that does is 3072"),
+        (["train", "v3-671b", "--tokens", "1e308", "--json"], "--tokens is 1e+308, above 1e+18; use at most 1e+18"),
+        (["train", "v3-671b", "--tokens", "inf", "--json"], "--tokens is inf, above 1e+18; use at most 1e+18"),
+        (
+            ["train", "v3-671b", "--usd-per-device-hour", "1e300"],
+            "--usd-per-device-hour is 1e+300, above 1e+06; use at most 1e+06",
+        ),
+        (["serve", "v3-671b", "--usd-per-device-hour", "1e308", "--json"], "--usd-per-device-hour is 1e+308, above 1e+06"),
+        (["serve", "v3-671b", "--usd-per-device-hour", "1e-308", "--json"], "--usd-per-device-hour is 1e-308, below 1e-06"),
+        (
+            ["serve", "v3-671b", "--context-tokens", "1e-320", "--json"],
+            "--context-tokens is 9.99989e-321, below 1; use at least 1",
+        ),
+        (["schedule", "dualpipe", "--forward", "1e308", "--backward-input", "1e308"], "--forward is 1e+308, above 1e+09"),
+        (["schedule", "dualpipe", "--forward", "1e-320"], "below 1e-09; use at least 1e-09"),
+        (["schedule", "dualpipe", "--send", "1e300"], "--send is 1e+300, above 1e+09"),
+        (
+            ["train", "v3-671b", "--devices", HUGE],
+            "--devices is a number of 401 digits, above 1000000000; use at most 1000000000",
+        ),
+        (["train", "v3-671b", "--devices", "-" + HUGE], "--devices is a number of 401 digits, below -1000000000"),
+        (["train", "v3-671b", "--global-batch-size", HUGE], "--global-batch-size is a number of 401 digits, above 1000000000"),
+        (["train", "v3-671b", "--pp", "2", "--stage-layers", HUGE, "1"], "--stage-layers holds a number of 401 digits, above"),
+        (["fit", "rtx4090", "--context", HUGE], "--context is a number of 401 digits, above 1000000000"),
+        (["train", "v3-671b", "--expert-imbalance", "0.1"], "--expert-imbalance is 0.1, below 1; use at least 1"),
+        (["train", "v3-671b", "--pue", "0.5"], "--pue is 0.5, below 1; use at least 1"),
+        (["serve", "v3-671b", "--hardware", "a100"], "each of 32 devices would hold 80 GB of weights; take --prefill-ep 72"),
+        (["serve", "v3-671b", "--hardware", "ascend910b"], "each of 32 devices would hold 80 GB of weights; take --prefill-ep"),
+        (
+            ["serve", "v2-lite-16b", "--hardware", "laptop-rtx4070"],
+            "laptop-rtx4070 has 8 GB, and 16 GB of weights in fp8 do not fit; take --hardware h800",
+        ),
+        (
+            ["serve", "v2-lite-16b", "--hardware", "laptop-cpu"],
+            "laptop-cpu has 32 GB, and 31 GB of weights in bf16 do not fit; take --hardware h800",
+        ),
+        (["model", "v3-671b", "--png", "."], "--png . is a directory; give a file"),
         (["train", "v3-671b", "--devices", "2047"], "the nearest that does is 2048"),
         (["train", "v3-671b", "--schedule", "dualpip"], "'one_f_one_b', 'zb1p'); did you mean 'dualpipe'?"),
         (["train", "v3-671b", "--sequence-length", "1000000"], "use at most 163840"),
@@ -232,6 +274,28 @@ def test_bad_input_is_one_sentence(words: list[str], sentence: str, capsys: pyte
     assert sentence in printed.err
     assert printed.err.count("\n") == 1
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "v3-671b", "--global-batch-size", "15360"],
+        ["train", "v3-671b", "--global-batch-size", "3072"],
+        ["train", "v3-671b", "--pp", "16"],
+        ["train", "v3-671b", "--pp", "8"],
+        ["train", "v3-671b", "--pp", "32"],
+        ["serve", "v3-671b", "--hardware", "a100", "--prefill-ep", "72"],
+        ["serve", "v3-671b", "--hardware", "ascend910b", "--prefill-ep", "144"],
+        ["serve", "v2-lite-16b", "--hardware", "h800"],
+        ["train", "v3-671b", "--tokens", "1e18", "--usd-per-device-hour", "1e6"],
+        ["schedule", "dualpipe", "--forward", "1e9", "--backward-input", "1e-9"],
+    ],
+    ids=" ".join,
+)
+def test_what_an_error_offers_is_taken(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words, "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+    assert main(["plan", *words]) == 0
 
 
 def test_the_page_is_written_whole(tmp_path: Path) -> None:

@@ -283,6 +283,18 @@ def test_the_usual_unit_is_the_smallest_that_holds_the_model() -> None:
         usual_unit(small, H800, "bf16", 32, tp=0)
 
 
+def test_weights_that_fit_no_node_are_said_not_to_fit() -> None:
+    """Where there is no network to more nodes; the precision or the hardware that is offered holds them."""
+    small = v2_lite_16b().model
+    with pytest.raises(
+        InputError, match="24 GB, and 31 GB of weights in bf16 do not fit; take --precision int4 or --hardware h800"
+    ):
+        usual_unit(small, replace(HARDWARE["rtx4090"], devices_per_node=1), "bf16", 144)
+    assert usual_unit(small, replace(HARDWARE["rtx4090"], devices_per_node=1), "int4", 144) == Unit()
+    with pytest.raises(InputError, match="8 GB, and 16 GB of weights in fp8 do not fit; take --hardware h800"):
+        usual_unit(small, HARDWARE["laptop-rtx4070"], "fp8", 144)
+
+
 def test_training_in_an_rl_run_fits_or_is_said_not_to() -> None:
     layout = Layout(512, pp=16, ep=32)
     fixed = plan_rl(V3, H800, layout, Unit(ep=32), R1_ZERO)

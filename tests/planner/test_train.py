@@ -236,8 +236,8 @@ def test_chinchilla_by_hand_and_the_published_pair() -> None:
 @pytest.mark.parametrize(
     ("layout", "batch", "words"),
     [
-        (Layout(2048, pp=24), 15360, "--devices is 2048, it must be a multiple of pp x tp = 24; the nearest is 2040"),
-        (Layout(2048, pp=64), 15360, "--pp is 64, above the model's 61 layers"),
+        (Layout(2048, pp=24), 15360, r"--pp is 24, it must divide --devices / --tp \(2048 / 1 = 2048\); the nearest is 16"),
+        (Layout(2048, pp=64), 15360, "--pp is 64, above the model's 61 layers; the nearest that divides is 32"),
         (Layout(2048, pp=16, ep=48), 15360, "--ep is 48, it must divide n_routed_experts .256.; the nearest is 32"),
         (Layout(96, pp=8, ep=8), 96, r"--ep is 8, it must divide dp x tp \(12\); the nearest is 6"),
         (Layout(2048, pp=16, ep=64), 15361, "multiple of dp x micro_batch_size = 128; the nearest is 15360"),
@@ -302,6 +302,24 @@ def test_a_number_of_devices_without_a_layout_names_the_nearest_with_one() -> No
         InputError, match="over which no layout of the search shares out --global-batch-size 15360; the nearest that does is 2048"
     ):
         search(V3, H800, Layout(2047), SEARCHED, "fp8", 4096, 15360)
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(2048, 15361), (2048, 3100), (2000, 15360), (1536, 15359), (1024, 7)])
+def test_the_nearest_batch_or_devices_are_those_that_trying_all_finds(devices: int, batch: int) -> None:
+    """The offer answers, and where it is a batch no batch nearer to the one that was asked for does."""
+    from finback.planner.train import candidates
+
+    def divides(size: int) -> bool:
+        return bool(candidates(V3, H800, Layout(devices), SEARCHED, "fp8", 4096, size))
+
+    with pytest.raises(InputError) as refused:
+        search(V3, H800, Layout(devices), SEARCHED, "fp8", 4096, batch)
+    told = int(str(refused.value).split()[-1])
+    if str(refused.value).startswith("--global-batch-size"):
+        assert divides(told)
+        assert not any(divides(size) for size in range(max(1, batch - abs(told - batch) + 1), batch + abs(told - batch)))
+    else:
+        assert candidates(V3, H800, Layout(told), SEARCHED, "fp8", 4096, batch)
 
 
 def test_a_sequence_that_does_not_fit_is_not_answered_with_more_devices() -> None:
