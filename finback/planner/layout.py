@@ -8,7 +8,7 @@ from typing import Literal
 
 from finback.config import InputError, ModelConfig
 from finback.parallel.schedule import nearest_multiple
-from finback.planner.hardware import Precision
+from finback.planner.hardware import Hardware, Precision
 from finback.planner.stages import Stage, scales, stages_of
 
 ScheduleName = Literal["one_f_one_b", "interleaved", "zb1p", "dualpipe", "dualpipe_v"]
@@ -119,6 +119,16 @@ def check_devices(c: ModelConfig, layout: Layout) -> None:
         raise InputError(
             f"--tp is {layout.tp}, it must divide num_attention_heads ({c.num_attention_heads}); the nearest is {near}"
         )
+
+
+def check_node(c: ModelConfig, hardware: Hardware, tp: int) -> None:
+    """Refuse to cut layers over more devices than a node has, between which only the network is."""
+    node = hardware.devices_per_node
+    if tp <= node:
+        return
+    has = f"a node of {hardware.name} has {node} device{'s' if node > 1 else ''} and layers are cut inside a node"
+    near = max(one for one in divisors(c.num_attention_heads) if one <= node)
+    raise InputError(f"--tp is {tp}, but {has}; {'the nearest is ' if node > 1 else 'use '}{near}")
 
 
 def does_not_divide(layout: Layout, near: int) -> InputError:

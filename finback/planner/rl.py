@@ -7,7 +7,7 @@ from finback.config import InputError, ModelConfig
 from finback.parallel.schedule import nearest_multiple
 from finback.planner.hardware import Hardware, Precision
 from finback.planner.inference import Unit, check_acceptance, check_unit, decode_step, largest_batch
-from finback.planner.layout import Layout, check_devices, check_layout, nearest_divisor
+from finback.planner.layout import Layout, check_devices, check_layout, check_node, nearest_divisor
 from finback.planner.step import per_token
 from finback.planner.train import RECOMPUTES, Bill, Candidate, Prices, bill, evaluate
 
@@ -169,6 +169,8 @@ def _check(
             f"--longest-tokens is {recipe.longest_tokens:.0f}, above what the model's max_position_embeddings "
             f"({c.max_position_embeddings}) leave beside a prompt of {recipe.prompt_tokens:.0f}; {remedy}"
         )
+    for tp in (unit.tp, layout.tp):
+        check_node(c, hardware, tp)
     check_unit(c, unit)
     groups, rest = divmod(layout.devices, max(1, layout.ep))
     if rest and layout.pp > 0:

@@ -22,7 +22,7 @@ from finback.planner.inference import (
     usual_copies,
     weight_bytes_per_device,
 )
-from finback.planner.layout import divisors
+from finback.planner.layout import check_node, divisors
 from finback.planner.model import cache_bytes_per_token
 
 DAY_SECONDS = 86400.0
@@ -235,6 +235,8 @@ def _check(
     mtp_acceptance: float,
     precision: Precision,
 ) -> None:
+    for unit in (prefill_unit, decode_unit):
+        check_node(c, hardware, unit.tp)
     check_unit(c, prefill_unit, "--prefill-ep", decode_unit.ep)
     check_unit(c, decode_unit, "--decode-ep", prefill_unit.ep)
     for name in ("input_tokens_per_day", "output_tokens_per_day", "prompt_tokens", "context_tokens"):

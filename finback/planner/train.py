@@ -13,6 +13,7 @@ from finback.planner.layout import (
     ScheduleName,
     busiest_rank,
     check_layout,
+    check_node,
     divisors,
     does_not_divide,
     stages,
@@ -362,6 +363,7 @@ def plan_train(
         )
     if precision == "fp8" and hardware.fp8_tflops is None:
         raise InputError(f"--precision is fp8, but {hardware.name} has no FP8 units; use bf16")
+    check_node(c, hardware, 1 if "tp" in free else layout.tp)
     if free:
         found = search(c, hardware, layout, free, precision, sequence_length, global_batch_size)
     else:

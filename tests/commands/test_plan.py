@@ -209,7 +209,7 @@ def test_help_names_every_kind_and_field(capsys: pytest.CaptureFixture[str]) -> 
         (["fit", "rtx4090", "--context", HUGE], "--context is a number of 401 digits, above 1000000000"),
         (["train", "v3-671b", "--expert-imbalance", "0.1"], "--expert-imbalance is 0.1, below 1; use at least 1"),
         (["train", "v3-671b", "--pue", "0.5"], "--pue is 0.5, below 1; use at least 1"),
-        (["serve", "v3-671b", "--hardware", "a100"], "each of 32 devices would hold 80 GB of weights; take --prefill-ep 72"),
+        (["serve", "v3-671b", "--hardware", "a100"], "each of 32 devices would hold 80 GB of weights; take --prefill-ep 48"),
         (["serve", "v3-671b", "--hardware", "ascend910b"], "each of 32 devices would hold 80 GB of weights; take --prefill-ep"),
         (
             ["serve", "v2-lite-16b", "--hardware", "laptop-rtx4070"],
@@ -218,6 +218,15 @@ def test_help_names_every_kind_and_field(capsys: pytest.CaptureFixture[str]) -> 
         (
             ["serve", "v2-lite-16b", "--hardware", "laptop-cpu"],
             "laptop-cpu has 32 GB, and 31 GB of weights in bf16 do not fit; take --hardware h800",
+        ),
+        (
+            ["train", "v3-671b", "--tp", "16"],
+            "--tp is 16, but a node of h800 has 8 devices and layers are cut inside a node; the nearest is 8",
+        ),
+        (["serve", "v3-671b", "--tp", "128"], "--tp is 128, but a node of h800 has 8 devices"),
+        (
+            ["serve", "tiny-dense", "--tp", "2", "--hardware", "laptop-m3max"],
+            "has 1 device and layers are cut inside a node; use 1",
         ),
         (["model", "v3-671b", "--png", "."], "--png . is a directory; give a file"),
         (["train", "v3-671b", "--devices", "2047"], "the nearest that does is 2048"),
@@ -284,7 +293,7 @@ def test_bad_input_is_one_sentence(words: list[str], sentence: str, capsys: pyte
         ["train", "v3-671b", "--pp", "16"],
         ["train", "v3-671b", "--pp", "8"],
         ["train", "v3-671b", "--pp", "32"],
-        ["serve", "v3-671b", "--hardware", "a100", "--prefill-ep", "72"],
+        ["serve", "v3-671b", "--hardware", "a100", "--prefill-ep", "48"],
         ["serve", "v3-671b", "--hardware", "ascend910b", "--prefill-ep", "144"],
         ["serve", "v2-lite-16b", "--hardware", "h800"],
         ["train", "v3-671b", "--tokens", "1e18", "--usd-per-device-hour", "1e6"],

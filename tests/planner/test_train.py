@@ -13,6 +13,7 @@ from finback.parallel.schedule import SCHEDULES, Costs, interleaved, simulate
 from finback.planner.communication import all_to_all, distinct
 from finback.planner.dense import cheapest, chinchilla_loss, compare_with_dense, dense_equivalent
 from finback.planner.hardware import HARDWARE
+from finback.planner.inference import Unit
 from finback.planner.layout import (
     Layout,
     activation_bytes_per_layer,
@@ -23,6 +24,7 @@ from finback.planner.layout import (
     training_memory,
 )
 from finback.planner.model import modules
+from finback.planner.rl import R1_ZERO, plan_rl
 from finback.planner.stages import balanced
 from finback.planner.step import pipeline, step_time
 from finback.planner.train import Prices, bill, evaluate, plan_train, search
@@ -272,6 +274,14 @@ def test_the_divisors_of_a_large_prime_are_found_at_once() -> None:
     start = time.process_time()
     assert nearest_divisor(1_000_000_007, 8) == 1
     assert time.process_time() - start < 1
+
+
+def test_layers_are_cut_over_more_devices_where_a_node_has_more() -> None:
+    with pytest.raises(InputError, match="--tp is 16, but a node of h800 has 8 devices"):
+        plan_train(V3, H800, Layout(1024, pp=8, tp=16, ep=64), frozenset(), tokens=1e12)
+    plan_train(V3, HARDWARE["gb200"], Layout(1024, pp=8, tp=16, ep=64), frozenset(), tokens=1e12)
+    with pytest.raises(InputError, match="--tp is 16, but a node of h800 has 8 devices"):
+        plan_rl(V3, H800, Layout(512, pp=1, tp=16, ep=32), Unit(ep=32), R1_ZERO)
 
 
 def test_experts_of_a_dense_model_and_precisions_that_are_missing() -> None:
