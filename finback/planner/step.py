@@ -240,35 +240,35 @@ def step_time(
     )
 
 
+def _link_bytes_per_second(hardware: Hardware, layout: Layout) -> float:
+    """Between the devices of a layout: over the network where they are more than a node's."""
+    name = "scale_out_gb_per_second" if layout.devices > hardware.devices_per_node else "scale_up_gb_per_second"
+    return hardware.need(name) * GIGA * hardware.efficiencies.network
+
+
 def _send_seconds(c: ModelConfig, hardware: Hardware, layout: Layout, tokens: int) -> float:
-    """One micro-batch's activations to the next stage, over the network."""
-    if layout.pp == 1 or hardware.scale_out_gb_per_second is None:
+    """One micro-batch's activations to the next stage."""
+    if layout.pp == 1:
         return 0.0
-    moved = 2.0 * c.hidden_size * tokens / layout.tp
-    return moved / (hardware.scale_out_gb_per_second * GIGA * hardware.efficiencies.network)
+    return 2.0 * c.hidden_size * tokens / layout.tp / _link_bytes_per_second(hardware, layout)
 
 
 def _after_step(c: ModelConfig, hardware: Hardware, layout: Layout, precision: Precision) -> tuple[float, float]:
-    """Gradients summed and weights sent out again (ring, ZeRO-1), and AdamW's pass over what a device owns."""
-    rest, expert = max(parameters_of_ranks(c, layout), key=sum)
+    """Gradients summed and weights sent out again (ring, ZeRO-1), and AdamW's pass over what a device owns, of the rank that takes
+    longest."""
     copies = layout.stages_held
     replicas = max(1, layout.dp * layout.tp // layout.ep)
-    sync = 0.0
-    for held, ways in ((rest, layout.dp * copies), (expert, replicas * copies)):
-        if ways > 1:
-            moved = (4.0 + 2.0) * held * (ways - 1) / ways
-            link = (
-                hardware.scale_out_gb_per_second
-                if layout.devices > hardware.devices_per_node
-                else hardware.scale_up_gb_per_second
-            )
-            if link is None:
-                link = hardware.need("scale_up_gb_per_second")
-            sync += moved / (link * GIGA * hardware.efficiencies.network)
     state = 4.0 if precision == "fp32" else 2.0
     touched = 2 * (4.0 + 2 * state) + 4.0 + state
-    owned = (rest / layout.dp + expert / replicas) / copies
-    return sync, owned * touched / hardware.bytes_per_second
+    found = []
+    for rest, expert in parameters_of_ranks(c, layout):
+        sync = 0.0
+        for held, ways in ((rest, layout.dp * copies), (expert, replicas * copies)):
+            if ways > 1:
+                sync += (4.0 + 2.0) * held * (ways - 1) / ways / _link_bytes_per_second(hardware, layout)
+        owned = (rest / layout.dp + expert / replicas) / copies
+        found.append((sync, owned * touched / hardware.bytes_per_second))
+    return max(found, key=sum)
 
 
 def useful_flops(c: ModelConfig, sequence_length: int, global_batch_size: int) -> float:

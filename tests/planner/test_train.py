@@ -276,6 +276,37 @@ def test_the_divisors_of_a_large_prime_are_found_at_once() -> None:
     assert time.process_time() - start < 1
 
 
+def test_what_goes_between_nodes_needs_a_network_and_inside_a_node_its_links() -> None:
+    small, card = v2_lite_16b().model, HARDWARE["rtx4090"]
+    for layout in (Layout(64, pp=8), Layout(64), Layout(64, pp=8, ep=8)):
+        with pytest.raises(InputError, match="rtx4090 has no published scale_out_gb_per_second; take one that has"):
+            step_time(small, card, layout, "bf16", 4096, 4096)
+    inside = step_time(small, card, Layout(8, pp=8), "bf16", 4096, 64)
+    moved = 2 * 64 * 2.0 * small.hidden_size * 4096
+    assert inside.p2p_seconds == pytest.approx(moved / (25e9 * card.efficiencies.network))
+    alone = replace(card, scale_up_gb_per_second=None)
+    with pytest.raises(InputError, match="no published scale_up_gb_per_second"):
+        step_time(small, alone, Layout(8, pp=8), "bf16", 4096, 64)
+    between = step_time(V3, H800, PAPER, "fp8", 4096, 15360)
+    assert between.p2p_seconds == pytest.approx(2 * 120 * 2.0 * 7168 * 4096 / (50e9 * H800.efficiencies.network))
+
+
+def test_after_a_step_the_slowest_rank_is_waited_for() -> None:
+    """Not the one with most parameters: one with fewer experts and more of the rest may have more to send."""
+    layout = Layout(256, pp=16, ep=16)
+    held = parameters_of_ranks(V3, layout)
+    link = H800.scale_out_gb_per_second
+    assert link is not None
+
+    def sending(rest: float, expert: float) -> float:
+        ways = [(rest, layout.dp), (expert, layout.dp // layout.ep)]
+        return sum(6.0 * size * (count - 1) / count for size, count in ways) / (link * 1e9 * H800.efficiencies.network)
+
+    assert max(held, key=sum) != max(held, key=lambda rank: sending(*rank))
+    step = step_time(V3, H800, layout, "fp8", 4096, 2048)
+    assert step.gradient_sync_seconds == pytest.approx(max(sending(*rank) for rank in held))
+
+
 def test_layers_are_cut_over_more_devices_where_a_node_has_more() -> None:
     with pytest.raises(InputError, match="--tp is 16, but a node of h800 has 8 devices"):
         plan_train(V3, H800, Layout(1024, pp=8, tp=16, ep=64), frozenset(), tokens=1e12)
