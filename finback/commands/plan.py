@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from finback.commands.machine import read_hardware
 from finback.commands.parse import parse_arguments
 from finback.commands.plan_fields import (
     FitFields,
@@ -31,7 +32,7 @@ from finback.planner.fit import fit_table
 from finback.planner.hardware import ROWS, Hardware, Precision
 from finback.planner.inference import Unit, usual_copies, usual_unit
 from finback.planner.layout import Layout
-from finback.planner.measured import hardware_of
+from finback.planner.measured import another_machine, hardware_of
 from finback.planner.model import plan_model
 from finback.planner.rl import RECIPES, plan_rl
 from finback.planner.serve import Tariff, Traffic, plan_serve
@@ -113,6 +114,15 @@ def find_model(name: str) -> ModelConfig:
     raise InputError(f"model {name!r} is neither a preset nor a directory{hint}")
 
 
+def _hardware_row(name: str, ceilings: Path, precision: Precision | None) -> Hardware:
+    """A row by its name, with a warning where "measured" was measured on another machine."""
+    hardware = hardware_of(name, ceilings, precision)
+    differs = another_machine(ceilings, read_hardware(Path())) if name == "measured" else ""
+    if differs:
+        print(f"finback plan: warning: --hardware measured: {differs}", file=sys.stderr)
+    return hardware
+
+
 def _precision(chosen: Precision | None, hardware: Hardware) -> Precision:
     if chosen is not None:
         return chosen
@@ -177,7 +187,7 @@ def _model(fields: ModelFields) -> None:
 
 def _train(fields: TrainFields) -> None:
     _check_positive(fields, "devices", "tokens", "usd_per_device_hour", "pue", "kg_co2_per_kwh", "expert_imbalance")
-    model, hardware = find_model(fields.model), hardware_of(fields.hardware, fields.ceilings, fields.precision)
+    model, hardware = find_model(fields.model), _hardware_row(fields.hardware, fields.ceilings, fields.precision)
     free = frozenset(name for name in ("pp", "ep", "tp", "schedule", "recompute") if getattr(fields, name) is None)
     schedule = fields.schedule or "one_f_one_b"
     layout = Layout(
@@ -210,7 +220,7 @@ def _train(fields: TrainFields) -> None:
 
 
 def _rl(fields: RLFields) -> None:
-    model, hardware = find_model(fields.model), hardware_of(fields.hardware, fields.ceilings, fields.precision)
+    model, hardware = find_model(fields.model), _hardware_row(fields.hardware, fields.ceilings, fields.precision)
     _check_positive(fields, "devices", "usd_per_device_hour")
     names = ("steps", "batch_size", "outputs_per_rollout", "mean_tokens", "longest_tokens")
     changed: dict[str, Any] = {name: getattr(fields, name) for name in names if getattr(fields, name) is not None}
@@ -229,7 +239,7 @@ def _rl(fields: RLFields) -> None:
 
 
 def _serve(fields: ServeFields) -> None:
-    model, hardware = find_model(fields.model), hardware_of(fields.hardware, fields.ceilings, fields.precision)
+    model, hardware = find_model(fields.model), _hardware_row(fields.hardware, fields.ceilings, fields.precision)
     precision = _precision(fields.precision, hardware)
     _check_positive(fields, "usd_per_device_hour")
     plan = plan_serve(
@@ -271,7 +281,7 @@ def _unit(
 def _fit(fields: FitFields) -> None:
     if fields.context < 1:
         raise InputError(f"--context is {fields.context}, it must be at least 1")
-    hardware = hardware_of(fields.hardware, fields.ceilings, None)
+    hardware = _hardware_row(fields.hardware, fields.ceilings, None)
     rows = fit_table(hardware, fields.context)
     _show(fields, {"hardware": hardware.title, "rows": [asdict(row) for row in rows]}, lambda: print_fit(hardware, rows), None)
 
@@ -308,6 +318,7 @@ def _schedule(fields: ScheduleFields) -> None:
         "schedule": name,
         "num_stages": fields.stages,
         "num_microbatches": fields.microbatches,
+        "time_unit": "that in which the costs are given",
         "costs": asdict(costs),
         "makespan": result.makespan,
         "bubble_fraction": result.bubble_fraction,
@@ -349,7 +360,7 @@ def _hardware(fields: HardwareFields) -> None:
 
 
 def _validate(fields: ValidateFields) -> None:
-    models = {name: PRESETS[name]().model for name in ("v3-671b", "tiny")}
+    models = {name: PRESETS[name]().model for name in ("v3-671b", "v2-lite-16b", "tiny")}
     rows = validation_rows(models, fields.results)
     if fields.out is not None:
         write_atomic(fields.out, markdown(rows))

@@ -22,7 +22,7 @@ class Output:
     """How a plan is shown."""
 
     json: Flag = False
-    """Print one JSON object instead of tables; units are in the field names."""
+    """Print one JSON object instead of tables; units are in the field names, or beside them."""
     png: Path | None = None
     """Also write a picture to this file."""
 

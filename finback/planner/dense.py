@@ -1,8 +1,9 @@
 """Dense or mixture of experts at equal loss, by two named laws.
 
 Chinchilla's parametric loss (Hoffmann et al. 2022, approach 3): L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28, for N parameters and D
-tokens. A mixture counts as a dense model of sqrt(total x active) parameters (the geometric-mean rule of thumb): it gives 6.8B for
-DeepSeekMoE-16B, which the DeepSeekMoE paper (section 5) finds on a par with a dense 7B on the same 2T tokens, at 40% of the compute.
+tokens. A mixture counts as a dense model of sqrt(total x active) parameters, a rule of thumb that is passed on without a paper to
+cite. What speaks for it is one published pair: it gives 6.8B for DeepSeekMoE-16B, which the DeepSeekMoE paper (section 5) finds on a
+par with a dense 7B on the same 2T tokens, at 40% of the compute.
 Both are rough; the rule is unproven at V3's size.
 """
 
@@ -13,7 +14,7 @@ from finback.config import ModelConfig, count_params
 from finback.planner.model import attention_core_flops, training_flops_per_token
 
 IRREDUCIBLE, PARAMETER_SCALE, TOKEN_SCALE, PARAMETER_POWER, TOKEN_POWER = 1.69, 406.4, 410.7, 0.34, 0.28
-LAW = "Hoffmann et al. 2022, approach 3; a mixture counts as sqrt(total x active) parameters"
+LAW = "Hoffmann et al. 2022, approach 3; a mixture counts as sqrt(total x active) parameters, a rule of thumb without a source"
 
 
 def chinchilla_loss(parameters: float, tokens: float) -> float:

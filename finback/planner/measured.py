@@ -2,8 +2,10 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from finback.config import InputError, ModelConfig
 from finback.planner.hardware import GIGA, Curve, Efficiencies, Hardware, Precision, SmallWork, find_hardware
@@ -46,11 +48,14 @@ CALIBRATED_SEQUENCE, CALIBRATED_CONTEXT = 256, 128  # tokens
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the benchmark found this machine to reach, rows by their names. `device` and `date` tell which machine, and when."""
+    """What the benchmark found this machine to reach, rows by their names. The others tell which machine, and
+    when."""
 
     rows: dict[str, float]
     memory_total_bytes: float
     cores: int
+    cpu: str
+    date: str
 
     def largest(self, pattern: str) -> float:
         """The largest value of the rows whose names match."""
@@ -73,7 +78,9 @@ def read_ceilings(path: Path) -> Ceilings:
         data = json.loads(path.read_text(encoding="utf-8"))
         units = ("gflop_per_second", "gb_per_second", "milliseconds")
         rows = {row["name"]: float(next(row[unit] for unit in units if unit in row)) for row in data["rows"]}
-        found = Ceilings(rows, float(data["device"]["memory_total_bytes"]), int(data["device"]["cores"]))
+        device = data["device"]
+        memory, cores = float(device["memory_total_bytes"]), int(device["cores"])
+        found = Ceilings(rows, memory, cores, str(device["cpu"]), str(data["date"]))
         _row(found, "bf16")
         return found
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, StopIteration):
@@ -85,6 +92,20 @@ def read_ceilings(path: Path) -> Ceilings:
 def measured(path: Path, precision: Precision = "bf16") -> Hardware:
     """This machine as a row: matrix rates (of `precision`) and bandwidth as measured, memory as the system has it."""
     return _row(read_ceilings(path), precision)
+
+
+def another_machine(path: Path, host: Mapping[str, Any]) -> str:
+    """How the machine of the ceilings differs from this one, by the facts in `host`; empty where it does not. Memory that a system
+    keeps for itself varies, so a twentieth is no difference."""
+    found, memory = read_ceilings(path), host["memory_total_bytes"]
+    same_memory = memory is None or abs(memory / found.memory_total_bytes - 1) <= 0.05
+    if (host["cpu"], host["cores"]) == (found.cpu, found.cores) and same_memory:
+        return ""
+    here = "" if memory is None else f", {memory / GIGA:.0f} GB"
+    return (
+        f"the ceilings are of {found.date[:10]}, {found.cpu}, {found.cores} cores, {found.memory_total_bytes / GIGA:.0f} GB, and this "
+        f"machine is {host['cpu']}, {host['cores']} cores{here}; run python -m bench ceilings here"
+    )
 
 
 def _row(found: Ceilings, precision: Precision) -> Hardware:

@@ -28,11 +28,19 @@ class Recipe:
     reward_seconds: float = 30.0
     """What is left of code and rule rewards after overlapping them with sampling."""
     uses_reward_model: bool = False
+    not_modelled: str = ""
+    """What else the published model went through, and why it has no row here."""
 
 
 # The limit was 32,768 tokens for 8,200 steps and 65,536 afterwards (R1 paper, Methods).
 R1_ZERO = Recipe("R1-Zero", steps=10_400, longest_tokens=round((8_200 * 32_768 + 2_200 * 65_536) / 10_400))
-R1 = Recipe("R1, second stage", steps=1_700, uses_reward_model=True)
+R1 = Recipe(
+    "R1, second RL stage",
+    steps=1_700,
+    uses_reward_model=True,
+    not_modelled="R1's first RL stage, whose steps are not published (it ran to convergence), and the two stages of supervised "
+    "fine-tuning before each; the published 41K GPU-hours of R1 are of more than the 1,700 steps counted here",
+)
 RECIPES = {"r1-zero": R1_ZERO, "r1": R1}
 
 
@@ -60,6 +68,7 @@ class RLPlan:
     requests_per_device: int
     bill: Bill
     efficiency_source: str
+    not_modelled: str
 
 
 def plan_rl(
@@ -129,6 +138,7 @@ def plan_rl(
         requests_per_device=batch,
         bill=bill(cycles * cycle * devices / 3600, devices, hardware, prices or Prices(None)),
         efficiency_source=hardware.efficiency_source,
+        not_modelled=recipe.not_modelled,
     )
 
 

@@ -199,7 +199,7 @@ def print_rl(name: str, plan: RLPlan) -> None:
             *_bill_rows(plan.bill),
         ],
     )
-    _say(f"Efficiencies: {plan.efficiency_source}.")
+    _say(*([f"Not modelled: {plan.not_modelled}."] if plan.not_modelled else []), f"Efficiencies: {plan.efficiency_source}.")
 
 
 def print_serve(name: str, plan: ServePlan) -> None:

@@ -6,7 +6,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from finback.config import ModelConfig
+from finback.config import ModelConfig, count_params
 from finback.planner.hardware import HARDWARE, Precision
 from finback.planner.inference import Unit, decode_step, network_limit_ms, prefill
 from finback.planner.layout import Layout
@@ -24,13 +24,14 @@ ROLLOUT_UNIT = 32  # devices of one rollout unit: the prefill unit's EP, the sma
 RL_LAYOUT = Layout(512, pp=16, ep=32)
 
 
-def exact_rows(v3: ModelConfig) -> list[Row]:
+def exact_rows(v3: ModelConfig, v2_lite: ModelConfig) -> list[Row]:
     """Published arithmetic."""
     hours = 14.8 * H800_HOURS_PER_TRILLION + 119e3 + 5e3
     plan = plan_model(v3)
     caches = {row.name: row.bytes_per_token / 1000 for row in cache_table(v3)}
     traffic, day_cost = Traffic(), daily_cost_usd(226.75, 8, 2.0)
     pretraining = 14.8 * H800_HOURS_PER_TRILLION
+    mtp = plan.mtp_parameters_stored
     paper, isca = "V3 table 1", "V3 hardware paper"
 
     def row(name: str, unit: str, reference: float, planner: float, source: str, target: float = 0.0005, note: str = "") -> Row:
@@ -57,6 +58,30 @@ def exact_rows(v3: ModelConfig) -> list[Row]:
             plan.active_parameters_without_embedding / 1e9,
             "README_WEIGHTS",
             0.001,
+        ),
+        row(
+            "parameters of MTP as stored, embedding and head again",
+            "billion",
+            13.463426304,
+            mtp / 1e9,
+            "published checkpoint",
+            0.0,
+        ),
+        row(
+            "parameters of MTP's own",
+            "billion",
+            11.610068224,
+            (mtp - 2 * v3.vocab_size * v3.hidden_size) / 1e9,
+            "count of the checkpoint's shapes",
+            0.0,
+        ),
+        row(
+            "parameters in all, V2-Lite",
+            "billion",
+            15.706484224,
+            count_params(v2_lite).total / 1e9,
+            "published checkpoint's index",
+            0.0,
         ),
         row(
             "training FLOPs per token at 4,096, without MTP", "GFLOP", 250, plan.training_gflop_per_token_without_mtp, isca, 0.005
@@ -132,9 +157,9 @@ def predicted_rows(v3: ModelConfig) -> Iterator[Row]:
 
 
 def validation_rows(models: Mapping[str, ModelConfig], results: Path) -> list[Row]:
-    """The whole table; `models` holds the presets `v3-671b` and `tiny`."""
+    """The whole table; `models` holds the presets `v3-671b`, `v2-lite-16b` and `tiny`."""
     v3 = models["v3-671b"]
-    return [*exact_rows(v3), *predicted_rows(v3), *measured_rows(models["tiny"], results)]
+    return [*exact_rows(v3, models["v2-lite-16b"]), *predicted_rows(v3), *measured_rows(models["tiny"], results)]
 
 
 def markdown(rows: list[Row]) -> str:

@@ -74,8 +74,9 @@ CLUSTERS = (
         4096,
         2689,
         _MEGATRON,
-        "the same container reaches 3,955 on the same chip in an NVL72, which the planner gives to 30%; this layout leaves the host "
-        "and what is recomputed to set the pace, and the table does not say what is recomputed",
+        "the same container reaches 3,955 on GB200, whose chip is rated 11% higher (2,500 against 2,250 TFLOPS in bf16) and whose row "
+        "the planner gives to 30%, so most of the gap is not the chip's: here PP is 16 without interleaving and EP 8, the host may set "
+        "the pace, and the table does not say what is recomputed",
     ),
     Cluster(
         "V3 on 256 GB200, Megatron-Bridge 26.02, MXFP8",
@@ -105,8 +106,8 @@ CLUSTERS = (
         2048,
         859,
         "PyTorch blog 2026-03",
-        "a framework that is not tuned for this size (its own rows of the 16B model are at 20% of the peak), and a layout that is not "
-        "published; the same GPUs do three times as much under Megatron",
+        "a framework that is not tuned for this size: with MXFP8 products it reaches 918 where Megatron-Bridge, also in MXFP8 on 256 "
+        "B200, reaches 2,689, and its own rows of the 16B model are at 20% of the peak; the layout is not published either",
     ),
 )
 
@@ -129,6 +130,12 @@ class Serving:
     if_off: str
 
 
+_DECODE = (
+    "at equal batch a token takes 34.9 ms here and 47.6 ms there; the 88 requests follow from the day's averages (14,800 tokens/s of "
+    "8 GPUs at 21 for each request) and the context of 4,989 is published, so neither can be the cause. Likely ones: load that is less "
+    "even over 144 GPUs than the assumed 1.2, waiting for the slowest GPU at each exchange, batches that come and go, and the work of "
+    "scheduling and sampling, none of which is published"
+)
 _DAY = (
     "a day's average over the nodes in use, few of which are full at night, while the planner gives a full node; the length of prompts "
     "is not published either (4,000 assumed)"
@@ -151,7 +158,7 @@ SERVINGS = (
     ),
     Serving(
         "DeepSeek online, decode per H800 node, 88 requests per GPU as 20-22 tokens/s imply",
-        *("h800", "decode", Unit(ep=144, redundant_experts=32), 88, 4989, 0.0, True, 14_800, "open-infra-index, day 6", _DAY),
+        *("h800", "decode", Unit(ep=144, redundant_experts=32), 88, 4989, 0.0, True, 14_800, "open-infra-index, day 6", _DECODE),
     ),
     Serving(
         "SGLang, prefill per H100 node, 4 nodes",

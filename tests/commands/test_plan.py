@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from finback.cli import main
+from finback.commands.machine import read_hardware
 from finback.config import ModelConfig
 from finback.presets import v3_671b
 from tests.test_torch_blocked import run_verb
@@ -157,6 +158,42 @@ def test_the_schedule_json_is_what_an_executor_would_run(capsys: pytest.CaptureF
     assert plan["peak_live_activations"] == [5] * 4
 
 
+def test_the_schedule_json_says_in_what_unit_its_times_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *KINDS["schedule"], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["time_unit"] == "that in which the costs are given"
+
+
+def test_an_rl_plan_says_which_stages_it_leaves_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """R1 has two RL stages and two of fine-tuning; steps are published of one only."""
+    assert main(["plan", "rl", "v3-671b", "--recipe", "r1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["not_modelled"]
+    assert "first RL stage" in told
+    assert "not published" in told
+    assert main(["plan", "rl", "v3-671b", "--recipe", "r1"]) == 0
+    assert f"Not modelled: {told}." in capsys.readouterr().out
+    assert main(["plan", "rl", "v3-671b"]) == 0
+    assert "Not modelled" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{}, {"cpu": "Other CPU"}, {"cores": 77}, {"memory_total_bytes": 1e9}])
+def test_ceilings_of_another_machine_are_warned_of(
+    change: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = json.loads(Path(CEILINGS).read_text())
+    data["device"] |= {name: read_hardware(tmp_path)[name] for name in ("cpu", "cores", "memory_total_bytes")} | change
+    (tmp_path / "ceilings.json").write_text(json.dumps(data))
+    words = ["plan", "fit", "measured", "--ceilings", str(tmp_path / "ceilings.json"), "--json"]
+    assert main(words) == 0
+    printed = capsys.readouterr()
+    json.loads(printed.out)
+    if not change:
+        assert printed.err == ""
+    else:
+        assert f"the ceilings are of {data['date'][:10]}, {data['device']['cpu']}, {data['device']['cores']} cores" in printed.err
+        assert "python -m bench ceilings" in printed.err
+        assert printed.err.count("\n") == 1
+
+
 def test_validate_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *KINDS["validate"], "--out", str(tmp_path / "page.md")]) == 0
     capsys.readouterr()
@@ -227,6 +264,10 @@ def test_help_names_every_kind_and_field(capsys: pytest.CaptureFixture[str]) -> 
         (
             ["serve", "tiny-dense", "--tp", "2", "--hardware", "laptop-m3max"],
             "has 1 device and layers are cut inside a node; use 1",
+        ),
+        (
+            ["train", "v2-lite-16b", "--hardware", "rtx4090", "--devices", "64"],
+            "rtx4090 has no published scale_out_gb_per_second",
         ),
         (["model", "v3-671b", "--png", "."], "--png . is a directory; give a file"),
         (["train", "v3-671b", "--devices", "2047"], "the nearest that does is 2048"),

@@ -233,6 +233,7 @@ def test_chinchilla_by_hand_and_the_published_pair() -> None:
     assert chinchilla_loss(size, tokens) == pytest.approx(chinchilla_loss(70e9, 1.4e12))
     assert size * tokens <= 70e9 * 1.4e12
     assert compare_with_dense(V3, 14.8e12, 4096).dense_over_moe_training > 3
+    assert compare_with_dense(V3, 14.8e12, 4096).law.endswith("a rule of thumb without a source")
 
 
 @pytest.mark.parametrize(

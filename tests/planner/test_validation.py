@@ -23,7 +23,7 @@ from finback.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
-MODELS = {name: PRESETS[name]().model for name in ("v3-671b", "tiny")}
+MODELS = {name: PRESETS[name]().model for name in ("v3-671b", "v2-lite-16b", "tiny")}
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +31,17 @@ def rows() -> list[Row]:
     return validation_rows(MODELS, RESULTS)
 
 
-@pytest.mark.parametrize("row", exact_rows(MODELS["v3-671b"]), ids=lambda row: row.name)
+@pytest.mark.parametrize("row", exact_rows(MODELS["v3-671b"], MODELS["v2-lite-16b"]), ids=lambda row: row.name)
 def test_exact_rows_are_exact(row: Row) -> None:
     assert row.met, f"{row.planner} instead of {row.reference}"
     assert row.target <= 0.005
+
+
+def test_counts_of_v2_lite_and_mtp_are_exact_rows(rows: list[Row]) -> None:
+    exact = {round(row.reference * 1e9): row for row in rows if row.kind == "exact" and row.unit == "billion"}
+    for count in (15_706_484_224, 13_463_426_304, 11_610_068_224):
+        assert exact[count].target == 0.0
+        assert exact[count].planner == exact[count].reference
 
 
 def test_the_training_cost_of_v3_is_predicted_to_a_quarter(rows: list[Row]) -> None:
@@ -51,6 +58,25 @@ def test_whatever_is_off_has_its_cause_told(rows: list[Row]) -> None:
     predicted = [row for row in rows if row.kind == "predicted"]
     assert sum(row.met for row in predicted) >= 9
     assert {"H800", "H100", "B200", "H200"} <= {word for row in predicted for word in row.name.replace(",", "").split()}
+
+
+def test_told_causes_name_figures_that_are_true(rows: list[Row]) -> None:
+    """What a note says of other figures must be those of the table and of the hardware rows."""
+    notes = {row.name: row for row in rows if row.note}
+    decode = next(row for name, row in notes.items() if name.startswith("DeepSeek online, decode"))
+    ours, theirs = (88 * 8 / rate * 1e3 for rate in (decode.planner, decode.reference))
+    assert f"{ours:.1f} ms" in decode.note
+    assert f"{theirs:.1f} ms" in decode.note
+    assert "average over the nodes" not in decode.note  # 88 requests are that average
+    b200 = next(row for name, row in notes.items() if name.startswith("V3 on 256 B200, Megatron"))
+    assert "the same chip" not in b200.note
+    assert {HARDWARE["b200"].bf16_tflops, HARDWARE["gb200"].bf16_tflops} == {2250, 2500}
+    assert "2,500" in b200.note
+    assert "2,250" in b200.note
+    torchtitan = next(row for name, row in notes.items() if "torchtitan" in name)
+    assert "918" in torchtitan.note  # MXFP8 with MXFP8, not the row's bf16
+    assert "2,689" in torchtitan.note
+    assert "three times" not in torchtitan.note
 
 
 def test_our_own_figures_are_there(rows: list[Row]) -> None:
