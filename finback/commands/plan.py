@@ -137,6 +137,8 @@ def _check_target(flag: str, path: Path) -> None:
     """Refuse a place where no file can be written, before the work for it is done."""
     if path.is_dir():
         raise InputError(f"{flag} {path} is a directory; give a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{flag} {path}: there is no directory {path.parent}; make it first")
 
 
 MOST_COUNT = 10**9
@@ -360,6 +362,8 @@ def _hardware(fields: HardwareFields) -> None:
 
 
 def _validate(fields: ValidateFields) -> None:
+    if fields.out is not None:
+        _check_target("--out", fields.out)
     models = {name: PRESETS[name]().model for name in ("v3-671b", "v2-lite-16b", "tiny")}
     rows = validation_rows(models, fields.results)
     if fields.out is not None:

@@ -22,6 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from math import isfinite
 
 
 class Kind(StrEnum):
@@ -265,6 +266,14 @@ class Costs:
     send: float = 0.0
     stage_scale: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward_input", "backward_weight", "overlapped", "send"):
+            _check_time(name, getattr(self, name))
+        for scale in self.stage_scale or ():
+            _check_time("stage_scale", scale)
+        if not (self.forward or self.backward_input or self.backward_weight):
+            raise ValueError("costs: forward, backward_input and backward_weight are all 0; give one of them a time")
+
     @property
     def backward(self) -> float:
         """A full backward."""
@@ -424,6 +433,8 @@ def _check_complete(schedule: Sequence[Sequence[Action]], gives: list[list[list[
         for place, action in enumerate(actions):
             if (action.kind == Kind.OVERLAPPED) != (action.backward is not None):
                 raise ValueError(f"schedule: rank {rank}, {_name(action)}: a pair, and only a pair, carries its backward")
+            if any(part.microbatch < 0 or part.stage < 0 for part in action.parts):
+                raise ValueError(f"schedule: rank {rank}, {_name(action)}: micro-batches and stages count from 0")
             for key in gives[rank][place]:
                 if key in produced:
                     raise ValueError(f"schedule: {_tell(key)} is computed twice, on ranks {produced[key]} and {rank}; keep one")
@@ -480,6 +491,11 @@ def _name(action: Action) -> str:
 def kind_counts(actions: Sequence[Action]) -> dict[Kind, int]:
     """How many actions of each kind a rank has."""
     return dict(Counter(action.kind for action in actions))
+
+
+def _check_time(name: str, value: float | None) -> None:
+    if value is not None and not (value >= 0 and isfinite(value)):
+        raise ValueError(f"costs: {name} is {value}, it must be a finite number of at least 0")
 
 
 def _check_positive(**sizes: int) -> None:

@@ -1,6 +1,7 @@
 """The time of prefill and of a decode step on one device of a serving unit, by component."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import lcm
 
 from finback.config import InputError, ModelConfig, count_params
@@ -139,20 +140,50 @@ def plain_parameters(c: ModelConfig) -> int:
     return layers * s.attention + c.first_k_dense_replace * s.dense + shared
 
 
-def weight_bytes_per_device(c: ModelConfig, unit: Unit, precision: Precision) -> float:
-    """Bytes of weights on one device: products' weights in `precision`, embedding and head in bf16."""
+@lru_cache(maxsize=64)
+def drafter(c: ModelConfig) -> ModelConfig:
+    """The MTP layer that writes drafts, as a model of one layer; what joins its two inputs is apart. Embedding and head are those of
+    the model itself (V3 section 2.2)."""
+    return replace(c, num_hidden_layers=1, first_k_dense_replace=0 if c.n_routed_experts else 1, num_nextn_predict_layers=0)
+
+
+def joining_parameters(c: ModelConfig) -> int:
+    """Of the projection in which an MTP layer joins the last hidden state and the next token's embedding."""
+    return 2 * c.hidden_size**2
+
+
+def weight_bytes_per_device(c: ModelConfig, unit: Unit, precision: Precision, *, mtp: bool = False) -> float:
+    """Bytes of weights on one device: products' weights in `precision`, embedding and head in bf16; with `mtp` those of the layer that
+    writes drafts, too."""
     s, size = shape(c), WEIGHT_BYTES[precision]
     ends = (1 if c.tie_word_embeddings else 2) * s.embedding * (size if precision == "fp32" else min(2.0, 2 * size))
-    experts = c.num_moe_layers * (c.n_routed_experts + unit.redundant_experts) / unit.ep * s.expert if c.n_routed_experts else 0
-    return (plain_parameters(c) * size + ends) / unit.tp + experts * size / unit.sharing
+    plain, layers = plain_parameters(c), c.num_moe_layers
+    if mtp:
+        plain += plain_parameters(drafter(c)) + joining_parameters(c)
+        layers += 1
+    experts = layers * (c.n_routed_experts + unit.redundant_experts) / unit.ep * s.expert if c.n_routed_experts else 0
+    return (plain * size + ends) / unit.tp + experts * size / unit.sharing
 
 
 def largest_batch(
-    c: ModelConfig, hardware: Hardware, unit: Unit, precision: Precision, context: float, cache_value_bytes: float
+    c: ModelConfig,
+    hardware: Hardware,
+    unit: Unit,
+    precision: Precision,
+    context: float,
+    cache_value_bytes: float,
+    *,
+    mtp: bool = False,
 ) -> int:
-    """Requests per device whose caches fit beside the weights; 0 where the weights alone do not."""
-    left = (1 - RESERVED) * hardware.memory_bytes - weight_bytes_per_device(c, unit, precision)
-    return max(0, int(left / (cache_bytes_per_token(c, bytes_per_value=cache_value_bytes) * context / cache_split(c, unit))))
+    """Requests per device whose caches fit beside the weights, those of drafts counted with `mtp`; 0 where the weights alone do not."""
+    left = (1 - RESERVED) * hardware.memory_bytes - weight_bytes_per_device(c, unit, precision, mtp=mtp)
+    return max(0, int(left / (context * request_bytes_per_token(c, unit, cache_value_bytes, mtp=mtp))))
+
+
+def request_bytes_per_token(c: ModelConfig, unit: Unit, cache_value_bytes: float, *, mtp: bool = False) -> float:
+    """Bytes of cache that one token of a request takes on a device."""
+    drafting = cache_bytes_per_token(drafter(c), bytes_per_value=cache_value_bytes) if mtp else 0.0
+    return (cache_bytes_per_token(c, bytes_per_value=cache_value_bytes) + drafting) / cache_split(c, unit)
 
 
 def cache_split(c: ModelConfig, unit: Unit) -> int:
@@ -194,7 +225,7 @@ def decode_step(
 ) -> DecodeStep:
     """One step: each part takes the longer of its memory traffic and its products. Two half batches hide the exchange behind the
     other's computing where that gains, though weights are then read twice (V3 section 3.4.2). With `mtp_acceptance` each request
-    brings one draft, verified in the same step."""
+    brings one draft, verified in the same step; then all rows pass the MTP layer and the head again, which writes the next."""
     rows = batch * (2 if mtp_acceptance else 1)
     whole_weights, cache = _decode_compute(c, hardware, unit, precision, rows, batch, context, cache_value_bytes)
     exchange = _exchange_seconds(c, hardware, unit, precision, rows)
@@ -206,23 +237,30 @@ def decode_step(
     overlapped = batch > 1 and halved < plain
     weights, cache = (2 * half_weights, 2 * half_cache) if overlapped else (whole_weights, cache)
     kernels = min(plain, halved) if batch > 1 else plain
-    draft = kernels / max(1, c.num_hidden_layers) if mtp_acceptance else 0.0
+    draft_weights = draft_cache = draft_exchange = 0.0
+    if mtp_acceptance:
+        layer = drafter(c)
+        draft_weights, draft_cache = _decode_compute(
+            layer, hardware, unit, precision, rows, batch, context, cache_value_bytes, joining_parameters(c)
+        )
+        draft_exchange = _exchange_seconds(layer, hardware, unit, precision, rows)
+    draft = draft_weights + draft_cache + draft_exchange
     busy = hardware.busy_decoding(c.n_routed_experts > 0, rows)
     step = (kernels + draft) / busy + _engine_seconds(c, hardware, rows, greedy)
     tpot = step / (1 + mtp_acceptance)
     return DecodeStep(
         batch=batch,
         context=context,
-        weights_ms=1e3 * (weights + draft),
-        cache_ms=1e3 * cache,
-        exchange_ms=1e3 * exchange,
-        exposed_exchange_ms=1e3 * (kernels - weights - cache),
+        weights_ms=1e3 * (weights + draft_weights),
+        cache_ms=1e3 * (cache + draft_cache),
+        exchange_ms=1e3 * (exchange + draft_exchange),
+        exposed_exchange_ms=1e3 * (kernels - weights - cache + draft_exchange),
         idle_ms=1e3 * (step - kernels - draft),
         tpot_ms=1e3 * tpot,
         tokens_per_second_per_request=1 / tpot,
         tokens_per_second_per_device=batch / tpot / unit.sharing,
         overlapped=overlapped,
-        fits=batch <= largest_batch(c, hardware, unit, precision, context, cache_value_bytes),
+        fits=batch <= largest_batch(c, hardware, unit, precision, context, cache_value_bytes, mtp=mtp_acceptance > 0),
     )
 
 
@@ -246,9 +284,10 @@ def _decode_compute(
     batch: int,
     context: float,
     value_bytes: float,
+    joining: int = 0,
 ) -> tuple[float, float]:
-    """Seconds of products with weights, and of attention over the cache. What is read again and again comes from a cache where all of
-    it fits one that was measured."""
+    """Seconds of products with weights, `joining` parameters more than the model's among them, and of attention over the cache. What is
+    read again and again comes from a cache where all of it fits one that was measured."""
     s, size = shape(c), WEIGHT_BYTES[precision]
     known = hardware.bf16_tflops is not None
 
@@ -257,7 +296,7 @@ def _decode_compute(
         return 2.0 * rows * parameters / hardware.decode_flops(precision, together) if known else 0.0
 
     alone = unit.sharing  # devices that share an expert
-    plain, head = plain_parameters(c) / unit.tp, s.embedding / unit.tp
+    plain, head = (plain_parameters(c) + joining) / unit.tp, s.embedding / unit.tp
     # Of each part the bytes that are read, the seconds of its products, and the chance that a step reads any given byte of it.
     parts = [
         (plain * size, seconds(plain, rows), 1.0),
@@ -316,15 +355,17 @@ class Prefill:
     tokens_per_second_per_device_with_hits: float
 
 
-def prefill(c: ModelConfig, hardware: Hardware, unit: Unit, precision: Precision, prompt: float, hit_share: float) -> Prefill:
-    """Prompts of `prompt` tokens of which `hit_share` is cached: the rest is computed, over the whole prompt. Two micro-batches
-    hide the
-    exchange (V3 section 3.4.1)."""
+def prefill(
+    c: ModelConfig, hardware: Hardware, unit: Unit, precision: Precision, prompt: float, hit_share: float, *, mtp: bool = False
+) -> Prefill:
+    """Prompts of `prompt` tokens of which `hit_share` is cached: the rest is computed, over the whole prompt. Two micro-batches hide
+    the exchange (V3 section 3.4.1). With `mtp` a prompt passes the layer that writes drafts, too, and fills its cache."""
     if not 0 <= hit_share < 1:
         raise InputError(f"--hit-share is {hit_share}, it must be at least 0 and below 1")
-    layers, moe = c.num_hidden_layers, c.num_moe_layers
+    drafts = 1 if mtp else 0
+    layers, moe = c.num_hidden_layers + drafts, c.num_moe_layers + drafts
     uneven = unit.expert_imbalance if unit.ep > 1 else 1.0
-    products = product_seconds(replace(c, num_nextn_predict_layers=0), hardware, precision, layers, moe, uneven) / unit.tp
+    products = product_seconds(replace(c, num_nextn_predict_layers=drafts), hardware, precision, layers, moe, uneven) / unit.tp
     seen = prompt * (hit_share + (1 - hit_share) / 2)
     wide: Precision = "fp32" if precision == "fp32" else "bf16"
     core_rate = hardware.peak_flops(wide) * hardware.efficiencies.attention_forward

@@ -94,7 +94,7 @@ def plan_rl(
         )
     context = recipe.prompt_tokens + recipe.mean_tokens / 2
     wanted = -(-outputs * unit.sharing // devices)
-    room = largest_batch(c, hardware, unit, precision, context, 2.0)
+    room = largest_batch(c, hardware, unit, precision, context, 2.0, mtp=mtp_acceptance > 0)
     if room < 1:
         raise InputError(f"--ep {unit.ep}: the weights leave no room for a cache on {hardware.name}; take more devices per unit")
     batch = max(1, min(wanted, room, 256))

@@ -11,7 +11,6 @@ from finback.planner.inference import (
     DecodeStep,
     Prefill,
     Unit,
-    cache_split,
     check_acceptance,
     check_unit,
     decode_step,
@@ -19,11 +18,11 @@ from finback.planner.inference import (
     largest_batch,
     network_limit_ms,
     prefill,
+    request_bytes_per_token,
     usual_copies,
     weight_bytes_per_device,
 )
 from finback.planner.layout import check_node, divisors
-from finback.planner.model import cache_bytes_per_token
 
 DAY_SECONDS = 86400.0
 USUAL_BATCH = 88  # 14.8K tokens per second of a node at 21 for each request
@@ -158,17 +157,18 @@ def plan_serve(
     counts on."""
     traffic, tariff = traffic or Traffic(), tariff or Tariff()
     _check(c, hardware, prefill_unit, decode_unit, traffic, tariff, mtp_acceptance, precision)
-    largest = largest_batch(c, hardware, decode_unit, precision, traffic.context_tokens, cache_value_bytes)
+    mtp = mtp_acceptance > 0
+    largest = largest_batch(c, hardware, decode_unit, precision, traffic.context_tokens, cache_value_bytes, mtp=mtp)
     for unit, field in ((prefill_unit, "--prefill-ep"), (decode_unit, "--decode-ep")):
-        weights = weight_bytes_per_device(c, unit, precision)
+        weights = weight_bytes_per_device(c, unit, precision, mtp=mtp)
         if weights > (1 - RESERVED) * hardware.memory_bytes:
             raise InputError(
                 f"{hardware.name} has {hardware.memory_bytes / 1e9:.0f} GB and each of {unit.devices} devices would hold "
-                f"{weights / 1e9:.0f} GB of weights; take {_more_devices(c, unit, precision, hardware, field)}"
+                f"{weights / 1e9:.0f} GB of weights; take {_more_devices(c, unit, precision, hardware, field, mtp)}"
             )
     batch = _fitting_batch(batch, largest, traffic.context_tokens)
     node = hardware.devices_per_node
-    filled = prefill(c, hardware, prefill_unit, precision, traffic.prompt_tokens, traffic.hit_share)
+    filled = prefill(c, hardware, prefill_unit, precision, traffic.prompt_tokens, traffic.hit_share, mtp=mtp)
 
     def step(size: int) -> DecodeStep:
         return decode_step(
@@ -183,7 +183,7 @@ def plan_serve(
         )
 
     chosen = step(batch)
-    cache = traffic.context_tokens * cache_bytes_per_token(c, bytes_per_value=cache_value_bytes) / cache_split(c, decode_unit)
+    cache = traffic.context_tokens * request_bytes_per_token(c, decode_unit, cache_value_bytes, mtp=mtp)
     rate = usd_per_device_hour if usd_per_device_hour is not None else hardware.usd_per_hour
     output_rate = node * chosen.tokens_per_second_per_device
     link = hardware.scale_out_gb_per_second if decode_unit.ep > node else hardware.scale_up_gb_per_second
@@ -203,8 +203,8 @@ def plan_serve(
         precision=precision,
         prefill_unit_devices=prefill_unit.devices,
         decode_unit_devices=decode_unit.devices,
-        weight_gb_per_prefill_device=weight_bytes_per_device(c, prefill_unit, precision) / 1e9,
-        weight_gb_per_decode_device=weight_bytes_per_device(c, decode_unit, precision) / 1e9,
+        weight_gb_per_prefill_device=weight_bytes_per_device(c, prefill_unit, precision, mtp=mtp) / 1e9,
+        weight_gb_per_decode_device=weight_bytes_per_device(c, decode_unit, precision, mtp=mtp) / 1e9,
         largest_batch_per_device=largest,
         prefill=filled,
         input_tokens_per_second_per_node=node * filled.tokens_per_second_per_device,
@@ -217,7 +217,7 @@ def plan_serve(
         network_limit_tpot_ms=limit,
         economics=economics(filled, output_rate, node, traffic, tariff, rate),
         cache_hits=[
-            _hit_row(c, hardware, prefill_unit, precision, share, traffic, tariff, output_rate, rate) for share in HIT_SHARES
+            _hit_row(c, hardware, prefill_unit, precision, share, traffic, tariff, output_rate, rate, mtp) for share in HIT_SHARES
         ],
         traffic_choices=dense_or_moe(c, hardware, precision, traffic.context_tokens, rate),
         unknown_figures=hardware.unknown,
@@ -276,14 +276,14 @@ def _fitting_batch(batch: int | None, largest: int, context: float) -> int:
     return batch
 
 
-def _more_devices(c: ModelConfig, unit: Unit, precision: Precision, hardware: Hardware, field: str) -> str:
+def _more_devices(c: ModelConfig, unit: Unit, precision: Precision, hardware: Hardware, field: str, mtp: bool) -> str:
     """The smallest unit of the same kind that holds the weights; `field` is the word of the command line for its experts' devices.
     It divides with the copies that `unit` has, and with the usual ones of the larger unit if those of `unit` are usual."""
     room, node = 0.88 * hardware.memory_bytes, hardware.devices_per_node  # some is left for a cache
     nothing = "a device with more memory, or a lower precision"
     if not c.n_routed_experts:
         sizes = (size for size in divisors(c.num_attention_heads) if size <= node)
-        fitting = (size for size in sizes if weight_bytes_per_device(c, Unit(tp=size), precision) <= room)
+        fitting = (size for size in sizes if weight_bytes_per_device(c, Unit(tp=size), precision, mtp=mtp) <= room)
         return next((f"--tp {size}" for size in fitting), nothing)
     usual = unit.redundant_experts == usual_copies(hardware, unit.ep)
     for size in range(2, c.n_routed_experts + unit.redundant_experts + 1):
@@ -291,7 +291,7 @@ def _more_devices(c: ModelConfig, unit: Unit, precision: Precision, hardware: Ha
         divides = not any((c.n_routed_experts + held) % size for held in (copies, unit.redundant_experts))
         if not divides or (size > node and hardware.scale_out_gb_per_second is None):
             continue
-        if weight_bytes_per_device(c, Unit(size, redundant_experts=copies), precision) <= room:
+        if weight_bytes_per_device(c, Unit(size, redundant_experts=copies), precision, mtp=mtp) <= room:
             return f"{field} {size}" + (" and --tp 1" if unit.tp > 1 else "")
     return nothing
 
@@ -343,11 +343,12 @@ def _hit_row(
     tariff: Tariff,
     output_rate: float,
     rate: float | None,
+    mtp: bool,
 ) -> HitRow:
     changed = Traffic(
         traffic.input_tokens_per_day, traffic.output_tokens_per_day, share, traffic.prompt_tokens, traffic.context_tokens
     )
-    filled = prefill(c, hardware, unit, precision, traffic.prompt_tokens, share)
+    filled = prefill(c, hardware, unit, precision, traffic.prompt_tokens, share, mtp=mtp)
     money = economics(filled, output_rate, hardware.devices_per_node, changed, tariff, rate)
     return HitRow(
         hit_share=share,

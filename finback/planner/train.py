@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from finback.config import InputError, ModelConfig, count_params
 from finback.parallel.schedule import nearest_multiple
 from finback.planner.dense import DenseComparison, compare_with_dense
-from finback.planner.hardware import TERA, Hardware, Precision
+from finback.planner.hardware import ROWS, TERA, Hardware, Precision
 from finback.planner.layout import (
     Layout,
     Memory,
@@ -235,14 +235,20 @@ def search(
     fitting = [layout for layout in layouts if needs[layout] <= limit]
     if not fitting:
         least = min(layouts, key=lambda layout: needs[layout])
+        told = (
+            f"--devices {fixed.devices}: the smallest layout ({least.text()}) needs {needs[least] / 1e9:.0f} GB on each device, of "
+            f"which {hardware.name} has {limit / 1e9:.0f} usable"
+        )
         enough = _devices_that_fit(c, hardware, precision)
         remedy = f"take about {enough} devices or more"
+        if enough > (most := _connected(hardware)):
+            other = next(row for row in ROWS if row.scale_out_gb_per_second is not None)
+            others = "it to others" if most == 1 else f"more than {most} of it"
+            remedy = f"take --hardware {other.name} and about {_devices_that_fit(c, other, precision)} devices or more"
+            raise InputError(f"{told}, and nothing connects {others}; {remedy}")
         if enough <= fixed.devices:
             remedy = "what it keeps for the backward is too much; shorten --sequence-length or raise --tp, which splits it"
-        raise InputError(
-            f"--devices {fixed.devices}: the smallest layout ({least.text()}) needs {needs[least] / 1e9:.0f} GB on each device, of "
-            f"which {hardware.name} has {limit / 1e9:.0f} usable; {remedy}"
-        )
+        raise InputError(f"{told}; {remedy}")
     fitting.sort(key=lambda layout: _quick_seconds(c, hardware, layout, precision, sequence_length, batch))
     done = [evaluate(c, hardware, layout, precision, sequence_length, batch) for layout in fitting[:SIMULATED]]
     done = sorted((one for one in done if one.fits), key=lambda one: one.step_seconds)
@@ -317,6 +323,13 @@ def _devices_that_fit(c: ModelConfig, hardware: Hardware, precision: Precision) 
     total = count_params(c).total + count_params(c).mtp
     needed = total * state / (USABLE_MEMORY * hardware.memory_bytes * 0.7)
     return 1 << max(0, int(needed - 1e-9).bit_length())
+
+
+def _connected(hardware: Hardware) -> float:
+    """The most devices that can train together."""
+    if hardware.scale_out_gb_per_second is not None:
+        return float("inf")
+    return hardware.devices_per_node if hardware.scale_up_gb_per_second is not None else 1
 
 
 def explain(best: Candidate, other: Candidate) -> str:

@@ -269,6 +269,11 @@ def test_help_names_every_kind_and_field(capsys: pytest.CaptureFixture[str]) -> 
             ["train", "v2-lite-16b", "--hardware", "rtx4090", "--devices", "64"],
             "rtx4090 has no published scale_out_gb_per_second",
         ),
+        (
+            ["train", "v3-671b", "--hardware", "laptop-m3max", "--devices", "1"],
+            "of which laptop-m3max has 118 usable, and nothing connects it to others; take --hardware h800 and about 256 devices",
+        ),
+        (["validate", "--out", "."], "--out . is a directory; give a file"),
         (["model", "v3-671b", "--png", "."], "--png . is a directory; give a file"),
         (["train", "v3-671b", "--devices", "2047"], "the nearest that does is 2048"),
         (["train", "v3-671b", "--schedule", "dualpip"], "'one_f_one_b', 'zb1p'); did you mean 'dualpipe'?"),
@@ -346,6 +351,17 @@ def test_what_an_error_offers_is_taken(words: list[str], capsys: pytest.CaptureF
     assert main(["plan", *words, "--json"]) == 0
     json.loads(capsys.readouterr().out)
     assert main(["plan", *words]) == 0
+
+
+@pytest.mark.parametrize("words", [["model", "v3-671b", "--png"], ["--html"], ["validate", "--out"]], ids=" ".join)
+def test_a_file_in_a_directory_that_is_not_there_is_refused(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A slip in a path makes no directory."""
+    directory = tmp_path / "missing"
+    assert main(["plan", *words, str(directory / "plan")]) == 2
+    assert f"{words[-1]} {directory / 'plan'}: there is no directory {directory}; make it first" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_page_is_written_whole(tmp_path: Path) -> None:

@@ -205,6 +205,31 @@ def test_a_factor_for_each_stage() -> None:
         simulate(one_f_one_b(3, 4), Costs(stage_scale=(1.0, 2.0)))
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["forward", "backward_input", "backward_weight", "overlapped", "send"])
+def test_costs_that_are_no_times_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"costs: {name} is {value}, it must be a finite number of at least 0"):
+        Costs(**{name: value})
+    with pytest.raises(ValueError, match=f"costs: stage_scale is {value}, it must be a finite number of at least 0"):
+        Costs(stage_scale=(1.0, value))
+
+
+def test_a_schedule_that_takes_no_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="costs: forward, backward_input and backward_weight are all 0; give one of them a time"):
+        Costs(0.0, 0.0, 0.0, send=1.0)
+    assert simulate(one_f_one_b(2, 2), Costs(1.0, 0.0, 0.0)).makespan == 3.0
+
+
+def test_micro_batches_and_stages_count_from_zero() -> None:
+    schedule = one_f_one_b(1, 2)
+    schedule[0] = [replace(action, microbatch=action.microbatch - 1) for action in schedule[0]]
+    with pytest.raises(ValueError, match="rank 0, F of micro-batch -1 on stage 0: micro-batches and stages count from 0"):
+        simulate(schedule)
+    schedule = [[replace(action, stage=action.stage - 1) for action in actions] for actions in one_f_one_b(2, 1)]
+    with pytest.raises(ValueError, match="rank 0, F of micro-batch 0 on stage -1: micro-batches and stages count from 0"):
+        simulate(schedule)
+
+
 def test_a_deadlock_is_found() -> None:
     schedule = one_f_one_b(2, 2)
     schedule[0] = [schedule[0][2], *schedule[0][:2], *schedule[0][3:]]  # rank 0 wants a gradient before its first forward

@@ -21,7 +21,7 @@ from finback.planner.inference import (
     weight_bytes_per_device,
 )
 from finback.planner.layout import Layout, training_memory
-from finback.planner.model import cache_bytes_per_token
+from finback.planner.model import cache_bytes_per_token, shape
 from finback.planner.rl import R1_ZERO, plan_rl
 from finback.planner.serve import Tariff, Traffic, daily_cost_usd, dense_twin, margin, plan_serve, revenue_usd
 from finback.planner.step import step_time
@@ -99,6 +99,47 @@ def test_drafts_gain_what_is_accepted_less_their_cost() -> None:
     plain = decode_step(V3, H800, DECODE, "fp8", 16, 4989)
     drafted = decode_step(V3, H800, DECODE, "fp8", 16, 4989, mtp_acceptance=0.85)
     assert 1.0 < plain.tpot_ms / drafted.tpot_ms < 1.85
+
+
+def test_drafts_take_the_weights_and_the_cache_of_mtps_layer() -> None:
+    """Its attention, projection, router and shared expert are on every device, its routed experts spread; embedding and head are the
+    model's own (V3 section 2.2)."""
+    plain, drafting = (weight_bytes_per_device(V3, DECODE, "bf16", mtp=mtp) for mtp in (False, True))
+    s = shape(V3)
+    own = s.attention + 2 * 7168**2 + s.router + s.expert + 288 / 144 * s.expert
+    assert drafting - plain == pytest.approx(2 * own)
+    room, more = (
+        (0.9 * 80e9 - size) / (4989 * layers * 1152)
+        for size, layers in zip(
+            (weight_bytes_per_device(V3, DECODE, "fp8"), weight_bytes_per_device(V3, DECODE, "fp8", mtp=True)),
+            (61, 62),
+            strict=True,
+        )
+    )
+    assert largest_batch(V3, H800, DECODE, "fp8", 4989, 2.0) == int(room)
+    assert largest_batch(V3, H800, DECODE, "fp8", 4989, 2.0, mtp=True) == int(more) < int(room)
+    assert not decode_step(V3, H800, DECODE, "fp8", int(room), 4989, mtp_acceptance=0.8).fits
+    plans = [plan_serve(V3, H800, PREFILL, DECODE, batch=64, mtp_acceptance=share) for share in (0.0, 0.8)]
+    assert plans[0].largest_batch_per_device > plans[1].largest_batch_per_device
+    assert plans[0].weight_gb_per_decode_device < plans[1].weight_gb_per_decode_device
+    assert plans[0].weight_gb_per_prefill_device < plans[1].weight_gb_per_prefill_device
+    assert plans[0].latencies[0].cache_gb_per_device < plans[1].latencies[0].cache_gb_per_device
+    ratio = plans[1].prefill.tokens_per_second_per_device / plans[0].prefill.tokens_per_second_per_device
+    assert 61 / 64 < ratio < 61 / 62  # a prompt passes MTP's layer, too, which fills its cache
+
+
+def test_a_draft_passes_one_layer_and_the_head() -> None:
+    """Of one request on one device, where reading sets the time: weights of MTP's layer and of the head, and a layer's cache."""
+    instant = replace(H800, exchange_latency_us=0.0, efficiencies=replace(H800.efficiencies, busy=1.0, memory=1.0))
+    plain = decode_step(V3, instant, Unit(), "bf16", 1, 4989)
+    drafted = decode_step(V3, instant, Unit(), "bf16", 1, 4989, mtp_acceptance=1e-9)
+    verified = decode_step(V3, instant, Unit(), "bf16", 2, 4989)
+    s = shape(V3)
+    picked = 256 * (1 - (1 - 8 / 256) ** 2)  # experts that either of the two rows chooses
+    read = 2 * (s.attention + 2 * 7168**2 + s.router + s.expert + picked * s.expert + s.embedding) + 4989 * 1152
+    draft = drafted.tpot_ms - verified.tpot_ms  # scores of two rows take longer than reading one cache or two
+    assert draft == pytest.approx(read / 3350e9 * 1e3, rel=0.02)
+    assert drafted.tpot_ms > plain.tpot_ms
 
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
