@@ -38,8 +38,8 @@ R1 = Recipe(
     "R1, second RL stage",
     steps=1_700,
     uses_reward_model=True,
-    not_modelled="R1's first RL stage, whose steps are not published (it ran to convergence), and the two stages of supervised "
-    "fine-tuning before each; the published 41K GPU-hours of R1 are of more than the 1,700 steps counted here",
+    not_modelled="R1's first RL stage, whose steps are not published (it ran to convergence), and the supervised "
+    "fine-tuning before either; the published 41K GPU-hours are of R1's training as a whole",
 )
 RECIPES = {"r1-zero": R1_ZERO, "r1": R1}
 
