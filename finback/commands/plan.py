@@ -285,7 +285,12 @@ def _fit(fields: FitFields) -> None:
         raise InputError(f"--context is {fields.context}, it must be at least 1")
     hardware = _hardware_row(fields.hardware, fields.ceilings, None)
     rows = fit_table(hardware, fields.context)
-    _show(fields, {"hardware": hardware.title, "rows": [asdict(row) for row in rows]}, lambda: print_fit(hardware, rows), None)
+    _show(
+        fields,
+        {"hardware": hardware.title, "rows": [asdict(row) for row in rows]},
+        lambda: print_fit(hardware, rows),
+        lambda: drawing.fit_png(hardware.title, rows),
+    )
 
 
 def _schedule(fields: ScheduleFields) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from finback.config import InputError
 from finback.parallel.schedule import Action, Kind, Simulation
+from finback.planner.fit import FitRow
 from finback.planner.model import ModelPlan
 from finback.planner.rl import RLPlan
 from finback.planner.serve import ServePlan
@@ -152,6 +153,22 @@ def train_png(plan: TrainPlan) -> bytes:
     right.barh(list(memory), list(memory.values()), color=COLORS[Kind.BACKWARD_WEIGHT])
     right.invert_yaxis()
     right.set_xlabel("GB per device")
+    return _bytes(figure)
+
+
+def fit_png(title: str, rows: Sequence[FitRow]) -> bytes:
+    """The longest context and the speed of every model at every precision; where its weights do not fit there is no bar."""
+    figure = _figure(13, 0.9 + 0.3 * len(rows))
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [f"{row.model}, {row.precision}" for row in rows]
+    colors = dict(zip(dict.fromkeys(row.precision for row in rows), COLORS.values(), strict=False))
+    paint = [colors[row.precision] for row in rows]
+    left.barh(names, [row.most_context_tokens / 1024 for row in rows], color=paint)
+    right.barh(names, [row.tokens_per_second if row.fits else 0.0 for row in rows], color=paint)
+    left.invert_yaxis()
+    left.set_xlabel("longest context, thousands (1,024) of tokens")
+    right.set_xlabel(f"tokens a second of one request at {rows[0].context_tokens:,} tokens of context")
+    figure.suptitle(title)
     return _bytes(figure)
 
 

@@ -110,7 +110,8 @@ class GRPOConfig:
     """fp32: the engine samples with the trainer's own weights. bf16: with a copy of them, made anew before each rollout; half as much
     is read for each token, 2 bytes more are held for each parameter, and the two log-probabilities differ by more."""
     max_logprob_gap: float | None = None
-    """The run stops when trainer's and engine's log-probabilities differ by more on average; None: 0.02 in fp32, 0.05 in bf16."""
+    """The run stops when trainer's and engine's log-probabilities differ by more on average; None: 0.02 in fp32, 0.05 where either
+    computes in bf16."""
     reward_processes: int = 1
     """Processes that compute rewards while the engine samples."""
     reward_deadline: float = 10.0
@@ -145,7 +146,8 @@ class GRPOConfig:
 
     @property
     def gap_limit(self) -> float:
-        return DEFAULT_GAP[self.precision] if self.max_logprob_gap is None else self.max_logprob_gap
+        lower: RLPrecision = "bf16" if "bf16" in (self.precision, self.rollout_precision) else "fp32"
+        return DEFAULT_GAP[lower] if self.max_logprob_gap is None else self.max_logprob_gap
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, tuples as lists."""

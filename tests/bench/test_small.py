@@ -11,7 +11,7 @@ from finback.planner.measured import measured
 def test_the_planner_reads_what_the_benchmark_writes(tmp_path: Path) -> None:
     rows = [row.to_dict() for row in ceilings.run(ceilings.TOY)[0] + small.run(small.TOY)]
     path = tmp_path / "ceilings.json"
-    path.write_text(json.dumps({"device": describe_device(), "rows": rows}))
+    path.write_text(json.dumps({"device": describe_device(), "date": "2026-11-30T00:00:00+00:00", "rows": rows}))
     for precision in ("bf16", "fp32"):
         row = measured(path, precision)
         assert row.small_work is not None

@@ -27,7 +27,7 @@ KINDS = {
     "validate": ["validate", "--results", str(ROOT / "bench" / "results")],
 }
 HUGE = "1" + 400 * "0"
-DRAWN = ["model", "train", "rl", "serve", "schedule"]
+DRAWN = ["model", "train", "rl", "serve", "fit", "schedule"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -315,7 +315,7 @@ def test_help_names_every_kind_and_field(capsys: pytest.CaptureFixture[str]) -> 
         (["train", "v3-671b", "--precision", "int4"], "invalid choice 'int4' for argument '--precision'"),
         (["serve", "tiny-dense", "--hardware", "laptop-cpu"], "no published"),
         (["fit", "rtx4090", "--context", "0"], "--context is 0"),
-        (["fit", "rtx4090", "--png", "x.png"], "there is no picture of it"),
+        (["hardware", "--png", "x.png"], "there is no picture of it"),
         (["rl", "v3-671b", "--devices", "500"], "--devices is 500"),
         (["train", "tiny", "--hardware", "measured", "--ceilings", "gone.json"], "run make bench first"),
         (["serve", "v3-671b", "--batch", "0"], "--batch is 0, but from 1 to 136 requests"),

@@ -1,5 +1,6 @@
 """The hostile battery: what a program may try, each within its deadline, and nothing left of it."""
 
+import contextlib
 import dataclasses
 import os
 import pwd
@@ -349,8 +350,13 @@ def test_a_worker_killed_while_it_starts_a_program_leaves_none_for_long():
 
 
 def python_runs(marker: str) -> bool:
-    words = (Path(path).read_bytes().split(b"\0") for path in processes_named(marker))
-    return any(line[0].decode() == bubblewrap.python_program() for line in words)
+    for path in processes_named(marker):
+        with contextlib.suppress(
+            FileNotFoundError, ProcessLookupError
+        ):  # it has ended meanwhile, as those before bubblewrap's do
+            if Path(path).read_bytes().split(b"\0")[0].decode() == bubblewrap.python_program():
+                return True
+    return False
 
 
 def wait_until(condition, seconds: float = 60.0) -> bool:

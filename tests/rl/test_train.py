@@ -64,7 +64,7 @@ def test_the_reward_rises(tmp_path, model):
             "replay_experts": True,
         },
         {"reward_model": ("judge:0.1",), "freeze_mtp": True},
-        {"rollout_precision": "bf16", "max_logprob_gap": 0.05},
+        {"rollout_precision": "bf16"},
     ],
     ids=["plain", "reference", "reward-model", "sampled in bf16"],
 )
@@ -121,7 +121,7 @@ def test_a_rollout_in_bf16_is_of_the_weights_of_its_step(tmp_path, model, monkey
 
     monkeypatch.setattr("finback.rl.train.roll_out", spied)
     config = grpo_config(tmp_path, model=model, steps=3, save_every=1, keep_checkpoints=0, lr=1e-2, bias_update_speed=0.01)
-    grpo(replace(config, rollout_precision="bf16", max_logprob_gap=0.05), tmp_path / "run")
+    grpo(replace(config, rollout_precision="bf16"), tmp_path / "run")
     policies = [tmp_path / "model", *(tmp_path / "run" / "checkpoints" / f"step-{step}" for step in (1, 2))]
     assert len(seen) == 3
     for directory, sampled in zip(policies, seen, strict=True):
