@@ -48,8 +48,7 @@ CALIBRATED_SEQUENCE, CALIBRATED_CONTEXT = 256, 128  # tokens
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the benchmark found this machine to reach, rows by their names. The others tell which machine, and
-    when."""
+    """What the benchmark found this machine to reach, rows by their names. The others tell which machine, and when."""
 
     rows: dict[str, float]
     memory_total_bytes: float
