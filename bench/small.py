@@ -100,8 +100,8 @@ def notes() -> list[str]:
     return [
         "Training products: the product and both of its gradients, square matrices as narrow as small models', by the functions of "
         "the training step; of experts, as many rows for each. Attention: causal FLOPs, backward counted as two forwards.",
-        "Head and loss: the output head with its loss and both gradients, few hundred rows at a time. Steps of the calibration's model: "
-        "one of V3's kind that is compared with nothing; `finback plan` takes over what they take beyond its formulas.",
+        "Head and loss: the output head with its loss and both gradients, some hundred rows at a time. Steps of the calibration's "
+        "model: one of V3's kind that is compared with nothing; finback plan takes over what they take beyond its formulas.",
         "Steps without work: a model of 16 values and almost no layers, so that what is left is Python, dispatch and bookkeeping.",
     ]
 
