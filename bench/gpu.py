@@ -425,7 +425,7 @@ def time_mla_decode(sizes: Sizes, ceilings: dict[str, float]) -> Iterator[Found]
 
 def time_mla_prefill(sizes: Sizes, ceilings: dict[str, float]) -> Iterator[Found]:
     from finback.ops.attention import attention_reference
-    from finback.ops.triton.attention import causal_attention
+    from finback.ops.triton.causal_attention import causal_attention
 
     heads, tokens = sizes.heads, sizes.prefill_tokens
     query, key = (normal(1, heads, tokens, 192) for _ in range(2))
@@ -438,6 +438,21 @@ def time_mla_prefill(sizes: Sizes, ceilings: dict[str, float]) -> Iterator[Found
     rate = heads * tokens**2 * (192 + 128) / time / 1e9
     name = f"MLA prefill, {heads} heads, {tokens}"
     yield Row(name, time, rate, None, rate / ceilings["bf16_tflops"], error, ROUNDING, (plain,))
+
+    grad = normal(1, heads, tokens, 128)
+    leaves = [one.requires_grad_() for one in (query, key, value)]
+    exact = [one[:, few].detach().float().requires_grad_() for one in leaves]
+    wanted_grads = torch.autograd.grad(attention_reference(*exact, 192**-0.5), exact, grad[:, few].float())
+    ours, eager = causal_attention(*leaves, 192**-0.5, 64), attention_reference(*leaves, 192**-0.5)
+    found = torch.autograd.grad(ours, leaves, grad, retain_graph=True)
+    heads_of = [
+        one[:, few].flatten(2) for one in found
+    ]  # a row by itself may be a difference of equals: the first query's is zero
+    check = differences(heads_of, [one.flatten(2) for one in wanted_grads])
+    plain = Peer("SDPA, padded", milliseconds(lambda: torch.autograd.grad(eager, leaves, grad, retain_graph=True)))
+    time = milliseconds(lambda: torch.autograd.grad(ours, leaves, grad, retain_graph=True))
+    rate = heads * tokens**2 * (3 * 192 + 2 * 128) / time / 1e9  # of the five products; the second pass makes two of them again
+    yield Row(f"{name}, backward", time, rate, None, rate / ceilings["bf16_tflops"], *check, (plain,))
 
 
 def differences(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> Check:

@@ -1,11 +1,8 @@
-"""MLA's attention in Triton: absorbed decoding over a paged latent cache, and prefill with heads of unequal size.
+"""MLA's absorbed decoding in Triton, over a paged latent cache; prefill and training are in `causal_attention`.
 
-*Decode.* Every head attends to the same cached row, so one tile of rows serves all heads of a program: it is read once and used twice,
+Every head attends to the same cached row, so one tile of rows serves all heads of a program: it is read once and used twice,
 for the scores and, its first C values, as values. Long contexts are split over programs; each leaves its part of the sum with the
 logarithm of its weight, and a second kernel joins them. The floor is reading each row of the cache once.
-
-*Prefill.* The blocked softmax over causal tiles, with queries and keys of N + R values (two products, since N + R is no power of two)
-and values of V.
 """
 
 import torch
@@ -83,43 +80,6 @@ def join_kernel(part, log_weight, out, splits, rank: tl.constexpr, width: tl.con
     tl.store(out + row * rank + c, rounded(tl.sum(parts * weights[:, None], 0), out.dtype.element_ty))
 
 
-@triton.jit
-def prefill_kernel(
-    query, key, value, out, tokens, heads, heads_per_key, scale,
-    nope: tl.constexpr, rope: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-):  # fmt: skip
-    """Causal attention of block_m queries of one head: query, key [B, H, T, nope + rope], value and out [B, H, T, width]."""
-    head = tl.program_id(1)
-    shared = (head // heads) * (heads // heads_per_key) + head % heads // heads_per_key
-    m = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    n, d, r, v = tl.arange(0, block_n), tl.arange(0, nope), tl.arange(0, rope), tl.arange(0, width)
-    size: tl.constexpr = nope + rope
-    queries = query + (head.to(tl.int64) * tokens + m[:, None]) * size
-    q_nope = tl.load(queries + d[None, :], mask=m[:, None] < tokens, other=0.0)
-    q_rope = tl.load(queries + nope + r[None, :], mask=m[:, None] < tokens, other=0.0)
-    largest = tl.full((block_m,), float("-inf"), tl.float32)
-    weight = tl.zeros((block_m,), tl.float32)
-    total = tl.zeros((block_m, width), tl.float32)
-    for start in range(0, tl.minimum(tokens, (tl.program_id(0) + 1) * block_m), block_n):
-        place = start + n
-        keys = key + (shared.to(tl.int64) * tokens + place[:, None]) * size
-        k_nope = tl.load(keys + d[None, :], mask=place[:, None] < tokens, other=0.0)
-        k_rope = tl.load(keys + nope + r[None, :], mask=place[:, None] < tokens, other=0.0)
-        values = tl.load(
-            value + (shared.to(tl.int64) * tokens + place[:, None]) * width + v[None, :], mask=place[:, None] < tokens, other=0.0
-        )
-        scores = (dot(q_nope, tl.trans(k_nope)) + dot(q_rope, tl.trans(k_rope))) * scale
-        scores = tl.where((place[None, :] <= m[:, None]) & (place[None, :] < tokens), scores, _LOWEST)
-        higher = tl.maximum(largest, tl.max(scores, 1))
-        shrink = tl.exp(largest - higher)
-        powers = tl.exp(scores - higher[:, None])
-        weight = weight * shrink + tl.sum(powers, 1)
-        total = total * shrink[:, None] + dot(rounded(powers, values.dtype), values)
-        largest = higher
-    result = rounded(total / weight[:, None], out.dtype.element_ty)
-    tl.store(out + (head.to(tl.int64) * tokens + m[:, None]) * width + v[None, :], result, mask=m[:, None] < tokens)
-
-
 def latent_decode(
     query: Tensor, cache: Tensor, block_table: Tensor, lengths: Tensor, rank: int, scale: float, splits: int | None = None
 ) -> Tensor:
@@ -168,24 +128,4 @@ def _decode(
         compressed=compressed, tile=TILE, num_warps=4 if heads <= 16 else 8, num_stages=2,
     )  # fmt: skip
     join_kernel[(batch * heads,)](part, log_weight, out, splits, rank, triton.next_power_of_2(splits))
-    return out
-
-
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, rope: int = 0) -> Tensor:
-    """As `finback.ops.attention.causal_attention` without a mask, forward only: query [B, H, T, N + R], key [B, H / G, T, N + R], value
-    [B, H / G, T, V] -> [B, H, T, V]. `rope` is R (0: half of the head counts as R); N, R and V must be powers of two of at least 16.
-    """
-    batch, heads, tokens, size = query.shape
-    nope = size - rope if rope else size // 2
-    rope = size - nope
-    width = value.shape[-1]
-    if any(part < 16 or triton.next_power_of_2(part) != part for part in (nope, rope, width)):
-        raise ValueError(f"the prefill kernel needs powers of two of at least 16, not heads of {nope} + {rope} and {width}")
-    out = torch.empty(batch, heads, tokens, width, dtype=query.dtype, device=query.device)
-    block_m, block_n = 64, 64
-    if out.numel():
-        prefill_kernel[(triton.cdiv(tokens, block_m), batch * heads)](
-            query.contiguous(), key.contiguous(), value.contiguous(), out, tokens, heads, heads // key.shape[1], scale, nope, rope,
-            width, block_m, block_n, num_warps=4, num_stages=2,
-        )  # fmt: skip
     return out

@@ -10,12 +10,14 @@ from torch import Tensor
 from finback.ops.attention import attention_reference, latent_attention
 from finback.ops.fp8 import dequantize_1x128, quantize_1x128
 from finback.ops.triton import attention as kernels
+from finback.ops.triton.causal_attention import causal_attention
 from tests.ops.triton.ahead import has_wide_accesses, request
 
 
-def obeys(got: Tensor, plain: Tensor, exact: Tensor) -> bool:
-    """Error against float64 at most twice PyTorch's own at this precision."""
-    return bool((got.double() - exact).norm() <= 2 * (plain.double() - exact).norm() + 1e-6 * exact.norm())
+def obeys(got: Tensor, plain: Tensor, exact: Tensor, terms: float = 0.0) -> bool:
+    """Error against float64 at most twice PyTorch's own at this precision. Float32's rounding is of `exact`, or of what it is the
+    difference of."""
+    return bool((got.double() - exact).norm() <= 2 * (plain.double() - exact).norm() + 1e-6 * max(exact.norm(), terms))
 
 
 def pages(lengths: list[int], block_size: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +87,7 @@ def test_sizes_that_the_kernels_do_not_take_are_refused() -> None:
     with pytest.raises(ValueError, match="a rotary part of a power of two of at least 16 values, not 8"):
         kernels.latent_decode(torch.randn(1, 2, 40), cache, table, counts, 32, 1.0)
     with pytest.raises(ValueError, match="powers of two"):
-        kernels.causal_attention(torch.randn(1, 1, 4, 40), torch.randn(1, 1, 4, 40), torch.randn(1, 1, 4, 32), 1.0, 8)
+        causal_attention(torch.randn(1, 1, 4, 40), torch.randn(1, 1, 4, 40), torch.randn(1, 1, 4, 32), 1.0, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,9 +96,38 @@ def test_prefill_is_causal_attention_with_heads_of_unequal_size(heads: int, grou
     torch.manual_seed(tokens)
     query = torch.randn(2, heads, tokens, 48).to(dtype)
     key, value = torch.randn(2, heads // groups, tokens, 48).to(dtype), torch.randn(2, heads // groups, tokens, 64).to(dtype)
-    got = kernels.causal_attention(query, key, value, 0.3, 16)
+    got = causal_attention(query, key, value, 0.3, 16)
     plain = attention_reference(query, key, value, 0.3)
     assert obeys(got, plain, attention_reference(query.double(), key.double(), value.double(), 0.3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "groups", "tokens"), [(2, 1, 1), (4, 2, 100), (1, 1, 130)])
+def test_the_gradients_of_prefill_are_those_of_causal_attention(heads: int, groups: int, tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(tokens)
+    shapes = (heads, 48), (heads // groups, 48), (heads // groups, 64)
+    inputs = [torch.randn(2, count, tokens, width).to(dtype) for count, width in shapes]
+    grad = torch.randn(2, heads, tokens, 64).to(dtype)
+
+    def gradients(function: Callable[..., Tensor], kind: torch.dtype, *rest: int) -> tuple[Tensor, ...]:
+        leaves = [one.to(kind).requires_grad_() for one in inputs]
+        return torch.autograd.grad(function(*leaves, 0.3, *rest), leaves, grad.to(kind))
+
+    got, plain = gradients(causal_attention, dtype, 16), gradients(attention_reference, dtype)
+    for one, usual, exact in zip(got, plain, gradients(attention_reference, torch.float64), strict=True):
+        assert one.dtype == dtype
+        assert obeys(one, usual, exact, float(grad.norm()))  # a single token's scores have no gradient, a difference of equals
+
+
+def test_a_gradient_that_is_not_finite_reaches_what_the_output_came_from() -> None:
+    """The third query's gradient is nan: it saw the first three keys."""
+    query, key, value = (torch.randn(1, 1, 70, width, requires_grad=True) for width in (48, 48, 32))
+    grad = torch.zeros(1, 1, 70, 32)
+    grad[..., 2, :] = float("nan")
+    grads = torch.autograd.grad(causal_attention(query, key, value, 0.3, 16), (query, key, value), grad)
+    of_query, of_key, of_value = (one.isnan().any(-1).flatten().nonzero().flatten().tolist() for one in grads)
+    assert of_query == [2]
+    assert of_key[:3] == of_value[:3] == [0, 1, 2]
 
 
 def test_for_hopper_they_multiply_on_the_tensor_cores(compile_for_hopper: Callable[..., list[str]]) -> None:
@@ -111,19 +142,25 @@ def test_for_hopper_they_multiply_on_the_tensor_cores(compile_for_hopper: Callab
     types |= {"part": "*fp32", "log_weight": "*fp32", "heads": "i32", "blocks_per_row": "i32", "latent_stride": "i32"}
     types |= {"rope_stride": "i32", "scale": "fp32", "splits": "i32"}
     sizes = {"rank": 512, "rope": 64, "block_size": 64, "block_s": 64, "tile": 128}
-    prefill_types = {"query": "*bf16", "key": "*bf16", "value": "*bf16", "out": "*bf16", "tokens": "i32", "heads": "i32"}
-    prefill_types |= {"heads_per_key": "i32", "scale": "fp32"}
+    prefill = {"nope": 128, "rope": 64, "width": 128, "block_m": 64, "block_n": 64}
+    inputs = {"query": "*bf16", "key": "*bf16", "value": "*bf16", "log_sum": "*fp32"}
+    inputs |= {"tokens": "i32", "heads": "i32", "heads_per_key": "i32", "scale": "fp32"}
+    forward_types = inputs | {"out": "*bf16"}
+    backward_types = inputs | {"grad": "*bf16", "row_sum": "*fp32"}
+    query_types = backward_types | {"out": "*bf16", "grad_query": "*bf16"}
+    key_types = backward_types | {"grad_key": "*bf16", "grad_value": "*bf16"}
     asked = [
         request("attention", "latent_decode_kernel", types, sizes | {"block_h": 64, "compressed": False}, warps=8, stages=2),
         request("attention", "latent_decode_kernel", types | {"latents": "*fp8e4nv"},
                 sizes | {"block_h": 16, "compressed": True}, stages=2),
         request("attention", "join_kernel", {"part": "*fp32", "log_weight": "*fp32", "out": "*bf16", "splits": "i32"},
                 {"rank": 512, "width": 32}),
-        request("attention", "prefill_kernel", prefill_types,
-                {"nope": 128, "rope": 64, "width": 128, "block_m": 64, "block_n": 64}, stages=2),
+        request("causal_attention", "forward_kernel", forward_types, prefill, stages=2),
+        request("causal_attention", "query_gradient_kernel", query_types, prefill, warps=8, stages=2),
+        request("causal_attention", "key_gradient_kernel", key_types, prefill, warps=8, stages=1),
     ]  # fmt: skip
-    decode, compressed, join, prefill = compile_for_hopper(asked)
-    for ptx in (decode, prefill):
+    decode, compressed, join, *causal = compile_for_hopper(asked)
+    for ptx in (decode, *causal):
         assert re.search(r"wgmma\.mma_async\S*bf16\.bf16", ptx)
     assert re.search(r"mma\S*\.f32\.bf16\.bf16\.f32", compressed), "16 heads are too few rows for wgmma"
-    assert all(has_wide_accesses(ptx) for ptx in (decode, compressed, join, prefill))
+    assert all(has_wide_accesses(ptx) for ptx in (decode, compressed, join, *causal))

@@ -75,7 +75,13 @@ def test_every_kernel_is_checked_and_right(tmp_path: Path, capsys: pytest.Captur
     wanted = """quantize_1x128 quantize_128x128 quantize_over_rows fp8_gemm grouped masked gate permutation unpermute decode FP8 prefill
     RMSNorm rotary backward SwiGLU softmax bf16 fp8"""
     assert all(any(word in name for name in rows) for word in wanted.split())
-    for name in ("RMSNorm, backward", "rotary, backward", "SwiGLU, backward", "SwiGLU to FP8"):
+    for name in (
+        "RMSNorm, backward",
+        "MLA prefill, 2 heads, 70, backward",
+        "rotary, backward",
+        "SwiGLU, backward",
+        "SwiGLU to FP8",
+    ):
         assert name in rows
     assert rows["MLA decode, 16 heads, 2 x 128"]["target_share"] == 0.8
     assert rows["MLA decode, 16 heads, 2 x 128"]["error"] != rows["MLA decode, 16 heads, 2 x 128, FP8 cache"]["error"]
@@ -136,7 +142,7 @@ def test_a_kernel_that_breaks_fails_the_run_and_the_next_is_measured(
     assert gpu.main(["--out", str(tmp_path / "gpu.json")]) == 1
     assert "off: fp8 casts: RuntimeError: an illegal access\n" in capsys.readouterr().err
     result = json.loads((tmp_path / "gpu.json").read_text())
-    assert [row["name"] for row in result["rows"]] == ["MLA prefill, 2 heads, 70"]
+    assert [row["name"] for row in result["rows"]] == ["MLA prefill, 2 heads, 70", "MLA prefill, 2 heads, 70, backward"]
     assert result["unmeasured"][0]["fault"]
 
 
