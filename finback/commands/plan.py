@@ -188,7 +188,7 @@ def _model(fields: ModelFields) -> None:
 
 
 def _train(fields: TrainFields) -> None:
-    _check_positive(fields, "devices", "tokens", "usd_per_device_hour", "pue", "kg_co2_per_kwh", "expert_imbalance")
+    _check_positive(fields, "devices", "tokens", "usd_per_device_hour", "pue", "expert_imbalance")
     model, hardware = find_model(fields.model), _hardware_row(fields.hardware, fields.ceilings, fields.precision)
     free = frozenset(name for name in ("pp", "ep", "tp", "schedule", "recompute") if getattr(fields, name) is None)
     schedule = fields.schedule or "one_f_one_b"

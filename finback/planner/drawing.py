@@ -14,7 +14,10 @@ from finback.planner.serve import ServePlan
 from finback.planner.train import TrainPlan
 
 if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 COLORS = {
     Kind.FORWARD: "#4c78a8",
@@ -62,51 +65,79 @@ def _figure(width: float, height: float) -> "Figure":
 
 def _bytes(figure: "Figure") -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})  # the usual level takes a third of the time
     return buffer.getvalue()
 
 
 MOST_LABELS = 1000
 """Actions of a schedule up to which each is drawn with its micro-batch: more would be unreadable, and slow."""
+_PIXELS = 1800
+"""Columns of a large schedule's picture, about as many as the page has."""
 
 
 def schedule_png(title: str, schedule: Sequence[Sequence[Action]], result: Simulation) -> bytes:
     """The timeline of every rank; the number in a box is its micro-batch, in a pair those of forward and backward. Large schedules
     have no numbers."""
     ranks = len(schedule)
-    figure = _figure(16, min(30.0, 0.45 * ranks) + 1.4)
+    labelled = sum(map(len, schedule)) <= MOST_LABELS
+    figure = _figure(16, min(30.0 if labelled else 12.0, 0.45 * ranks) + 1.4)
     axes = figure.subplots()
-    from matplotlib.collections import PolyCollection
+    from matplotlib.patches import Patch
 
-    boxes = [
-        (rank, action, start, end)
-        for rank, (actions, spans) in enumerate(zip(schedule, result.timeline, strict=True))
-        for action, (start, end) in zip(actions, spans, strict=True)
-    ]
-    labelled = len(boxes) <= MOST_LABELS
-    for kind, color in COLORS.items():
-        corners = [
-            ((start, rank - 0.43), (end, rank - 0.43), (end, rank + 0.43), (start, rank + 0.43))
-            for rank, action, start, end in boxes
-            if action.kind == kind
-        ]
-        if corners:
-            name = kind.name.lower().replace("_", " ")
-            axes.add_collection(
-                PolyCollection(corners, facecolors=color, edgecolors="white", linewidths=0.5 if labelled else 0.1, label=name)
-            )
-    small = 7 if result.makespan > 40 else 9
-    for rank, action, start, end in boxes if labelled else ():
-        text = str(action.microbatch) if action.backward is None else f"{action.microbatch}/{action.backward.microbatch}"
-        axes.text((start + end) / 2, rank, text, ha="center", va="center", fontsize=small, color="white")
+    if labelled:
+        _draw_boxes(axes, schedule, result)
+    else:
+        axes.imshow(
+            _raster(schedule, result),
+            aspect="auto",
+            interpolation="nearest",
+            extent=(0, result.makespan, ranks - 0.5, -0.5),
+        )
     named = range(0, ranks, -(-ranks // 64))
     axes.set_yticks(named, [f"rank {rank}" for rank in named])
     axes.set_ylim(ranks - 0.5, -0.5)
     axes.set_xlim(0, result.makespan)
     axes.set_xlabel("time")
     axes.set_title(title)
-    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    used = {action.kind for actions in schedule for action in actions}
+    keys = [Patch(color=color, label=kind.name.lower().replace("_", " ")) for kind, color in COLORS.items() if kind in used]
+    figure.legend(handles=keys, loc="outside lower center", ncols=5, frameon=False)
     return _bytes(figure)
+
+
+def _draw_boxes(axes: "Axes", schedule: Sequence[Sequence[Action]], result: Simulation) -> None:
+    """Every action as a box with its number."""
+    small = 7 if result.makespan > 40 else 9
+    for rank, (actions, spans) in enumerate(zip(schedule, result.timeline, strict=True)):
+        axes.broken_barh(
+            [(start, end - start) for start, end in spans],
+            (rank - 0.43, 0.86),
+            facecolors=[COLORS[action.kind] for action in actions],
+            edgecolors="white",
+            linewidths=0.5,
+        )
+        for action, (start, end) in zip(actions, spans, strict=True):
+            text = str(action.microbatch) if action.backward is None else f"{action.microbatch}/{action.backward.microbatch}"
+            axes.text((start + end) / 2, rank, text, ha="center", va="center", fontsize=small, color="white")
+
+
+def _raster(schedule: Sequence[Sequence[Action]], result: Simulation) -> "NDArray[np.uint8]":
+    """Colours [7 x ranks, columns, 3] of a schedule of many actions, which as boxes would take seconds: six rows of pixels and a white
+    one for each rank (of more than 200 ranks one row each). An action of four columns or more ends with a white one."""
+    import numpy as np
+
+    scale = _PIXELS / result.makespan
+    paint = {kind: [int(color[at : at + 2], 16) for at in (1, 3, 5)] for kind, color in COLORS.items()}
+    pixels = np.full((len(schedule), _PIXELS, 3), 255, dtype=np.uint8)
+    for row, actions, spans in zip(pixels, schedule, result.timeline, strict=True):
+        for action, (start, end) in zip(actions, spans, strict=True):
+            first, last = int(start * scale), max(int(start * scale) + 1, int(end * scale))
+            row[first : last - (last - first >= 4)] = paint[action.kind]
+    if len(schedule) > 200:
+        return pixels
+    rows = np.repeat(pixels, 7, axis=0)
+    rows[::7] = 255
+    return rows
 
 
 def model_png(plan: ModelPlan) -> bytes:

@@ -190,78 +190,84 @@ _BLACKWELL = (
     "attention: FlashMLA's dense MHA on B200, 1,460 forward and 1,000 backward of 2,250; the rest as Hopper's, which gives the "
     "published dense Llama 3 8B rows of Megatron-Bridge on H100 and B200 to 15%"
 )
-_DATA_SHEET = "maker's data sheet"
 _BLACKWELL_SET = Efficiencies(attention_forward=0.65, attention_backward=0.44)
 
 ROWS = (
     Hardware(
         *("h800", "NVIDIA H800 SXM", 80, 3350, 989, 1979, 160, 8, 50, 700, 2.0),
-        source="V3 section 3.1 (links, 160 and 50 GB/s as reached), table 1 ($2); the rest as H100's data sheet",
+        source="V3 section 3.1 (links, 160 and 50 GB/s as reached), table 1 ($2); the rest as H100",
         efficiency_source=_HOPPER,
     ),
     Hardware(
         *("h100", "NVIDIA H100 SXM", 80, 3350, 989, 1979, 400, 8, 50, 700, 2.0),
-        source=f"{_DATA_SHEET}; NVLink 450 less protocol as H800's 160 of 200; $2 as in the LMSYS report of 2025-05",
+        source="NVIDIA H100 Tensor Core GPU data sheet, SXM, sparse rates halved; NVLink 450 less protocol as H800's 160 of 200; "
+        "one ConnectX-7 of 400 Gb/s each as in DGX H100; $2 as in the LMSYS report of 2025-05",
         efficiency_source=_HOPPER,
     ),
     Hardware(
         *("h200", "NVIDIA H200 SXM", 141, 4800, 989, 1979, 400, 8, 50, 700, None),
-        source=_DATA_SHEET,
+        source="NVIDIA H200 Tensor Core GPU data sheet, SXM, sparse rates halved; links as H100",
         efficiency_source=_HOPPER,
     ),
     Hardware(
         *("a100", "NVIDIA A100 SXM 80 GB", 80, 2039, 312, None, 240, 8, 25, 400, None),
-        source=f"{_DATA_SHEET}; links as a DGX A100",
+        source="NVIDIA A100 Tensor Core GPU data sheet, 80 GB SXM; NVLink 300 less protocol, "
+        "one HDR link of 200 Gb/s each as in DGX A100",
     ),
     Hardware(
         *("b200", "NVIDIA B200 SXM", 180, 8000, 2250, 4500, 720, 8, 50, 1000, None),
-        source=f"{_DATA_SHEET} (HGX)",
+        source="NVIDIA DGX B200 data sheet by eight (1,440 GB, 64 TB/s, FP8 72 PFLOPS sparse); "
+        "1,000 W of HGX B200; NVLink 900 less protocol",
         efficiencies=_BLACKWELL_SET,
         efficiency_source=_BLACKWELL,
     ),
     Hardware(
         *("gb200", "NVIDIA GB200 NVL72", 186, 8000, 2500, 5000, 720, 72, 50, 1200, None),
-        source=f"{_DATA_SHEET} (one of 72 GPUs)",
+        source="NVIDIA GB200 NVL72 product page by 72 (13.4 TB, 576 TB/s, FP8 720 PFLOPS sparse); 1,200 W by third parties",
         efficiencies=_BLACKWELL_SET,
         efficiency_source=_BLACKWELL,
     ),
     Hardware(
         *("gb300", "NVIDIA GB300 NVL72", 279, 8000, 2500, 5000, 720, 72, 100, 1400, None),
-        source=f"{_DATA_SHEET} (one of 72 GPUs)",
+        source="NVIDIA GB300 NVL72 product page by 72 (20 TB, 576 TB/s, FP8 720 PFLOPS sparse, "
+        "800 Gb/s each); 1,400 W by third parties",
         efficiencies=_BLACKWELL_SET,
         efficiency_source=_BLACKWELL,
     ),
     Hardware(
         *("h20", "NVIDIA H20", 96, 4000, 148, 296, 400, 8, 50, 400, None),
-        source="third-party copies of the data sheet",
+        source="third parties (TweakTown 2024-01, and others alike); the maker publishes no data sheet; NVLink as H100",
     ),
     Hardware(
         *("rtx4090", "NVIDIA GeForce RTX 4090", 24, 1008, 165, 330, 25, 8, None, 450, None),
-        source=f"{_DATA_SHEET} (fp32 accumulation); PCIe 4.0 x16 less protocol; no network of its own",
+        source="NVIDIA Ada GPU architecture white paper, appendix A (fp32 accumulation, dense); PCIe 4.0 x16 less protocol; no network",
     ),
     Hardware(
         *("ascend910b", "Huawei Ascend 910B", 64, 1600, 376, None, 196, 8, 25, None, None),
-        source="third-party reports, variants differ; the maker publishes no full data sheet",
+        source="as one of the two dies of a 910C; variants differ, and the maker publishes no full data sheet",
     ),
     Hardware(
-        *("ascend910c", "Huawei Ascend 910C", 128, 3200, 752, None, 196, 8, 50, None, None),
-        source="third-party reports: two 910B dies in one package; the maker publishes no full data sheet",
+        *("ascend910c", "Huawei Ascend 910C", 128, 3200, 752, None, 392, 8, 50, None, None),
+        source="CloudMatrix384 paper (arXiv:2506.12708), section 3: two dies of 376 TFLOPS, 64 GB, 1.6 TB/s, "
+        "196 GB/s and 200 Gb/s each; links as the peaks there, eight to a node though 384 share them",
     ),
     Hardware(
         *("hygon-k100", "Hygon DCU K100-AI", 64, 896, 196, None, None, 8, None, 350, None),
-        source="third-party reports; links are not published",
+        source="third-party reports (resellers' lists), variants differ; links are not published",
     ),
     Hardware(
         *("laptop-rtx4070", "laptop with GeForce RTX 4070 (8 GB)", 8, 256, 60, 120, None, 1, None, 115, None),
-        source=f"{_DATA_SHEET} for memory; matrix rates depend on the power limit, here half of the desktop card's",
+        source="NVIDIA's comparison of GeForce RTX 40 laptops for memory and power; matrix rates "
+        "depend on the limit, here half of a desktop RTX 4070's",
     ),
     Hardware(
         *("laptop-m3max", "Apple laptop, M3 Max, 128 GB", 128, 400, 28, None, None, 1, None, 80, None),
-        source=f"{_DATA_SHEET} for memory (shared with the system); the GPU's rate by third parties",
+        source="Apple's technical specifications of the MacBook Pro 2023 for memory (shared with the system); "
+        "the GPU's rate and power by third parties",
     ),
     Hardware(
         *("laptop-cpu", "laptop CPU, 32 GB DDR5-5600", 32, 89.6, None, None, None, 1, None, 45, None),
-        source="two channels of the memory standard; matrix rates differ too much to give one: --hardware measured",
+        source="JEDEC DDR5-5600 by two channels of 8 bytes; matrix rates differ too much to give one: --hardware measured",
     ),
 )
 HARDWARE = {row.name: row for row in ROWS}
