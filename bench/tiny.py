@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -15,10 +16,12 @@ from bench.machine import peak_memory_bytes, reset_peak_memory
 from bench.results import Row
 from bench.train import build_probe, token_source, training_step
 from finback.config import ModelConfig, count_params
+from finback.ops import grouped
 from finback.presets import tiny
 from finback.train.throughput import training_flops_per_token
 
 TARGET_SHARE = 0.5
+TWIN = "torch's products of experts"
 _PRESET = tiny()
 
 # Where time is counted: with the function of ours that an operation runs inside of, else with the nearest of torch's own operations.
@@ -74,6 +77,7 @@ def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str], dict[str,
         "fp32": (size, "fp32"),
     }
     competitors: dict[str, Callable[[], Any]] = {name: partial(build_steps, *variant) for name, variant in variants.items()}
+    competitors |= {f"{precision}, {TWIN}": partial(build_twin, size, precision) for precision in ("bf16", "fp32")}
     competitors |= {
         precision: partial(build_probe, precision[7:], ceilings.matmul_shape[precision[7:]])
         for precision in ("matmul bf16", "matmul fp32")
@@ -87,7 +91,10 @@ def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str], dict[str,
         probe = summarize([turn.value for turn in kept[f"matmul {precision}"]]).median
         ceiling = max(ceilings.matmul_gflop_per_second[precision], probe)
         gflop = training_flops_per_token(variant.config, size.tokens) / 1e9 * size.sequences * size.tokens
-        rows.append(Row(f"tiny {name}", "tokens_per_second", *speed, floor={"gflop": gflop, "seconds": gflop / ceiling}))
+        floor = {"gflop": gflop, "seconds": gflop / ceiling}
+        twin = kept.get(f"{name}, {TWIN}")
+        peer = (TWIN, *summarize([tokens / turn.seconds for turn in twin])) if twin else ()
+        rows.append(Row(f"tiny {name}", "tokens_per_second", *speed, *peer, floor=floor))
         share = speed.median / (size.sequences * size.tokens) * gflop / ceiling
         target = TARGET_SHARE if name == "bf16" else None
         rows.append(
@@ -103,6 +110,17 @@ def build_steps(size: Size, precision: str, recompute: str = "none") -> Callable
     """`size.steps` steps of the loop in `finback.train.pretrain`."""
     step = training_step(size.config, precision, token_source(size), recompute)
     return lambda turn: [step(turn) for _ in range(size.steps)]
+
+
+def build_twin(size: Size, precision: str) -> Callable[[Any], Any]:
+    """The same steps where torch multiplies for the experts."""
+    steps = build_steps(size, precision)
+
+    def turn(number: Any) -> Any:
+        with patch.object(grouped, "_native", lambda *_: None):
+            return steps(number)
+
+    return turn
 
 
 def build_memory(size: Size, recompute: str) -> Callable[[Any], dict[str, Any]]:

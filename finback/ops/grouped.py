@@ -7,6 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finback.ops.linear import onednn_is_faster, prefers_onednn, rows_times, sum_of_outer
+from finback.ops.native.build import grouped_kernels_for
+from finback.ops.native.grouped import GroupedKernels
+
+_FEW_ROWS = 16  # of a group on average, from which the C kernels are faster
 
 
 class Dispatch(NamedTuple):
@@ -47,12 +51,14 @@ def dispatch_order(expert_indices: Tensor, n_experts: int, alignment: int = 1) -
 
 
 def row_alignment(rows: int, n_experts: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The multiple to which each expert's rows are filled up.
+    """The multiple to which each expert's rows are filled up: 1 where the C kernels multiply.
 
     oneDNN, which multiplies bfloat16 on CPUs and on some of them float32, compiles a kernel for every new row count, and routing
     makes new ones at every step: with few distinct counts it runs three times as fast. At most about 6% of the rows are filling; 1
     where it would not pay.
     """
+    if _native(rows, n_experts, dtype, device) is not None:
+        return 1
     if device.type != "cpu" or not (dtype == torch.bfloat16 or (dtype == torch.float32 and onednn_is_faster())):
         return 1
     average = rows // n_experts
@@ -139,8 +145,17 @@ def _fused(*operands: Tensor) -> bool:
     )
 
 
+def _native(rows: int, groups: int, dtype: torch.dtype, device: torch.device) -> GroupedKernels | None:
+    """The C kernels, where they are faster: with fewer rows of a group on average, what takes the time is packing its matrix."""
+    few = rows < _FEW_ROWS * groups
+    return None if few or (dtype == torch.float32 and not onednn_is_faster()) else grouped_kernels_for(dtype, device)
+
+
 def _grouped_product(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """Rows of group e times matrices[e]: [M, P], [E, P, Q] -> [M, Q]."""
+    kernels = _native(len(x), len(counts), x.dtype, x.device)
+    if kernels is not None and kernels.take(x.shape[1], x.dtype):
+        return kernels.product(x, matrices, counts)
     if prefers_onednn(x, matrices):
         return torch.cat([rows_times(rows, matrix) for rows, matrix in zip(x.split(counts.tolist()), matrices, strict=True)])
     if _fused(x, matrices):
@@ -150,6 +165,9 @@ def _grouped_product(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
 
 def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     """Sum over the rows of group e of left_i right_i^T: [M, P], [M, Q] -> [E, P, Q]; zero for an empty group."""
+    kernels = _native(len(left), len(counts), left.dtype, left.device)
+    if kernels is not None:
+        return kernels.outer(left, right, counts)
     if prefers_onednn(left, right):
         return torch.stack([sum_of_outer(a, b) for a, b in zip(*(t.split(counts.tolist()) for t in (left, right)), strict=True)])
     if _fused(left, right):

@@ -15,7 +15,9 @@ from finback.recipes.corpus import QUICKSTART_SUMS
 from finback.recipes.small_ladder import small_ladder
 from finback.rl.config import GRPOConfig
 
-SUMS_WITH_ROOM = QUICKSTART_SUMS._replace(habits=Habits(own_language=0.4, other_language=0.05), held_out=1600, held_out_longer=100)
+SUMS_WITH_ROOM = QUICKSTART_SUMS._replace(
+    habits=Habits(own_language=0.4, other_language=0.05), held_out=1600, held_out_longer=100
+)
 
 
 def roomy_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:

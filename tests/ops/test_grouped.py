@@ -19,6 +19,13 @@ from finback.ops.grouped import (
 from tests.ops.rule import assert_close_in_float64, assert_low_precision_rule, assert_repeatable, outputs_and_gradients
 
 
+@pytest.fixture(params=["C", "torch"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to multiply, on processors where the first is the faster one."""
+    if request.param == "torch":
+        monkeypatch.setattr(grouped, "_native", lambda *_: None)
+
+
 def choices(tokens: int, top_k: int, n_experts: int, skew: float, seed: int) -> Tensor:
     """[tokens, top_k] distinct experts per token; the larger the skew, the more tokens want the same ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +114,7 @@ COUNTS = [[5, 5, 5, 5], [0, 9, 0, 0, 4, 1, 0], [0, 0, 33, 0], [17], [1, 0, 2], [
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 8), (8, 24), (7, 5), (16, 3), (1, 1)])
-def test_grouped_linear_equals_the_loop_over_experts(counts: list[int], inputs: int, outputs: int) -> None:
+def test_grouped_linear_equals_the_loop_over_experts(counts: list[int], inputs: int, outputs: int, products: None) -> None:
     """Widths that torch's grouped kernel takes, and odd ones that it does not."""
     x, weight = torch.randn(sum(counts), inputs), torch.randn(len(counts), outputs, inputs)
     ours = outputs_and_gradients(grouped_linear, (x, weight, torch.tensor(counts)))
@@ -118,13 +125,13 @@ def test_grouped_linear_equals_the_loop_over_experts(counts: list[int], inputs: 
         assert count > 0 or not ours[2][expert].any()
 
 
-def test_grouped_linear_passes_gradcheck() -> None:
+def test_grouped_linear_passes_gradcheck(products: None) -> None:
     x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda *tensors: grouped_linear(*tensors, torch.tensor([2, 0, 4])), (x, weight))
 
 
-def test_grouped_linear_takes_views() -> None:
+def test_grouped_linear_takes_views(products: None) -> None:
     """Rows cut out of a wider matrix, transposed ones, and a gradient that is one number repeated."""
     wide, weight, counts = torch.randn(12, 32), torch.randn(3, 8, 16), torch.tensor([5, 0, 7])
     for x in (wide[:, :16], wide[:, 3:19], torch.randn(16, 12).T):
@@ -137,7 +144,7 @@ def test_grouped_linear_takes_views() -> None:
 
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 32), (13, 7)])
-def test_grouped_linear_in_bf16_keeps_the_error_rule(counts: list[int], inputs: int, outputs: int) -> None:
+def test_grouped_linear_in_bf16_keeps_the_error_rule(counts: list[int], inputs: int, outputs: int, products: None) -> None:
     x, weight = torch.randn(sum(counts), inputs).bfloat16(), torch.randn(len(counts), outputs, inputs).bfloat16()
     assert_low_precision_rule(grouped_linear, grouped_linear_loop, x, weight, torch.tensor(counts))
 
@@ -160,7 +167,7 @@ def test_sums_over_pairs_in_bf16_keep_the_error_rule() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [32, 9])
-def test_grouped_ops_are_repeatable(width: int, dtype: torch.dtype) -> None:
+def test_grouped_ops_are_repeatable(width: int, dtype: torch.dtype, products: None) -> None:
     """Empty groups among them: their gradient must be written, not left as memory was."""
     counts = torch.tensor([0, 30, 1, 0, 64, 0])
     x, weight = torch.randn(95, width).to(dtype), torch.randn(6, 16, width).to(dtype)
@@ -172,6 +179,7 @@ def test_grouped_ops_are_repeatable(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("float32_too", [False, True])
 def test_row_alignment_pays_only_where_onednn_multiplies(float32_too: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "onednn_is_faster", lambda: float32_too)
+    monkeypatch.setattr(grouped, "_native", lambda *_: None)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for rows in (1, 100, 5000, 10**6):
         assert row_alignment(rows, 8, torch.float64, cpu) == row_alignment(rows, 8, torch.bfloat16, cuda) == 1

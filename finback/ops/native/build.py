@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from finback.ops.native.calls import Kernels
+from finback.ops.native.grouped import GroupedKernels
 from finback.ops.native.training import SUFFIXES, TrainingKernels
 
 SOURCES = (
@@ -43,6 +44,7 @@ SOURCES = (
     "undefine.h",
 )
 TRAINING_SOURCES = ("training.c", "vectors.h", "training.h")
+GROUPED_SOURCES = ("grouped.c", "vectors.h", "grouped.h")
 COMPILERS = ("gcc", "cc", "clang")
 # No -ffast-math: it would drop nan and inf, and flush denormal numbers of the whole process to zero.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
@@ -72,6 +74,22 @@ def training_kernels() -> TrainingKernels | None:
     except BuildError as error:
         logger.warning("training on the CPU runs on torch alone, up to a third slower: %s", error)
         return None
+
+
+@cache
+def grouped_kernels() -> GroupedKernels | None:
+    """The products of a layer of experts, likewise."""
+    try:
+        return GroupedKernels(_library(GROUPED_SOURCES))
+    except BuildError as error:
+        logger.warning("the products of experts on the CPU are torch's, up to a third slower: %s", error)
+        return None
+
+
+def grouped_kernels_for(dtype: torch.dtype, device: torch.device) -> GroupedKernels | None:
+    """Those, where they multiply this fast."""
+    kernels = grouped_kernels() if device.type == "cpu" and dtype in SUFFIXES else None
+    return kernels if kernels is not None and dtype in kernels.dtypes else None
 
 
 def training_kernels_for(*tensors: Tensor) -> TrainingKernels | None:
