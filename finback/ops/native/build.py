@@ -33,6 +33,7 @@ SOURCES = (
     "kernels.c",
     "vectors.h",
     "codes.h",
+    "company.h",
     "product.h",
     "packed.h",
     "operations.h",

@@ -19,6 +19,7 @@
 
 #include "codes.h"
 #include "vectors.h"
+#include "company.h"
 
 enum {
   PANEL = 16,  // tokens that are multiplied together when they are many
@@ -103,8 +104,12 @@ typedef struct {
   const void *arguments;
 } operation;
 
+static _Thread_local company of_this_thread;
+
 // Run operations one after the other; the first result that is not 0 ends that and is returned.
-int run_program(const operation *operations, int64_t count, int64_t threads) {
+int run_program(const operation *operations, int64_t count, int64_t most_threads) {
+  double begin = seconds(CLOCK_MONOTONIC), absent = 0;
+  int64_t threads = members(&of_this_thread, most_threads, begin);
   size_t bytes = 0;
   for (int64_t i = 0; i < count; i++) {
     arena needed = {0};
@@ -116,11 +121,21 @@ int run_program(const operation *operations, int64_t count, int64_t threads) {
   TEAM(threads) {
     member m = this_member();
     int status = 0;
+    double had = threads > 1 ? seconds(CLOCK_THREAD_CPUTIME_ID) : 0;
     for (int64_t i = 0; i < count && status == 0; i++) {
       if (i > 0) wait_for_team();
       status = operations[i].run(operations[i].arguments, m, memory);
     }
     if (m.index == 0) result = status;
+    if (threads > 1) {  // a member that waits does so awake: where less time was its own than has passed, it had no core
+      double without = seconds(CLOCK_MONOTONIC) - begin - (seconds(CLOCK_THREAD_CPUTIME_ID) - had);
+      PRAGMA(omp atomic)
+      absent += without;
+    }
+  }
+  if (threads > 1) {
+    double now = seconds(CLOCK_MONOTONIC);
+    judge(&of_this_thread, threads, now - begin, absent, now);
   }
   return result;
 }
@@ -249,3 +264,9 @@ static void choose_experts(const routing *how, float *scores, const float *bias,
 #include "grouped_query.h"
 #include "latent.h"
 #include "experts.h"
+
+// ---- for tests
+
+// `judge` and `members` on a state of the caller's.
+void company_judge(company *state, int64_t threads, double ran, double absent, double now) { judge(state, threads, ran, absent, now); }
+int64_t company_members(company *state, int64_t threads, double now) { return members(state, threads, now); }
