@@ -43,6 +43,7 @@ from finback.rewards.sandbox_memory import exceeds_memory
 
 WATCH_SECONDS = 0.05
 LAST_WORDS_SECONDS = 5.0  # for the kernel to take a killed namespace down, on a machine under load
+DYING_SECONDS = 1.0  # the same in the degraded mode, where it is watched
 PROBE_SECONDS = 30.0
 OPEN_FILES = 128
 CHUNK = 2**16
@@ -437,6 +438,22 @@ def _kill_degraded(box: _Running, user: int | None) -> None:
     if user is not None:
         command = ["kill", "-KILL", "--", "-1"]
         subprocess.run(command, user=user, group=user, extra_groups=[], cwd="/", capture_output=True, check=False)
+    give_up = time.monotonic() + DYING_SECONDS
+    while _lives(box.process.pid, user) and time.monotonic() < give_up:
+        time.sleep(0.002)  # killed is not gone: a fork bomb's processes take a while to end
+
+
+def _lives(session: int, user: int | None) -> bool:
+    """Whether something of this session or user has not ended yet; what waits for its parent to look (a zombie) has."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields, owner = path.read_text("utf-8", "replace").rpartition(")")[2].split(), path.stat().st_uid
+        except OSError:
+            continue  # it has ended meanwhile
+        state, of_session = fields[0], int(fields[3])
+        if state not in "ZX" and (of_session == session or (user is not None and owner == user)):
+            return True
+    return False
 
 
 def _kill_group(box: _Running) -> None:
