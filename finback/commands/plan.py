@@ -189,6 +189,8 @@ def _model(fields: ModelFields) -> None:
 
 def _train(fields: TrainFields) -> None:
     _check_positive(fields, "devices", "tokens", "usd_per_device_hour", "pue", "expert_imbalance")
+    if not (fields.kg_co2_per_kwh >= 0 and math.isfinite(fields.kg_co2_per_kwh)):
+        raise InputError(f"--kg-co2-per-kwh is {fields.kg_co2_per_kwh:g}, it must be at least 0")
     model, hardware = find_model(fields.model), _hardware_row(fields.hardware, fields.ceilings, fields.precision)
     free = frozenset(name for name in ("pp", "ep", "tp", "schedule", "recompute") if getattr(fields, name) is None)
     schedule = fields.schedule or "one_f_one_b"

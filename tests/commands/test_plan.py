@@ -246,6 +246,8 @@ def test_help_names_every_kind_and_field(capsys: pytest.CaptureFixture[str]) -> 
         (["fit", "rtx4090", "--context", HUGE], "--context is a number of 401 digits, above 1000000000"),
         (["train", "v3-671b", "--expert-imbalance", "0.1"], "--expert-imbalance is 0.1, below 1; use at least 1"),
         (["train", "v3-671b", "--pue", "0.5"], "--pue is 0.5, below 1; use at least 1"),
+        (["train", "v3-671b", "--kg-co2-per-kwh", "-0.5"], "--kg-co2-per-kwh is -0.5, it must be at least 0"),
+        (["train", "v3-671b", "--kg-co2-per-kwh", "nan"], "--kg-co2-per-kwh is nan, it must be at least 0"),
         (["serve", "v3-671b", "--hardware", "a100"], "each of 32 devices would hold 80 GB of weights; take --prefill-ep 48"),
         (["serve", "v3-671b", "--hardware", "ascend910b"], "each of 32 devices would hold 80 GB of weights; take --prefill-ep"),
         (
