@@ -445,10 +445,8 @@ def time_mla_prefill(sizes: Sizes, ceilings: dict[str, float]) -> Iterator[Found
     wanted_grads = torch.autograd.grad(attention_reference(*exact, 192**-0.5), exact, grad[:, few].float())
     ours, eager = causal_attention(*leaves, 192**-0.5, 64), attention_reference(*leaves, 192**-0.5)
     found = torch.autograd.grad(ours, leaves, grad, retain_graph=True)
-    heads_of = [
-        one[:, few].flatten(2) for one in found
-    ]  # a row by itself may be a difference of equals: the first query's is zero
-    check = differences(heads_of, [one.flatten(2) for one in wanted_grads])
+    # Heads as a whole: a row by itself may be a difference of equals, as the first query's, which is zero.
+    check = differences([one[:, few].flatten(2) for one in found], [one.flatten(2) for one in wanted_grads])
     plain = Peer("SDPA, padded", milliseconds(lambda: torch.autograd.grad(eager, leaves, grad, retain_graph=True)))
     time = milliseconds(lambda: torch.autograd.grad(ours, leaves, grad, retain_graph=True))
     rate = heads * tokens**2 * (3 * 192 + 2 * 128) / time / 1e9  # of the five products; the second pass makes two of them again

@@ -17,10 +17,11 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -52,6 +53,8 @@ FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 
 logger = logging.getLogger("finback")
 
+Declared = TypeVar("Declared")
+
 
 class BuildError(Exception):
     """Why there are no kernels, in one sentence without its subject."""
@@ -60,30 +63,28 @@ class BuildError(Exception):
 @cache
 def kernels() -> Kernels | None:
     """The kernels, compiled if need be; None where that is impossible, which is said once, as a warning."""
-    try:
-        return Kernels(_library(SOURCES))
-    except BuildError as error:
-        logger.warning("decoding on the CPU runs on torch alone, several times slower: %s", error)
-        return None
+    return _loaded(Kernels, SOURCES, "decoding on the CPU runs on torch alone, several times slower")
 
 
 @cache
 def training_kernels() -> TrainingKernels | None:
     """Those of a training step, likewise."""
-    try:
-        return TrainingKernels(_library(TRAINING_SOURCES))
-    except BuildError as error:
-        logger.warning("training on the CPU runs on torch alone, up to a third slower: %s", error)
-        return None
+    return _loaded(TrainingKernels, TRAINING_SOURCES, "training on the CPU runs on torch alone, up to a third slower")
 
 
 @cache
 def grouped_kernels() -> GroupedKernels | None:
     """The products of a layer of experts, likewise."""
+    return _loaded(
+        GroupedKernels, GROUPED_SOURCES, "experts on the CPU are multiplied by torch, a training step up to a tenth slower"
+    )
+
+
+def _loaded(declare: Callable[[ctypes.CDLL], Declared], sources: tuple[str, ...], loss: str) -> Declared | None:
     try:
-        return GroupedKernels(_library(GROUPED_SOURCES))
+        return declare(_library(sources))
     except BuildError as error:
-        logger.warning("the products of experts on the CPU are torch's, up to a third slower: %s", error)
+        logger.warning("%s: %s", loss, error)
         return None
 
 

@@ -20,6 +20,33 @@ _BLOCK = 64
 
 
 @triton.jit
+def load_parts(rows, inside, nope: tl.constexpr, rope: tl.constexpr):
+    """Queries or keys that begin at the pointers `rows` [n, 1], in their two parts; zeros where not `inside` [n, 1]."""
+    d, r = tl.arange(0, nope), tl.arange(0, rope)
+    return tl.load(rows + d[None, :], mask=inside, other=0.0), tl.load(rows + nope + r[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_parts(rows, inside, first, second, nope: tl.constexpr, rope: tl.constexpr):
+    """The two parts, rounded, to where `load_parts` would find them."""
+    d, r = tl.arange(0, nope), tl.arange(0, rope)
+    tl.store(rows + d[None, :], rounded(first, rows.dtype.element_ty), mask=inside)
+    tl.store(rows + nope + r[None, :], rounded(second, rows.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scores_of(a_nope, a_rope, b_nope, b_rope, scale):
+    """scale a b^T of rows in two parts."""
+    return (dot(a_nope, tl.trans(b_nope)) + dot(a_rope, tl.trans(b_rope))) * scale
+
+
+@triton.jit
+def key_row(head, heads, heads_per_key, tokens):
+    """The first row among the keys [B, H / G, T] of a head of the queries [B, H, T]."""
+    return ((head // heads) * (heads // heads_per_key) + head % heads // heads_per_key).to(tl.int64) * tokens
+
+
+@triton.jit
 def forward_kernel(
     query, key, value, out, log_sum, tokens, heads, heads_per_key, scale,
     nope: tl.constexpr, rope: tl.constexpr, width: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
@@ -27,25 +54,22 @@ def forward_kernel(
     """block_m queries of one head: query [B, H, T, nope + rope], key [B, H / G, T, nope + rope], value [B, H / G, T, width] -> out
     [B, H, T, width] and log_sum float32 [B, H, T], the logarithm of the sum of exp(scores)."""
     head = tl.program_id(1)
-    shared = (head // heads) * (heads // heads_per_key) + head % heads // heads_per_key
+    first_key = key_row(head, heads, heads_per_key, tokens)
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    n, d, r, v = tl.arange(0, block_n), tl.arange(0, nope), tl.arange(0, rope), tl.arange(0, width)
+    n, v = tl.arange(0, block_n), tl.arange(0, width)
     size: tl.constexpr = nope + rope
-    queries = query + (head.to(tl.int64) * tokens + m[:, None]) * size
-    q_nope = tl.load(queries + d[None, :], mask=m[:, None] < tokens, other=0.0)
-    q_rope = tl.load(queries + nope + r[None, :], mask=m[:, None] < tokens, other=0.0)
+    row = head.to(tl.int64) * tokens + m
+    inside = m[:, None] < tokens
+    q_nope, q_rope = load_parts(query + row[:, None] * size, inside, nope, rope)
     largest = tl.full((block_m,), float("-inf"), tl.float32)
     weight = tl.zeros((block_m,), tl.float32)
     total = tl.zeros((block_m, width), tl.float32)
     for start in range(0, tl.minimum(tokens, (tl.program_id(0) + 1) * block_m), block_n):
         place = start + n
-        keys = key + (shared.to(tl.int64) * tokens + place[:, None]) * size
-        k_nope = tl.load(keys + d[None, :], mask=place[:, None] < tokens, other=0.0)
-        k_rope = tl.load(keys + nope + r[None, :], mask=place[:, None] < tokens, other=0.0)
-        values = tl.load(
-            value + (shared.to(tl.int64) * tokens + place[:, None]) * width + v[None, :], mask=place[:, None] < tokens, other=0.0
-        )
-        scores = (dot(q_nope, tl.trans(k_nope)) + dot(q_rope, tl.trans(k_rope))) * scale
+        there = place[:, None] < tokens
+        k_nope, k_rope = load_parts(key + (first_key + place[:, None]) * size, there, nope, rope)
+        values = tl.load(value + (first_key + place[:, None]) * width + v[None, :], mask=there, other=0.0)
+        scores = scores_of(q_nope, q_rope, k_nope, k_rope, scale)
         scores = tl.where((place[None, :] <= m[:, None]) & (place[None, :] < tokens), scores, _LOWEST)
         higher = tl.maximum(largest, tl.max(scores, 1))
         shrink = tl.exp(largest - higher)
@@ -54,8 +78,8 @@ def forward_kernel(
         total = total * shrink[:, None] + dot(rounded(powers, values.dtype), values)
         largest = higher
     result = rounded(total / weight[:, None], out.dtype.element_ty)
-    tl.store(out + (head.to(tl.int64) * tokens + m[:, None]) * width + v[None, :], result, mask=m[:, None] < tokens)
-    tl.store(log_sum + head.to(tl.int64) * tokens + m, largest + tl.log(weight), mask=m < tokens)
+    tl.store(out + row[:, None] * width + v[None, :], result, mask=inside)
+    tl.store(log_sum + row, largest + tl.log(weight), mask=m < tokens)
 
 
 @triton.jit
@@ -65,14 +89,13 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """The gradient of block_m queries of one head from that of `out`, and their D into row_sum float32 [B, H, T]."""
     head = tl.program_id(1)
-    shared = (head // heads) * (heads // heads_per_key) + head % heads // heads_per_key
+    first_key = key_row(head, heads, heads_per_key, tokens)
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    n, d, r, v = tl.arange(0, block_n), tl.arange(0, nope), tl.arange(0, rope), tl.arange(0, width)
+    n, v = tl.arange(0, block_n), tl.arange(0, width)
     size: tl.constexpr = nope + rope
     row = head.to(tl.int64) * tokens + m
     inside = m[:, None] < tokens
-    q_nope = tl.load(query + row[:, None] * size + d[None, :], mask=inside, other=0.0)
-    q_rope = tl.load(query + row[:, None] * size + nope + r[None, :], mask=inside, other=0.0)
+    q_nope, q_rope = load_parts(query + row[:, None] * size, inside, nope, rope)
     g = tl.load(grad + row[:, None] * width + v[None, :], mask=inside, other=0.0)
     result = tl.load(out + row[:, None] * width + v[None, :], mask=inside, other=0.0)
     summed = tl.sum(g.to(tl.float32) * result.to(tl.float32), 1)
@@ -82,21 +105,16 @@ def query_gradient_kernel(
     grad_rope = tl.zeros((block_m, rope), tl.float32)
     for start in range(0, tl.minimum(tokens, (tl.program_id(0) + 1) * block_m), block_n):
         place = start + n
-        keys = key + (shared.to(tl.int64) * tokens + place[:, None]) * size
-        k_nope = tl.load(keys + d[None, :], mask=place[:, None] < tokens, other=0.0)
-        k_rope = tl.load(keys + nope + r[None, :], mask=place[:, None] < tokens, other=0.0)
-        values = tl.load(
-            value + (shared.to(tl.int64) * tokens + place[:, None]) * width + v[None, :], mask=place[:, None] < tokens, other=0.0
-        )
-        scores = (dot(q_nope, tl.trans(k_nope)) + dot(q_rope, tl.trans(k_rope))) * scale
+        there = place[:, None] < tokens
+        k_nope, k_rope = load_parts(key + (first_key + place[:, None]) * size, there, nope, rope)
+        values = tl.load(value + (first_key + place[:, None]) * width + v[None, :], mask=there, other=0.0)
+        scores = scores_of(q_nope, q_rope, k_nope, k_rope, scale)
         seen = (place[None, :] <= m[:, None]) & inside
         weights = tl.where(seen, tl.exp(scores - logs[:, None]), 0.0)
         grad_scores = rounded(weights * (dot(g, tl.trans(values)) - summed[:, None]) * scale, k_nope.dtype)
         grad_nope += dot(grad_scores, k_nope)
         grad_rope += dot(grad_scores, k_rope)
-    kind = grad_query.dtype.element_ty
-    tl.store(grad_query + row[:, None] * size + d[None, :], rounded(grad_nope, kind), mask=inside)
-    tl.store(grad_query + row[:, None] * size + nope + r[None, :], rounded(grad_rope, kind), mask=inside)
+    store_parts(grad_query + row[:, None] * size, inside, grad_nope, grad_rope, nope, rope)
 
 
 @triton.jit
@@ -110,12 +128,11 @@ def key_gradient_kernel(
     first_head = (shared // key_heads) * heads + shared % key_heads * heads_per_key
     first = tl.program_id(0) * block_n
     place = first + tl.arange(0, block_n)
-    d, r, v = tl.arange(0, nope), tl.arange(0, rope), tl.arange(0, width)
+    v = tl.arange(0, width)
     size: tl.constexpr = nope + rope
     row = shared.to(tl.int64) * tokens + place
     inside = place[:, None] < tokens
-    k_nope = tl.load(key + row[:, None] * size + d[None, :], mask=inside, other=0.0)
-    k_rope = tl.load(key + row[:, None] * size + nope + r[None, :], mask=inside, other=0.0)
+    k_nope, k_rope = load_parts(key + row[:, None] * size, inside, nope, rope)
     values = tl.load(value + row[:, None] * width + v[None, :], mask=inside, other=0.0)
     grad_nope = tl.zeros((block_n, nope), tl.float32)
     grad_rope = tl.zeros((block_n, rope), tl.float32)
@@ -126,21 +143,18 @@ def key_gradient_kernel(
             m = start + tl.arange(0, block_m)
             query_row = query_rows + m
             there = m[:, None] < tokens
-            q_nope = tl.load(query + query_row[:, None] * size + d[None, :], mask=there, other=0.0)
-            q_rope = tl.load(query + query_row[:, None] * size + nope + r[None, :], mask=there, other=0.0)
+            q_nope, q_rope = load_parts(query + query_row[:, None] * size, there, nope, rope)
             g = tl.load(grad + query_row[:, None] * width + v[None, :], mask=there, other=0.0)
             logs = tl.load(log_sum + query_row, mask=m < tokens, other=0.0)
             summed = tl.load(row_sum + query_row, mask=m < tokens, other=0.0)
-            scores = (dot(k_nope, tl.trans(q_nope)) + dot(k_rope, tl.trans(q_rope))) * scale
+            scores = scores_of(k_nope, k_rope, q_nope, q_rope, scale)
             seen = (place[:, None] <= m[None, :]) & (m[None, :] < tokens)
             weights = tl.where(seen, tl.exp(scores - logs[None, :]), 0.0)
             grad_values += dot(rounded(weights, g.dtype), g)
             grad_scores = rounded(weights * (dot(values, tl.trans(g)) - summed[None, :]) * scale, q_nope.dtype)
             grad_nope += dot(grad_scores, q_nope)
             grad_rope += dot(grad_scores, q_rope)
-    kind = grad_key.dtype.element_ty
-    tl.store(grad_key + row[:, None] * size + d[None, :], rounded(grad_nope, kind), mask=inside)
-    tl.store(grad_key + row[:, None] * size + nope + r[None, :], rounded(grad_rope, kind), mask=inside)
+    store_parts(grad_key + row[:, None] * size, inside, grad_nope, grad_rope, nope, rope)
     tl.store(grad_value + row[:, None] * width + v[None, :], rounded(grad_values, grad_value.dtype.element_ty), mask=inside)
 
 
