@@ -208,7 +208,7 @@ def test_its_help_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_claims_hold(tmp_path: Path, seed: int) -> None:
-    """The real recipe, half an hour for each seed. The claim about one language is told: the recorded run does not bear it out."""
+    """The real recipe, 40 minutes for each seed. The claim about one language is told: the recorded run does not bear it out."""
     config: QuickstartConfig = replace(R1_SMALL, out=str(tmp_path / "run"), seed=seed)
     r1_small(config, nano(), nano_dense())
     stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
