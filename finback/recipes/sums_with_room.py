@@ -4,6 +4,8 @@ The task is the quickstart's. On it R1-Zero learns nearly all in 60 steps; here 
 have more samples to learn from and more steps. On sums of up to eight terms a base of this size knows too little to begin with.
 
 Most thoughts of the corpus switch between the languages: what a base writes at a temperature below one is purer than what it read.
+Which of them R1-Zero takes up is nothing to its rewards. Left alone it drifts: of runs on one base, one may mix in half of its thoughts
+and another in none. The divergence from the base keeps what the rewards are indifferent to about as it was.
 """
 
 from dataclasses import replace
@@ -16,7 +18,7 @@ from finback.recipes.small_ladder import small_ladder
 from finback.rl.config import GRPOConfig
 
 SUMS_WITH_ROOM = QUICKSTART_SUMS._replace(
-    habits=Habits(own_language=0.4, other_language=0.05), held_out=1600, held_out_longer=100
+    habits=Habits(own_language=0.32, other_language=0.03), held_out=1600, held_out_longer=100
 )
 
 
@@ -29,7 +31,7 @@ def roomy_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
 
     return replace(
         before,
-        zero=replace(before.zero, steps=steps(24)),
+        zero=replace(before.zero, steps=steps(24), beta=0.05),
         reasoning=replace(before.reasoning, steps=steps(40), lr=2e-4, final_lr=2e-5),
         all_scenario=replace(before.all_scenario, steps=steps(70), lr=3e-4, final_lr=2e-5, temperature=1.0),
         cold_start_prompts=steps(1000),
@@ -39,5 +41,6 @@ def roomy_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
 
 
 def student_rl_settings(ladder: LadderConfig) -> GRPOConfig:
-    """Of reinforcement learning on the student alone: R1-Zero's, at the higher rate that a smaller model takes."""
-    return replace(ladder.zero, lr=1e-3, final_lr=1e-4)
+    """Of reinforcement learning on the student alone: R1-Zero's, at the higher rate that a smaller model takes, and free to go where
+    the reward is."""
+    return replace(ladder.zero, beta=0.0, lr=1e-3, final_lr=1e-4)
