@@ -16,18 +16,20 @@ from bench.machine import peak_memory_bytes, reset_peak_memory
 from bench.results import Row
 from bench.train import build_probe, token_source, training_step
 from finback.config import ModelConfig, count_params
-from finback.ops import grouped
+from finback.ops import attention, grouped
 from finback.presets import tiny
 from finback.train.throughput import training_flops_per_token
 
 TARGET_SHARE = 0.5
-TWIN = "torch's products of experts"
+# Names of what our C kernels stand in for, and where they are asked for.
+TWINS = {"torch's products of experts": (grouped, "_native"), "torch's products in attention": (attention, "causal_kernels_for")}
 _PRESET = tiny()
 
 # Where time is counted: with the function of ours that an operation runs inside of, else with the nearest of torch's own operations.
 FUNCTIONS = {
     "_Linear": "dense products",
     "_GroupedLinear": "expert products",
+    "_NativeAttention": "attention",
     "_BlockedAttention": "attention",
     "aten::scaled_dot_product_attention": "attention",
     "_LinearCrossEntropy": "head and loss",
@@ -77,7 +79,7 @@ def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str], dict[str,
         "fp32": (size, "fp32"),
     }
     competitors: dict[str, Callable[[], Any]] = {name: partial(build_steps, *variant) for name, variant in variants.items()}
-    competitors |= {f"{precision}, {TWIN}": partial(build_twin, size, precision) for precision in ("bf16", "fp32")}
+    competitors |= {f"{name}, {twin}": partial(build_twin, size, name, twin) for name in ("bf16", "fp32") for twin in TWINS}
     competitors |= {
         precision: partial(build_probe, precision[7:], ceilings.matmul_shape[precision[7:]])
         for precision in ("matmul bf16", "matmul fp32")
@@ -92,9 +94,9 @@ def run(size: Size, ceilings: Ceilings) -> tuple[list[Row], list[str], dict[str,
         ceiling = max(ceilings.matmul_gflop_per_second[precision], probe)
         gflop = training_flops_per_token(variant.config, size.tokens) / 1e9 * size.sequences * size.tokens
         floor = {"gflop": gflop, "seconds": gflop / ceiling}
-        twin = kept.get(f"{name}, {TWIN}")
-        peer = (TWIN, *summarize([tokens / turn.seconds for turn in twin])) if twin else ()
-        rows.append(Row(f"tiny {name}", "tokens_per_second", *speed, *peer, floor=floor))
+        twins = {twin: kept[f"{name}, {twin}"] for twin in TWINS if f"{name}, {twin}" in kept}
+        peers = [(twin, *summarize([tokens / turn.seconds for turn in theirs])) for twin, theirs in twins.items()]
+        rows += [Row(f"tiny {name}", "tokens_per_second", *speed, *peer, floor=floor) for peer in peers or [()]]
         share = speed.median / (size.sequences * size.tokens) * gflop / ceiling
         target = TARGET_SHARE if name == "bf16" else None
         rows.append(
@@ -112,12 +114,13 @@ def build_steps(size: Size, precision: str, recompute: str = "none") -> Callable
     return lambda turn: [step(turn) for _ in range(size.steps)]
 
 
-def build_twin(size: Size, precision: str) -> Callable[[Any], Any]:
-    """The same steps where torch multiplies for the experts."""
+def build_twin(size: Size, precision: str, twin: str) -> Callable[[Any], Any]:
+    """The same steps without one of the C kernels."""
     steps = build_steps(size, precision)
+    module, kernels = TWINS[twin]
 
     def turn(number: Any) -> Any:
-        with patch.object(grouped, "_native", lambda *_: None):
+        with patch.object(module, kernels, lambda *_: None):
             return steps(number)
 
     return turn

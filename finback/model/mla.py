@@ -63,7 +63,7 @@ class MLA(nn.Module):
         compressed = self.kv_a_proj_with_mqa(x)
 
         def expand() -> tuple[Tensor, Tensor, Tensor]:
-            query = self._query(compressed_query, rotary, recompute).transpose(1, 2).contiguous()
+            query = self._query(compressed_query, rotary, recompute).transpose(1, 2)
             latent, rope_key = self._latent(compressed, rotary)
             with rebuilt((latent,), lambda: (self._latent(compressed, rotary)[0],), recompute):
                 return query, *self._expand(latent, rope_key)
@@ -126,12 +126,12 @@ class MLA(nn.Module):
         return self.kv_a_layernorm(latent), apply_rotary(rope_key, rotary.cos, rotary.sin)
 
     def _expand(self, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, S, C], [B, S, R] -> keys [B, H, S, N + R] and values [B, H, S, V]."""
+        """[B, S, C], [B, S, R] -> keys [B, H, S, N + R] and values [B, H, S, V], in memory with their heads behind tokens."""
         expanded = self.kv_b_proj(latent).view(*latent.shape[:2], self.num_heads, self.nope_dim + self.value_dim)
         nope, value = expanded.split([self.nope_dim, self.value_dim], dim=-1)
         shared = rope_key.to(nope.dtype).unsqueeze(2).expand(-1, -1, self.num_heads, -1)
-        key = torch.cat((nope.transpose(1, 2), shared.transpose(1, 2)), dim=-1)
-        return key, value.transpose(1, 2).contiguous()
+        # Values are copied so that what is kept for the backward pass holds no second copy of the keys.
+        return torch.cat((nope, shared), dim=-1).transpose(1, 2), value.contiguous().transpose(1, 2)
 
     def _output(self, heads: Tensor) -> Tensor:
         """[B, T, H, V] -> [B, T, D]."""

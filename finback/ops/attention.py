@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finback.ops.native.build import training_kernels_for
+from finback.ops.native.build import causal_kernels_for, training_kernels_for
+from finback.ops.native.causal import CausalKernels
 from finback.ops.precision import wide
 
 _QUERY_BLOCK = 128  # queries per block: later keys are never multiplied
@@ -24,12 +25,44 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
     """
     assert mask is not None or query.shape[2] == key.shape[2], "without a mask, queries and keys are the same tokens"
     if mask is None and query.device.type == "cpu":
-        # Twice the speed of the CPU's fused kernel, which also refuses unequal head sizes.
+        kernels = causal_kernels_for(query, key, value)
+        if kernels is None:
+            return blocked_attention(query, key, value, scale)
         if not torch.is_grad_enabled():
-            return _blocked_forward(query, key, value, scale)
-        result: Tensor = _BlockedAttention.apply(query, key, value, scale)
+            return kernels.attention(query, key, value, scale)
+        result: Tensor = _NativeAttention.apply(query, key, value, scale)
         return result
     return attention_reference(query, key, value, scale, mask)
+
+
+class _NativeAttention(torch.autograd.Function):
+    """Keeps q, k and v only, as `_BlockedAttention`."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale = scale
+        return _kernels(query, key, value).attention(query, key, value, scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        saved: tuple[Tensor, Tensor, Tensor] = ctx.saved_tensors
+        return *_kernels(*saved).backward(grad, *saved, ctx.scale), None
+
+
+def _kernels(query: Tensor, key: Tensor, value: Tensor) -> CausalKernels:
+    kernels = causal_kernels_for(query, key, value)
+    assert kernels is not None, "they were there a moment ago"
+    return kernels
+
+
+def blocked_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """The same on a CPU by torch's products, a block of queries after the other: twice the speed of the CPU's fused kernel, which also
+    refuses unequal head sizes."""
+    if not torch.is_grad_enabled():
+        return _blocked_forward(query, key, value, scale)
+    result: Tensor = _BlockedAttention.apply(query, key, value, scale)
+    return result
 
 
 def attention_reference(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

@@ -11,7 +11,8 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Which of the two computes in this test."""
     name: str = request.param
     if name == "torch":
-        monkeypatch.setattr(build, "training_kernels", lambda: None)
+        for kernels in ("training_kernels", "causal_kernels"):
+            monkeypatch.setattr(build, kernels, lambda: None)
     elif build.training_kernels() is None:
         skip_without_compiler()
         raise AssertionError("the kernels do not compile")

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from finback.ops.attention import attention_reference, causal_attention, document_mask, grouped_attention, latent_attention
+from finback.ops.attention import (
+    attention_reference,
+    blocked_attention,
+    causal_attention,
+    document_mask,
+    grouped_attention,
+    latent_attention,
+)
 from tests.ops.rule import assert_close_in_float64, assert_low_precision_rule, assert_repeatable, outputs_and_gradients
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -40,8 +47,12 @@ def draw(shape: tuple[int, int, int, int, int], dtype: torch.dtype = torch.float
     return tuple((size * torch.randn(batch, heads, tokens, s)).to(dtype) for s in sizes)
 
 
-def blocked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return causal_attention(query, key, value, SCALE)
+
+
+def blocked(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return blocked_attention(query, key, value, SCALE)
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -49,22 +60,22 @@ def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("function", [blocked, reference])
+@pytest.mark.parametrize("function", [causal, blocked, reference])
 def test_causal_attention_equals_the_formula(function: object, shape: tuple[int, int, int, int, int]) -> None:
     assert_close_in_float64(function, naive, *draw(shape))  # type: ignore[arg-type]
 
 
 def test_causal_attention_passes_gradcheck() -> None:
     inputs = [tensor.double().requires_grad_() for tensor in draw((1, 2, 5, 4, 3))]
-    assert torch.autograd.gradcheck(blocked, inputs)
+    assert torch.autograd.gradcheck(causal, inputs)
 
 
 @pytest.mark.parametrize("tokens", [5, 129])
 def test_causal_attention_is_the_same_without_gradients(tokens: int) -> None:
     query, key, value = draw((2, 2, tokens, 8, 6))
     with torch.no_grad():
-        fast = blocked(query, key, value)
-    assert torch.equal(fast, blocked(query.requires_grad_(), key, value))
+        fast = causal(query, key, value)
+    assert torch.equal(fast, causal(query.requires_grad_(), key, value))
 
 
 def test_causal_attention_takes_any_strides() -> None:
@@ -72,7 +83,7 @@ def test_causal_attention_takes_any_strides() -> None:
     query, key, value = (
         tensor.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for tensor in draw((2, 3, 130, 8, 6))
     )
-    blocked(query, key, value).sum().backward()
+    causal(query, key, value).sum().backward()
     expected = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
     naive(*expected).sum().backward()
     for one, other in zip((query, key, value), expected, strict=True):
@@ -83,15 +94,15 @@ def test_causal_attention_takes_any_strides() -> None:
 
 def test_later_tokens_change_nothing_before_them() -> None:
     query, key, value = draw((1, 2, 200, 8, 8))
-    whole = blocked(query, key, value)
+    whole = causal(query, key, value)
     for end in (1, 100, 128, 150):
-        part = blocked(query[:, :, :end], key[:, :, :end], value[:, :, :end])
+        part = causal(query[:, :, :end], key[:, :, :end], value[:, :, :end])
         torch.testing.assert_close(whole[:, :, :end], part, rtol=1e-5, atol=1e-6)
 
 
 def test_large_scores_do_not_overflow() -> None:
     query, key, value = draw((1, 1, 140, 8, 4), size=60.0)
-    for tensor in outputs_and_gradients(blocked, (query, key, value)):
+    for tensor in outputs_and_gradients(causal, (query, key, value)):
         assert tensor.isfinite().all()
 
 
@@ -99,13 +110,13 @@ def test_large_scores_do_not_overflow() -> None:
 @pytest.mark.parametrize("shape", [(2, 4, 140, 24, 16), (1, 2, 300, 16, 16), (1, 2, 64, 8, 24)])
 def test_causal_attention_in_bf16_keeps_the_error_rule(shape: tuple[int, int, int, int, int], spread: float) -> None:
     """Against the plain formula, whose products round to bfloat16, for scores of standard deviation `spread`."""
-    assert_low_precision_rule(blocked, naive, *draw(shape, torch.bfloat16, _size(shape, spread)))
+    assert_low_precision_rule(causal, naive, *draw(shape, torch.bfloat16, _size(shape, spread)))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 140, 24, 16), (1, 2, 300, 16, 16), (1, 2, 64, 8, 24)])
 def test_causal_attention_in_bf16_keeps_the_error_rule_against_the_fused_kernel(shape: tuple[int, int, int, int, int]) -> None:
     """torch's kernel keeps scores in float32 inside. For scores as far apart as a model's at its start, ours is within the rule."""
-    assert_low_precision_rule(blocked, reference, *draw(shape, torch.bfloat16, _size(shape, 0.7)))
+    assert_low_precision_rule(causal, reference, *draw(shape, torch.bfloat16, _size(shape, 0.7)))
 
 
 def _size(shape: tuple[int, int, int, int, int], spread: float) -> float:
@@ -114,7 +125,7 @@ def _size(shape: tuple[int, int, int, int, int], spread: float) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_causal_attention_is_repeatable(dtype: torch.dtype) -> None:
-    assert_repeatable(blocked, *draw((2, 3, 200, 16, 8), dtype))
+    assert_repeatable(causal, *draw((2, 3, 200, 16, 8), dtype))
 
 
 @pytest.mark.parametrize("widths", [(8, 4), (8, 8), (4, 8)])
@@ -193,18 +204,18 @@ def repeated(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", GROUPED)
-@pytest.mark.parametrize("function", [blocked, reference])
+@pytest.mark.parametrize("function", [causal, blocked, reference])
 def test_grouped_queries_equal_the_formula(function: object, shape: tuple[int, int, int, int, int]) -> None:
     assert_close_in_float64(function, repeated, *draw_grouped(shape))  # type: ignore[arg-type]
 
 
 def test_grouped_queries_in_bf16_keep_the_error_rule() -> None:
-    assert_low_precision_rule(blocked, repeated, *draw_grouped((2, 6, 2, 140, 16), torch.bfloat16))
+    assert_low_precision_rule(causal, repeated, *draw_grouped((2, 6, 2, 140, 16), torch.bfloat16))
 
 
 def test_grouped_queries_pass_gradcheck() -> None:
     inputs = [tensor.double().requires_grad_() for tensor in draw_grouped((1, 4, 2, 5, 3))]
-    assert torch.autograd.gradcheck(blocked, inputs)
+    assert torch.autograd.gradcheck(causal, inputs)
 
 
 @pytest.mark.parametrize("share", [1, 3])

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from finback.ops.native.calls import Kernels
+from finback.ops.native.causal import CausalKernels
 from finback.ops.native.grouped import GroupedKernels
 from finback.ops.native.training import SUFFIXES, TrainingKernels
 
@@ -46,7 +47,8 @@ SOURCES = (
     "undefine.h",
 )
 TRAINING_SOURCES = ("training.c", "vectors.h", "training.h")
-GROUPED_SOURCES = ("grouped.c", "vectors.h", "grouped.h")
+GROUPED_SOURCES = ("grouped.c", "vectors.h", "tiles.h", "tile.h", "grouped.h")
+CAUSAL_SOURCES = ("causal.c", "vectors.h", "tiles.h", "tile.h", "causal.h")
 COMPILERS = ("gcc", "cc", "clang")
 # No -ffast-math: it would drop nan and inf, and flush denormal numbers of the whole process to zero.
 FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
@@ -80,6 +82,14 @@ def grouped_kernels() -> GroupedKernels | None:
     )
 
 
+@cache
+def causal_kernels() -> CausalKernels | None:
+    """Attention over expanded keys and values and its gradients, likewise."""
+    return _loaded(
+        CausalKernels, CAUSAL_SOURCES, "attention on the CPU is multiplied by torch, a training step up to a tenth slower"
+    )
+
+
 def _loaded(declare: Callable[[ctypes.CDLL], Declared], sources: tuple[str, ...], loss: str) -> Declared | None:
     try:
         return declare(_library(sources))
@@ -92,6 +102,12 @@ def grouped_kernels_for(dtype: torch.dtype, device: torch.device) -> GroupedKern
     """Those, where they multiply this fast."""
     kernels = grouped_kernels() if device.type == "cpu" and dtype in SUFFIXES else None
     return kernels if kernels is not None and dtype in kernels.dtypes else None
+
+
+def causal_kernels_for(query: Tensor, key: Tensor, value: Tensor) -> CausalKernels | None:
+    """Those, where they take these tensors."""
+    kernels = causal_kernels() if query.device.type == "cpu" and query.dtype in SUFFIXES else None
+    return kernels if kernels is not None and kernels.take(query, key, value) else None
 
 
 def training_kernels_for(*tensors: Tensor) -> TrainingKernels | None:
