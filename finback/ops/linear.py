@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from finback.ops.native.build import grouped_kernels_for
+
 _LARGE = 1 << 16  # elements of a matrix from which reading it, not starting to, is what takes the time
 _FEW_ROWS = 64  # below these, starting a product in oneDNN takes longer than MKL's whole product
 _FEW_SUMMED_ROWS = 256  # the same for a product that sums over rows
+_SMALL = 512  # rows and columns of a weight gradient up to which the C kernel of the experts is faster than oneDNN's convolution
 _COLUMNS = 4096  # of a wide product that are computed at a time: what comes out is then moved on from a cache
 
 
@@ -79,6 +82,9 @@ def sum_of_outer(left: Tensor, right: Tensor) -> Tensor:
     Through oneDNN, it is that of a convolution with a 1x1 kernel over an image of M x 1 pixels: without transposing copies.
     """
     if left.shape[0] >= _FEW_SUMMED_ROWS and prefers_onednn(left, right):
+        kernels = grouped_kernels_for(left.dtype, left.device)
+        if kernels is not None and max(left.shape[1], right.shape[1]) <= _SMALL:
+            return kernels.outer(left, right, torch.tensor([len(left)]))[0]
         kernel = left.new_empty(1).expand(left.shape[1], right.shape[1], 1, 1)  # only its shape is looked at
         images = [t.contiguous().view(1, len(t), 1, -1).permute(0, 3, 1, 2) for t in (left, right)]
         stride, padding, dilation = [1, 1], [0, 0], [1, 1]
