@@ -29,6 +29,8 @@ _PRESET = tiny()
 FUNCTIONS = {
     "_Linear": "dense products",
     "_GroupedLinear": "expert products",
+    "_GatheredLinear": "expert products",
+    "_SummedLinear": "expert products",
     "_NativeAttention": "attention",
     "_BlockedAttention": "attention",
     "aten::scaled_dot_product_attention": "attention",

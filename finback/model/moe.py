@@ -10,7 +10,15 @@ from torch import Tensor, nn
 from finback.config import ModelConfig
 from finback.model.layers import MLP
 from finback.model.recompute import rebuilt
-from finback.ops.grouped import dispatch_order, few_tokens, grouped_linear, permute, row_alignment, unpermute
+from finback.ops.grouped import (
+    dispatch_order,
+    few_tokens,
+    gathered_linear,
+    permute,
+    row_alignment,
+    summed_linear,
+    unpermute,
+)
 from finback.ops.packed import PackedWeight, unpacked
 from finback.ops.router import gate_values, router_scores, select_experts
 from finback.ops.swiglu import swiglu
@@ -98,16 +106,15 @@ class Experts(nn.Module):
             if few is not None:
                 return few
         dispatch = dispatch_order(indices, n_experts, row_alignment(indices.numel(), n_experts, dtype, x.device))
-        rows = permute(x.to(dtype), dispatch)
+        narrow = x.to(dtype)
         row_values = values.flatten().index_select(0, dispatch.order)
         if dispatch.real is not None:
             row_values = row_values * dispatch.real
-        gate = grouped_linear(rows, gate_weight.to(dtype), dispatch.rows)
-        up = grouped_linear(rows, up_weight.to(dtype), dispatch.rows)
+        gate = gathered_linear(narrow, gate_weight.to(dtype), dispatch)
+        up = gathered_linear(narrow, up_weight.to(dtype), dispatch)
         hidden = swiglu(gate, up, row_values)
         with rebuilt((hidden,), lambda: (swiglu(gate, up, row_values),), recompute):
-            output = grouped_linear(hidden, down_weight.to(dtype), dispatch.rows)
-        return unpermute(output, dispatch, x.shape[0])
+            return summed_linear(hidden, down_weight.to(dtype), dispatch, x.shape[0])
 
 
 class MoE(nn.Module):

@@ -109,6 +109,69 @@ class _Unpermute(torch.autograd.Function):
         return grad.index_select(0, token), None, None, None
 
 
+def gathered_linear(x: Tensor, weight: Tensor, dispatch: Dispatch) -> Tensor:
+    """`grouped_linear` of the permuted rows, which the C kernels need not build: x [N, D], weight [E, F, D] -> [M, F]."""
+    kernels = _native_gathering(x, weight, dispatch)
+    if kernels is None:
+        return grouped_linear(permute(x, dispatch), weight, dispatch.rows)
+    result: Tensor = _GatheredLinear.apply(x, weight, dispatch, kernels)
+    return result
+
+
+def summed_linear(y: Tensor, weight: Tensor, dispatch: Dispatch, tokens: int) -> Tensor:
+    """`unpermute` of `grouped_linear`, whose gradient is not permuted but read by row: y [M, F], weight [E, D, F] -> [N, D]."""
+    kernels = _native_gathering(y, weight, dispatch)
+    if kernels is None:
+        return unpermute(grouped_linear(y, weight, dispatch.rows), dispatch, tokens)
+    result: Tensor = _SummedLinear.apply(y, weight, dispatch, tokens, kernels)
+    return result
+
+
+def _native_gathering(x: Tensor, weight: Tensor, dispatch: Dispatch) -> GroupedKernels | None:
+    """The C kernels, where they take all three products of a layer with this weight."""
+    if dispatch.real is not None or x.dtype != weight.dtype:
+        return None
+    kernels = _native(len(dispatch.token), len(dispatch.rows), x.dtype, x.device)
+    return kernels if kernels is not None and all(kernels.take(size, x.dtype) for size in weight.shape[1:]) else None
+
+
+class _GatheredLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, dispatch: Dispatch, kernels: GroupedKernels) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.dispatch, ctx.kernels = dispatch, kernels
+        return kernels.product(x, weight.transpose(1, 2), dispatch.rows, dispatch.token)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        dispatch: Dispatch = ctx.dispatch
+        kernels: GroupedKernels = ctx.kernels
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _gather_sum(kernels.product(grad, weight, dispatch.rows), dispatch.inverse, len(x))
+        if ctx.needs_input_grad[1]:
+            grad_weight = kernels.outer(grad, x, dispatch.rows, right_order=dispatch.token)
+        return grad_x, grad_weight, None, None
+
+
+class _SummedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, dispatch: Dispatch, tokens: int, kernels: GroupedKernels) -> Tensor:
+        ctx.save_for_backward(y, weight)
+        ctx.dispatch, ctx.kernels = dispatch, kernels
+        return _gather_sum(kernels.product(y, weight.transpose(1, 2), dispatch.rows), dispatch.inverse, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        y, weight = ctx.saved_tensors
+        dispatch: Dispatch = ctx.dispatch
+        kernels: GroupedKernels = ctx.kernels
+        grad_y = kernels.product(grad, weight, dispatch.rows, dispatch.token) if ctx.needs_input_grad[0] else None
+        grad_weight = kernels.outer(grad, y, dispatch.rows, left_order=dispatch.token) if ctx.needs_input_grad[1] else None
+        return grad_y, grad_weight, None, None, None
+
+
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """y[i] = weight[e] x[i] for the rows i of expert e: x [M, D] sorted by expert, weight [E, F, D], counts int64 [E] -> [M, F]."""
     result: Tensor = _GroupedLinear.apply(x, weight, counts)

@@ -21,7 +21,7 @@ static void NAME(rows_as_columns)(const STORED *from, int64_t stride, int64_t to
 static void NAME(rows_as_rows)(const STORED *from, int64_t stride, int64_t tokens, int64_t size, uint32_t *to) {
   int64_t depth = (tokens + PER_WORD - 1) / PER_WORD;
   for (int64_t at = 0; at < size; at += TILE_COLUMNS)
-    NAME(pack_columns)(from + at, stride, size - at, tokens, to + at * depth, TILE_COLUMNS);
+    NAME(pack_columns)(from + at, stride, 0, size - at, tokens, to + at * depth, TILE_COLUMNS);
 }
 
 // Products of up to TILE_ROWS rows with the first `seen` rows that were packed as columns, in whole vectors: float32

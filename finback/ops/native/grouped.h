@@ -1,9 +1,9 @@
 // The products of grouped.c for one stored type.
 
-// y [M, columns]: rows starts[g] to starts[g + 1] of x [M, K] times the matrix of group g, with K in words: `depth`. Matrices are
-// [groups, columns, K] (`turned`), or [groups, K, columns]. panels [threads, depth, TILE_COLUMNS].
-void NAME(grouped_product)(const uint32_t *x, const STORED *w, STORED *y, const int64_t *starts, uint32_t *panels, int64_t groups,
-                           int64_t depth, int64_t columns, int64_t turned, int64_t threads) {
+// y [M, columns]: rows starts[g] to starts[g + 1] of x [M, K] times the matrix of group g, with K in words: `depth`. With `order` [M],
+// row m of x is x[order[m]]. Matrices are [groups, columns, K] (`turned`), or [groups, K, columns]. panels [threads, depth, TILE_COLUMNS].
+void NAME(grouped_product)(const uint32_t *x, const int64_t *order, const STORED *w, STORED *y, const int64_t *starts,
+                           uint32_t *panels, int64_t groups, int64_t depth, int64_t columns, int64_t turned, int64_t threads) {
   int64_t largest = 0, across = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
   for (int64_t g = 0; g < groups; g++) largest = most(largest, starts[g + 1] - starts[g]);
   int64_t blocks = (largest + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
@@ -17,17 +17,25 @@ void NAME(grouped_product)(const uint32_t *x, const STORED *w, STORED *y, const 
     if (turned)
       NAME(pack_rows)((const uint32_t *)matrix + column * depth, depth, here, depth, panel);
     else
-      NAME(pack_columns)(matrix + column, columns, here, depth * PER_WORD, panel, TILE_COLUMNS);
-    for (; row < end; row += TILE_ROWS)
-      NAME(tile_of)(least(TILE_ROWS, end - row), x + row * depth, depth, 1, panel, depth, 0, 0, y + row * columns + column, columns, here);
+      NAME(pack_columns)(matrix + column, columns, 0, here, depth * PER_WORD, panel, TILE_COLUMNS);
+    for (; row < end; row += TILE_ROWS) {
+      int64_t rows = least(TILE_ROWS, end - row);
+      const uint32_t *at[TILE_ROWS];
+      for (int64_t m = 0; m < TILE_ROWS; m++) {
+        int64_t from = row + least(m, rows - 1);
+        at[m] = x + (order ? order[from] : from) * depth;
+      }
+      NAME(tile_of_rows)(rows, at, 1, panel, depth, 0, 0, y + row * columns + column, columns, here);
+    }
   }
 }
 
 // For each group the sum over its rows of left_i right_i^T: left [M, height], right [M, width] -> y [groups, height, width], 0 for a
-// group without rows. `strips` has room for as many words as all groups have in depth times ceil(height / STRIP) * STRIP;
+// group without rows. Either operand may have an order, as above. `strips` has room for as many words as all groups have in depth times ceil(height / STRIP) * STRIP;
 // panels [threads, DEPTH_AT_ONCE, TILE_COLUMNS], sums [threads, ROWS_AT_ONCE, TILE_COLUMNS].
-void NAME(grouped_outer)(const STORED *left, const STORED *right, STORED *y, const int64_t *starts, uint32_t *strips,
-                         uint32_t *panels, float *sums, int64_t groups, int64_t height, int64_t width, int64_t threads) {
+void NAME(grouped_outer)(const STORED *left, const int64_t *left_order, const STORED *right, const int64_t *right_order, STORED *y,
+                         const int64_t *starts, uint32_t *strips, uint32_t *panels, float *sums, int64_t groups, int64_t height,
+                         int64_t width, int64_t threads) {
   enum { SUMMED_AT_ONCE = DEPTH_AT_ONCE * PER_WORD };
   int64_t down = (height + STRIP - 1) / STRIP, across = (width + TILE_COLUMNS - 1) / TILE_COLUMNS, largest = 0;
   int64_t first[groups + 1];  // words in depth before each group
@@ -44,7 +52,8 @@ void NAME(grouped_outer)(const STORED *left, const STORED *right, STORED *y, con
     int64_t row = starts[g] + block * SUMMED_AT_ONCE, summed = least(SUMMED_AT_ONCE, starts[g + 1] - row);
     if (summed <= 0) continue;
     uint32_t *to = strips + (first[g] + block * DEPTH_AT_ONCE) * down * STRIP + column * ((summed + PER_WORD - 1) / PER_WORD);
-    NAME(pack_columns)(left + row * height + column, height, height - column, summed, to, STRIP);
+    const STORED *from = left + column + (left_order ? 0 : row * height);
+    NAME(pack_columns)(from, height, left_order ? left_order + row : 0, height - column, summed, to, STRIP);
   }
   int64_t parts = (height + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
   PRAGMA(omp parallel for num_threads((int)threads) schedule(dynamic))
@@ -60,7 +69,8 @@ void NAME(grouped_outer)(const STORED *left, const STORED *right, STORED *y, con
       int64_t summed = least(SUMMED_AT_ONCE, starts[g + 1] - row), depth = (summed + PER_WORD - 1) / PER_WORD;
       int last = row + SUMMED_AT_ONCE >= starts[g + 1];
       const uint32_t *packed = strips + (first[g] + block * DEPTH_AT_ONCE) * down * STRIP;
-      NAME(pack_columns)(right + row * width + column, width, here, summed, panel, TILE_COLUMNS);
+      const STORED *rows = right + column + (right_order ? 0 : row * width);
+      NAME(pack_columns)(rows, width, right_order ? right_order + row : 0, here, summed, panel, TILE_COLUMNS);
       for (int64_t m = 0; m < bottom - top; m += TILE_ROWS) {
         const float *from = block ? sum + m * TILE_COLUMNS : 0;
         float *kept = last ? 0 : sum + m * TILE_COLUMNS;

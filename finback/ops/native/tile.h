@@ -25,18 +25,18 @@ INLINE void NAME(store_sum)(STORED *to, vector value, int64_t count) { store_par
 
 // ---- one tile
 
-// `rows` rows of the first `across` vectors of a panel's columns: word i of row m of the left operand is a[m * a_row + i * a_step], of
-// the panel b[i * TILE_COLUMNS]. Sums are added to `from`, if it is there, and go to `sums`, both float32 in rows of TILE_COLUMNS, or
+// `rows` rows of the first `across` vectors of a panel's columns: word i of row m of the left operand is a[m][i * a_step], of the panel
+// b[i * TILE_COLUMNS]. Sums are added to `from`, if it is there, and go to `sums`, both float32 in rows of TILE_COLUMNS, or
 // rounded to `y`; only `columns` of them are there.
-INLINE void NAME(tile)(const int rows, const int across, const uint32_t *a, int64_t a_row, int64_t a_step, const uint32_t *b,
-                       int64_t depth, const float *from, float *sums, STORED *y, int64_t y_row, int64_t columns) {
+INLINE void NAME(tile)(const int rows, const int across, const uint32_t *const *a, int64_t a_step, const uint32_t *b, int64_t depth,
+                       const float *from, float *sums, STORED *y, int64_t y_row, int64_t columns) {
   vector sum[TILE_ROWS][4];
   UNROLL(6) for (int m = 0; m < rows; m++) UNROLL(4) for (int j = 0; j < across; j++) sum[m][j] = splat(0);
   for (int64_t i = 0; i < depth; i++) {
     words right[4];  // each loaded by itself: all at once would go through the stack
     UNROLL(4) for (int j = 0; j < across; j++) memcpy(right + j, b + i * TILE_COLUMNS + LANES * j, sizeof *right);
     UNROLL(6) for (int m = 0; m < rows; m++) {
-      words left = a[m * a_row + i * a_step] - (words){0};
+      words left = a[m][i * a_step] - (words){0};
       UNROLL(4) for (int j = 0; j < across; j++) sum[m][j] = NAME(multiply_add)(sum[m][j], left, right[j]);
     }
   }
@@ -50,18 +50,26 @@ INLINE void NAME(tile)(const int rows, const int across, const uint32_t *a, int6
   }
 }
 
-// Any number of rows up to that of a tile, and of columns.
-static void NAME(tile_of)(int64_t rows, const uint32_t *a, int64_t a_row, int64_t a_step, const uint32_t *b, int64_t depth,
-                          const float *from, float *sums, STORED *y, int64_t y_row, int64_t columns) {
-#define TILE_OF(count)                                                                                          \
-  case count:                                                                                                   \
-    if (columns > 2 * LANES)                                                                                    \
-      NAME(tile)(count, 4, a, a_row, a_step, b, depth, from, sums, y, y_row, columns);                          \
-    else                                                                                                        \
-      NAME(tile)(count, 2, a, a_row, a_step, b, depth, from, sums, y, y_row, columns);                          \
+// Any number of rows up to that of a tile, wherever they lie, and of columns.
+static void NAME(tile_of_rows)(int64_t rows, const uint32_t *const *a, int64_t a_step, const uint32_t *b, int64_t depth,
+                               const float *from, float *sums, STORED *y, int64_t y_row, int64_t columns) {
+#define TILE_OF(count)                                                              \
+  case count:                                                                       \
+    if (columns > 2 * LANES)                                                        \
+      NAME(tile)(count, 4, a, a_step, b, depth, from, sums, y, y_row, columns);     \
+    else                                                                            \
+      NAME(tile)(count, 2, a, a_step, b, depth, from, sums, y, y_row, columns);     \
     break;
   switch (rows) { TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6) }
 #undef TILE_OF
+}
+
+// The same of rows that lie `a_row` words apart.
+INLINE void NAME(tile_of)(int64_t rows, const uint32_t *a, int64_t a_row, int64_t a_step, const uint32_t *b, int64_t depth,
+                          const float *from, float *sums, STORED *y, int64_t y_row, int64_t columns) {
+  const uint32_t *at[TILE_ROWS];
+  for (int64_t m = 0; m < TILE_ROWS; m++) at[m] = a + least(m, rows - 1) * a_row;
+  NAME(tile_of_rows)(rows, at, a_step, b, depth, from, sums, y, y_row, columns);
 }
 
 // ---- packing
@@ -84,32 +92,35 @@ static void NAME(pack_rows)(const uint32_t *from, int64_t row, int64_t columns, 
     }
 }
 
-// The words at `from`, whose second halves, if there are any, are of the row below; `count` of them are there.
-INLINE words NAME(words_of)(const STORED *from, int64_t row, int has_next, int64_t count) {
+// The first `count` words at `from`, whose second halves, if there are any, are of the row at `below`.
+INLINE words NAME(words_of)(const STORED *from, const STORED *below, int64_t count) {
 #if BF16
   words low = (words)load_part_bfloat16(from, count) >> 16;
-  return has_next ? low | (words)load_part_bfloat16(from + row, count) : low;
+  return below ? low | (words)load_part_bfloat16(below, count) : low;
 #else
-  (void)row, (void)has_next;
+  (void)below;
   return (words)load_part_float32(from, count);
 #endif
 }
 
-// `width` columns of a matrix [K, columns], whose rows are `row` elements apart and `summed` in number: to [depth, width], with zeros
-// where there are no more columns.
-INLINE void NAME(pack_columns)(const STORED *from, int64_t row, int64_t columns, int64_t summed, uint32_t *to, const int64_t width) {
+// `width` columns of a matrix of `columns`, whose rows are `row` elements apart: its first `summed` rows, or those that `order` names,
+// to [depth, width], with zeros where there are no more columns.
+INLINE void NAME(pack_columns)(const STORED *from, int64_t row, const int64_t *order, int64_t columns, int64_t summed, uint32_t *to,
+                               const int64_t width) {
   int64_t depth = (summed + PER_WORD - 1) / PER_WORD, paired = summed / PER_WORD;
   for (int64_t i = 0; i < depth; i++) {
-    const STORED *at = from + i * PER_WORD * row;
-    if (columns >= width && i < paired) {
+    int64_t first = i * PER_WORD, next = first + PER_WORD - 1;
+    const STORED *at = from + (order ? order[first] : first) * row, *below = 0;
+    if (i < paired) below = from + (order ? order[next] : next) * row;
+    if (columns >= width && below) {
       UNROLL(6) for (int64_t j = 0; j < width; j += LANES) {
-        words block = NAME(words_of)(at + j, row, 1, LANES);
+        words block = NAME(words_of)(at + j, below + j, LANES);
         memcpy(to + i * width + j, &block, sizeof block);
       }
     } else {
       for (int64_t j = 0; j < width; j += LANES) {
         words block = {0};
-        if (columns > j) block = NAME(words_of)(at + j, row, i < paired, columns - j);
+        if (columns > j) block = NAME(words_of)(at + j, below ? below + j : 0, columns - j);
         memcpy(to + i * width + j, &block, sizeof block);
       }
     }

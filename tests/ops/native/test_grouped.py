@@ -9,6 +9,7 @@ from torch import Tensor
 from finback.ops import grouped
 from finback.ops.native.build import grouped_kernels, grouped_kernels_for
 from finback.ops.native.grouped import GroupedKernels
+from tests.ops.rule import outputs_and_gradients
 
 CPU = torch.device("cpu")
 # Rows of each group, P, Q: less than a tile and a panel, none, more than one visit of a sum to memory, sizes that divide by nothing.
@@ -87,6 +88,20 @@ def test_they_are_the_products_of_each_group(
     assert not sums[counts == 0].any()
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_named_by_an_order_are_read_where_they_lie(
+    shape: tuple[list[int], int, int], dtype: torch.dtype, kernels: GroupedKernels
+) -> None:
+    rows, matrices, right, counts = operands(shape, dtype)
+    few = max(1, len(rows) // 3)  # of which most stand in several places
+    order, other = (torch.randint(few, (len(rows),), generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.equal(kernels.product(rows[:few], matrices, counts, order), kernels.product(rows[:few][order], matrices, counts))
+    sums = kernels.outer(rows[:few][order], right[:few][other], counts)
+    assert torch.equal(kernels.outer(rows[:few], right[:few], counts, order, other), sums)
+    assert torch.equal(kernels.outer(rows[:few], right[:few][other], counts, left_order=order), sums)
+    assert torch.equal(kernels.outer(rows[:few][order], right[:few], counts, right_order=other), sums)
+
+
 def test_no_result_depends_on_the_number_of_threads(dtype: torch.dtype, kernels: GroupedKernels, threads: None) -> None:
     rows, matrices, right, counts = operands(([700, 1100, 30], 130, 200), dtype)
     found = []
@@ -112,6 +127,42 @@ def test_sums_of_an_odd_number_of_bfloat16_are_left_to_torch(kernels: GroupedKer
     rows, matrices, _, counts = operands(([40, 40], 5, 8), torch.bfloat16)
     ours = grouped.grouped_linear(rows, matrices.transpose(1, 2), counts)
     assert_close(ours, products(rows.double(), matrices.double(), counts))
+
+
+def test_gathering_and_summing_products_equal_those_of_permuted_rows(
+    dtype: torch.dtype, kernels: GroupedKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 60 tokens that choose 3 of 5 experts; gradients of all operands."""
+    monkeypatch.setattr(grouped, "onednn_is_faster", lambda: True)
+    dispatch = grouped.dispatch_order(torch.rand(60, 5, generator=torch.Generator().manual_seed(0)).topk(3).indices, 5)
+    x, weight, back = torch.randn(60, 8).to(dtype), torch.randn(5, 12, 8).to(dtype), torch.randn(5, 8, 12).to(dtype)
+
+    def native(x: Tensor, weight: Tensor, back: Tensor) -> Tensor:
+        return grouped.summed_linear(grouped.gathered_linear(x, weight, dispatch), back, dispatch, 60)
+
+    def plain(x: Tensor, weight: Tensor, back: Tensor) -> Tensor:
+        rows = grouped.grouped_linear(grouped.permute(x, dispatch), weight, dispatch.rows)
+        return grouped.unpermute(grouped.grouped_linear(rows, back, dispatch.rows), dispatch, 60)
+
+    permuted = []
+    permute = grouped.permute
+    monkeypatch.setattr(grouped, "permute", lambda *a: (permuted.append(a), permute(*a))[1])
+    ours = outputs_and_gradients(native, (x, weight, back))
+    assert len(permuted) == (grouped_kernels_for(dtype, CPU) is None)
+    for one, other in zip(ours, outputs_and_gradients(plain, (x, weight, back)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("alignment", [1, 4])
+def test_what_the_kernels_do_not_take_is_permuted(alignment: int) -> None:
+    """Rows of float64, and rows that were filled up."""
+    dispatch = grouped.dispatch_order(torch.arange(40).view(20, 2) % 3, 3, alignment)
+    x, weight = torch.randn(20, 4, dtype=torch.float64), torch.randn(3, 6, 4, dtype=torch.float64)
+    ours = grouped.gathered_linear(x, weight, dispatch)
+    assert torch.equal(ours, grouped.grouped_linear(grouped.permute(x, dispatch), weight, dispatch.rows))
+    back = weight.transpose(1, 2).contiguous()
+    summed = grouped.summed_linear(ours, back, dispatch, 20)
+    assert torch.equal(summed, grouped.unpermute(grouped.grouped_linear(ours, back, dispatch.rows), dispatch, 20))
 
 
 def test_experts_use_them_where_there_are_rows_enough(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
