@@ -26,7 +26,7 @@ from finback.commands.plan_fields import (
 )
 from finback.config import InputError, ModelConfig, nearest
 from finback.data.files import write_atomic
-from finback.parallel.schedule import SCHEDULES, Action, Costs, interleaved, simulate
+from finback.parallel.schedule import SCHEDULES, Action, Costs, Simulation, interleaved, simulate
 from finback.planner import drawing
 from finback.planner.fit import fit_table
 from finback.planner.hardware import ROWS, Hardware, Precision
@@ -323,7 +323,19 @@ def _schedule(fields: ScheduleFields) -> None:
     except ValueError as error:  # the schedules know nothing of ours, so they raise the plain kind
         raise InputError(str(error)) from None
     title = f"{name}, {fields.stages} stages, {fields.microbatches} micro-batches"
-    plan = {
+    _show(
+        fields,
+        _schedule_data(name, fields, schedule, result, costs) if fields.json else None,
+        lambda: print_schedule(title, schedule, result, costs),
+        lambda: drawing.schedule_png(title, schedule, result),
+    )
+
+
+def _schedule_data(
+    name: str, fields: ScheduleFields, schedule: Sequence[Sequence[Action]], result: Simulation, costs: Costs
+) -> dict[str, Any]:
+    """Every action with its times: of a large schedule more than the rest of an answer takes."""
+    return {
         "schedule": name,
         "num_stages": fields.stages,
         "num_microbatches": fields.microbatches,
@@ -340,12 +352,6 @@ def _schedule(fields: ScheduleFields) -> None:
             for actions, spans in zip(schedule, result.timeline, strict=True)
         ],
     }
-    _show(
-        fields,
-        plan,
-        lambda: print_schedule(title, schedule, result, costs),
-        lambda: drawing.schedule_png(title, schedule, result),
-    )
 
 
 MOST_STAGES = 1000

@@ -349,16 +349,21 @@ def print_hardware(rows: Sequence[Hardware]) -> None:
     _say(*(f"{row.name}: {row.source}." for row in rows))
 
 
+MOST_RANKS = 128
+"""Ranks of a schedule that are printed."""
+
+
 def print_schedule(title: str, schedule: Sequence[Sequence[Action]], result: Simulation, costs: Costs) -> None:
-    """`finback plan schedule`: a line for each rank, then what the simulation says."""
+    """`finback plan schedule`: a line for each rank, then what the simulation says; of very many ranks the first ones."""
     width = shutil.get_terminal_size((_PIPE_WIDTH, 24)).columns if sys.stdout.isatty() else _LONGEST_LINE
     shortest = min(costs.of(action.kind) for actions in schedule for action in actions)
     scale = columns_per_unit(result, shortest, width)
     _say(title)
     console = _console()
-    for rank, (actions, spans) in enumerate(zip(schedule, result.timeline, strict=True)):
+    shown = range(min(len(schedule), MOST_RANKS))
+    for rank in shown:
         line = Text(f"{rank:>3}  ")
-        for text, kind in cells(actions, spans, scale, result.makespan):
+        for text, kind in cells(schedule[rank], result.timeline[rank], scale, result.makespan):
             line.append(text, style="dim" if kind is None else f"white on {COLORS[kind]}")
         console.print(line, soft_wrap=True, no_wrap=True)
     _say("F forward, B backward, I input gradient, W weight gradient, P overlapped pair (its forward's number), . waiting", "")
@@ -367,9 +372,11 @@ def print_schedule(title: str, schedule: Sequence[Sequence[Action]], result: Sim
         ("rank", "bubble", "most activations", "stages held"),
         [
             (str(rank), f"{result.bubbles[rank]:g}", str(result.peak_live_activations[rank]), str(result.parameter_copies[rank]))
-            for rank in range(len(schedule))
+            for rank in shown
         ],
     )
+    if len(shown) < len(schedule):
+        _say(f"The first {MOST_RANKS} of {len(schedule):,} ranks; --json has all, --png draws all.")
 
 
 def print_validation(rows: Sequence[Row]) -> None:

@@ -1,6 +1,7 @@
 """`finback plan` at the terminal: every kind as table and as JSON, pictures, and one sentence for whatever is wrong."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -91,6 +92,17 @@ def test_the_largest_schedules_are_drawn_soon(
     assert main(["plan", "schedule", "one_f_one_b", *words]) == 0
     assert time.process_time() - start < 6  # one, where nothing else runs
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_very_many_ranks_the_first_are_printed_and_the_rest_told(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "schedule", "1f1b", "--stages", "129", "--microbatches", "2"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "The first 128 of 129 ranks; --json has all, --png draws all."
+    drawn = [line.split()[0] for line in printed if re.match(r" *\d+  [.F]", line)]
+    assert drawn == [str(rank) for rank in range(128)]
+    assert main([*words, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["ranks"]) == 129
 
 
 def test_numbers_carry_their_units(capsys: pytest.CaptureFixture[str]) -> None:
