@@ -11,7 +11,17 @@ from finback.ops.linear import add_sum_of_outer, linear, rows_times, sum_of_oute
 from tests.ops.rule import assert_repeatable, outputs_and_gradients
 
 # rows, inputs, outputs: below and above the thresholds, and sizes that divide by nothing
-SHAPES = [(1, 3, 2), (63, 16, 8), (64, 16, 8), (65, 7, 5), (256, 32, 48), (300, 33, 17), (257, 1, 1), (256, 520, 6)]
+SHAPES = [
+    (1, 3, 2),
+    (63, 16, 8),
+    (64, 16, 8),
+    (65, 7, 5),
+    (256, 32, 48),
+    (300, 33, 17),
+    (257, 1, 1),
+    (256, 520, 6),
+    (520, 6, 520),
+]
 
 
 @pytest.fixture(params=[False, True], autouse=True)
