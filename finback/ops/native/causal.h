@@ -43,20 +43,19 @@ INLINE void NAME(strip)(int64_t rows, const STORED *a, int64_t stride, const uin
 INLINE float NAME(exponentials)(float *strip, int64_t m, int64_t seen, float scale) {
   int64_t whole = seen / LANES * LANES;
   vector top = splat(-INFINITY), sum = splat(0), last = splat(0);
-  for (int64_t i = 0; i < whole; i += LANES) top = larger(load_float32(strip + IN_STRIP(i, m)), top);
+  for (int64_t i = 0; i < whole; i += LANES) top = larger(load_float32(strip + IN_STRIP(i, m)) * scale, top);
   if (whole < seen) {
-    last = first_lanes(load_float32(strip + IN_STRIP(whole, m)), seen - whole, -INFINITY);
+    last = first_lanes(load_float32(strip + IN_STRIP(whole, m)) * scale, seen - whole, -INFINITY);
     top = larger(last, top);
   }
-  // Scores are compared before they are scaled, which keeps their order: the scale is positive.
-  vector least_distance = splat(largest_lane(top) * scale);
+  vector greatest = splat(largest_lane(top));
   for (int64_t i = 0; i < whole; i += LANES) {
-    vector term = exponential(load_float32(strip + IN_STRIP(i, m)) * scale - least_distance);
+    vector term = exponential(load_float32(strip + IN_STRIP(i, m)) * scale - greatest);
     store_float32(strip + IN_STRIP(i, m), term);
     sum += term;
   }
   if (whole < seen) {
-    vector term = exponential(last * scale - least_distance);
+    vector term = exponential(last - greatest);
     store_float32(strip + IN_STRIP(whole, m), term);
     sum += term;
   }

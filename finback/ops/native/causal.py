@@ -44,6 +44,7 @@ class CausalKernels:
         shared, padded = heads // key.shape[1], _padded(tokens)
         output = _heads_last(batch, heads, tokens, width, query.dtype)
         block = _BLOCK if batch * key.shape[1] * tokens >= 4 * threads * _BLOCK else _QUERIES_AT_ONCE
+        threads = min(threads, batch * key.shape[1] * -(-tokens // block))  # each has room of its own
         room = padded * (size + _padded(width) + 2 * _TILE_ROWS)
         scratch, strides = torch.empty(threads, room, dtype=torch.int32), _strides(query, key, value, output)
         self._forward[query.dtype](
@@ -57,6 +58,7 @@ class CausalKernels:
         grad, query, key, value = (_readable(t) for t in (grad, query, key, value))
         (batch, heads, tokens, size), width, threads = query.shape, value.shape[-1], torch.get_num_threads()
         groups, padded, wide, wide_values = key.shape[1], _padded(tokens), _padded(size), _padded(width)
+        threads = min(threads, batch * groups)
         grads = (
             _heads_last(batch, heads, tokens, size, query.dtype),
             _heads_last(batch, groups, tokens, size, query.dtype),

@@ -127,6 +127,13 @@ def test_nothing_is_read_behind_the_queries_of_a_tile(dtype: torch.dtype, kernel
     assert output[:, :, 60:].isnan().all()
 
 
+def test_a_negative_scale_is_one_like_others(dtype: torch.dtype, kernels: CausalKernels) -> None:
+    query, key, value, grad = draw((1, 2, 2, 50, 16, 8), dtype)
+    negative = [kernels.attention(query, key, value, -SCALE), *kernels.backward(grad, query, key, value, -SCALE)]
+    wanted = exact(-query, key, value, grad)
+    assert_close(negative, [wanted[0], -wanted[1], *wanted[2:]], dtype)
+
+
 def test_scores_far_apart_overflow_nothing(dtype: torch.dtype, kernels: CausalKernels) -> None:
     operands = tuple(60 * t for t in draw((1, 1, 1, 140, 8, 4), dtype))
     assert all(t.isfinite().all() for t in computed(kernels, *operands))
