@@ -69,8 +69,8 @@ def test_the_whole_search_answers_without_torch_and_within_a_second(capsys: pyte
         ["serve", "v3-671b", "--redundant-experts", "999999937"],
         ["rl", "v3-671b", "--devices", "1000000000", "--pp", "999"],
         ["schedule", "one_f_one_b", "--stages", "20000", "--microbatches", "1"],
-        ["schedule", "one_f_one_b", "--stages", "1000", "--microbatches", "20"],
-        ["schedule", "dualpipe", "--stages", "64", "--microbatches", "312"],
+        ["schedule", "one_f_one_b", "--stages", "1000", "--microbatches", "12"],
+        ["schedule", "dualpipe", "--stages", "64", "--microbatches", "186"],
     ],
     ids=" ".join,
 )
@@ -83,7 +83,7 @@ def test_the_largest_questions_are_answered_soon(words: list[str], capsys: pytes
     assert len(printed.out) > 100 or printed.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("stages", "microbatches"), [(64, 312), (1000, 20)])
+@pytest.mark.parametrize(("stages", "microbatches"), [(64, 187), (1000, 12)])
 def test_the_largest_schedules_are_drawn_soon(
     stages: int, microbatches: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
