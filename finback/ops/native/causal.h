@@ -105,13 +105,13 @@ void NAME(causal_attention)(const STORED *q, const STORED *k, const STORED *v, S
 
 // ---- gradients
 
-// Row m of the first operand, and with it of a pair, as words in which two neighbouring queries are neighbours: from float32 rows.
-INLINE void NAME(store_pair)(uint32_t *to, vector upper, vector lower) {
+// What two neighbouring queries have for the same keys, as the halves of words; in float32 a word is the first one's alone.
+INLINE void NAME(store_pair)(uint32_t *to, vector first, vector second) {
 #if BF16
-  words pair = NAME(rounded_word)(upper) | NAME(rounded_word)(lower) << 16;
+  words pair = NAME(rounded_word)(first) | NAME(rounded_word)(second) << 16;
 #else
-  words pair = (words)upper;
-  (void)lower;
+  words pair = (words)first;
+  (void)second;
 #endif
   memcpy(to, &pair, sizeof pair);
 }
