@@ -307,7 +307,7 @@ def test_help_names_every_kind_and_field(capsys: pytest.CaptureFixture[str]) -> 
         (["schedule", "dualpipe", "--forward", "0"], "--forward is 0, it must be positive"),
         (["schedule", "zb1p", "--microbatches", "1000000"], "give fewer micro-batches"),
         (["schedule"], "NAME is missing"),
-        (["schedule", "interleaved", "--stages", "8", "--microbatches", "16", "--chunks", "1000000"], "use at most --chunks 156"),
+        (["schedule", "interleaved", "--stages", "8", "--microbatches", "16", "--chunks", "1000000"], "use at most --chunks 93"),
         (["schedule", "interleaved", "--stages", "100", "--microbatches", "200", "--chunks", "2"], "give fewer micro-batches"),
         (
             ["serve", "v3-671b", "--decode-ep", "100"],
