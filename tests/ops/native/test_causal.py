@@ -1,7 +1,5 @@
 """Causal attention in C beside the formula in float64."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +7,7 @@ from torch import Tensor
 from finback.ops import attention
 from finback.ops.native.build import causal_kernels, causal_kernels_for
 from finback.ops.native.causal import CausalKernels
-from tests.ops.native.rule import skip_without_compiler
+from tests.ops.native.rule import skip_without_compiler, threads
 
 # Batch, query heads, heads of keys, tokens, width of queries and keys, of values: a token, less than a tile and more than a block of
 # queries, ends in the middle of everything, widths that fill no panel and more than two.
@@ -37,13 +35,6 @@ def kernels() -> CausalKernels:
         skip_without_compiler()
         raise AssertionError("the kernels do not compile")
     return found
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def draw(shape: tuple[int, int, int, int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -101,17 +92,15 @@ def test_they_read_any_strides(dtype: torch.dtype, kernels: CausalKernels) -> No
     assert_close(computed(kernels, query, key, value, ones), exact(query, key, value, ones), dtype)
 
 
-def test_no_result_depends_on_threads_or_on_what_else_is_in_the_batch(
-    dtype: torch.dtype, kernels: CausalKernels, threads: None
-) -> None:
+def test_no_result_depends_on_threads_or_on_what_else_is_in_the_batch(dtype: torch.dtype, kernels: CausalKernels) -> None:
     """With more heads a task is more queries."""
     operands = draw((8, 4, 4, 200, 16, 16), dtype)
     found = []
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        found.append(computed(kernels, *operands))
-        one_by_one = [computed(kernels, *(t[i : i + 1] for t in operands)) for i in range(8)]
-        found.append([torch.cat(parts) for parts in zip(*one_by_one, strict=True)])
+        with threads(count):
+            found.append(computed(kernels, *operands))
+            one_by_one = [computed(kernels, *(t[i : i + 1] for t in operands)) for i in range(8)]
+            found.append([torch.cat(parts) for parts in zip(*one_by_one, strict=True)])
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 

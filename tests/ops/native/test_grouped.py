@@ -1,7 +1,5 @@
 """The products of experts in C beside their definition: one matrix after another."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +7,7 @@ from torch import Tensor
 from finback.ops import grouped
 from finback.ops.native.build import grouped_kernels, grouped_kernels_for
 from finback.ops.native.grouped import GroupedKernels
+from tests.ops.native.rule import threads
 from tests.ops.rule import outputs_and_gradients
 
 CPU = torch.device("cpu")
@@ -35,13 +34,6 @@ def kernels(dtype: torch.dtype) -> GroupedKernels:
     if found is None:
         pytest.skip("there is no C compiler")
     return found
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def operands(shape: tuple[list[int], int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -102,12 +94,12 @@ def test_rows_named_by_an_order_are_read_where_they_lie(
     assert torch.equal(kernels.outer(rows[:few][order], right[:few], counts, right_order=other), sums)
 
 
-def test_no_result_depends_on_the_number_of_threads(dtype: torch.dtype, kernels: GroupedKernels, threads: None) -> None:
+def test_no_result_depends_on_the_number_of_threads(dtype: torch.dtype, kernels: GroupedKernels) -> None:
     rows, matrices, right, counts = operands(([700, 1100, 30], 130, 200), dtype)
     found = []
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        found.append((kernels.product(rows, matrices, counts), kernels.outer(rows, right, counts)))
+        with threads(count):
+            found.append((kernels.product(rows, matrices, counts), kernels.outer(rows, right, counts)))
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
