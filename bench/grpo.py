@@ -25,16 +25,19 @@ from finback.data.fetch import default_cache
 from finback.data.tokenizer import Tokenizer, load_tokenizer, save_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
-from finback.model.checkpoint import save
+from finback.model.checkpoint import load, save
 from finback.rewards.pool import RewardPool
 from finback.rewards.reward import load_reward
 from finback.rewards.sandbox import require
 from finback.rl.advantages import Advantages, outcome_supervision
+from finback.rl.batch import Batch, sample_log_probs
 from finback.rl.config import GRPOConfig
+from finback.rl.drafting import sample_of
 from finback.rl.prompts import Prompt
 from finback.rl.rollout import Completion, Rollout, roll_out
 from finback.rl.session import PromptStream, new_policy, refresh_sampling, sampling_model
 from finback.rl.update import update
+from finback.train.samples import accumulate_sample_gradients, padded_micro_batches
 from finback.train.session import keep_freed_memory
 
 TARGET_V3, TARGET_SMOLLM2 = 4.0, 3.0  # times as fast as TRL, end to end
@@ -86,6 +89,7 @@ def run(size: Size) -> tuple[list[Row], list[str]]:
                 name = f"GRPO step, {model}, {precision}" + (", sampled in bf16" if rollout == "bf16" else "")
                 more_rows, more_steps = model_part(name, directory, size, (precision, rollout), settings, target)
                 rows, steps = rows + more_rows, steps + more_steps
+            rows += sharing_part(model, directory, size)
     rows.append(_not_waiting("GRPO step, maths: share without waiting for rewards", steps))
     notes = _notes(size)
     if isolation_is_there():
@@ -124,6 +128,64 @@ def model_part(
         if not peers:
             rows.append(Row(name + suffix, "seconds", *taken["finback"]))
     return rows, steps["finback"]
+
+
+def sharing_part(model: str, directory: Path, size: Size) -> list[Row]:
+    """The gradient of a group's log-probabilities with the prompt once in the batch, beside a row for each sample with its prompt."""
+    work, rows = work_of(size.questions, load_tokenizer(directory), size), []
+    for precision in sorted({precision for precision, _ in size.precisions}):
+        builds: dict[str, Build] = {
+            "shared": partial(build_sharing, directory, work, precision),
+            "apart": partial(build_apart, directory, work, precision),
+        }
+        turns = alternate(builds, range(size.warm_up + size.turns), separate=size.separate)
+        kept = {side: of_side[size.warm_up :] for side, of_side in turns.items()}
+        seconds = {side: summarize([turn.seconds for turn in of_side]) for side, of_side in kept.items()}
+        tokens = {f"{side}_tokens": of_side[0].value for side, of_side in kept.items()}
+        name = f"gradient of a group, {model}, {precision}"
+        rows.append(Row(name, "seconds", *seconds["shared"], "a row for each sample", *seconds["apart"], extra=tokens))
+    return rows
+
+
+def build_sharing(directory: Path, work: Work, precision: str) -> Callable[[Any], int]:
+    """The gradient of the sum of the samples' log-probabilities, as `update` takes it; returns the tokens that were computed."""
+    keep_freed_memory()
+    model = load(directory, dtype=torch.float32)
+    completions = group_of(work, directory, model.config.vocab_size)
+    batch = Batch(completions, [0.0] * len(completions), model.config.num_nextn_predict_layers, torch.device("cpu"))
+
+    def turn(number: Any) -> int:
+        model.zero_grad()
+        sample_log_probs(model, batch, temperature=1.0, precision=precision).at_temperature.sum().backward()
+        return batch.num_tokens
+
+    return turn
+
+
+def build_apart(directory: Path, work: Work, precision: Literal["fp32", "bf16"]) -> Callable[[Any], int]:
+    """The same gradient, divided by the number of tokens and with the other sign, as a step of `finback sft` takes it."""
+    keep_freed_memory()
+    model = load(directory, dtype=torch.float32)
+    completions = group_of(work, directory, model.config.vocab_size)
+    samples = [sample_of(completion) for completion in completions]
+    rows = padded_micro_batches(samples, sum(len(sample.ids) for sample in samples))
+
+    def turn(number: Any) -> int:
+        model.zero_grad()
+        accumulate_sample_gradients(model, rows, mtp_loss_coef=0.0, balance_loss_coef=0.0, precision=precision, mtp=False)
+        return sum(part.ids[:, :-1].numel() for part in rows)
+
+    return turn
+
+
+def group_of(work: Work, directory: Path, vocabulary: int) -> list[Completion]:
+    """Samples of random tokens."""
+    prompts, generator = prompts_of(work, load_tokenizer(directory)), torch.Generator().manual_seed(0)
+    return [
+        Completion(prompt, torch.randint(vocabulary, (work.new_tokens,), generator=generator).tolist(), [0.0] * work.new_tokens)
+        for prompt in prompts
+        for _ in range(work.num_generations)
+    ]
 
 
 def sandbox_steps(size: Size) -> list[Step]:
@@ -269,6 +331,8 @@ def _notes(size: Size) -> list[str]:
         "in float32.",
         "TRL: without gradient checkpointing and reports. TRL, eager: with transformers' eager attention and experts. On the samples "
         "of TRL's first step, our trainer's log-probabilities and gradient norm were compared with TRL's.",
+        "Gradient of a group: of the log-probabilities of one step's samples, the prompt once in the batch (`finback.rl.batch.Batch`) "
+        "or in a row for each sample, padded (`finback.train.samples`); without optimizer.",
         "Share without waiting: 1 - (time with nothing left to sample and rewards outstanding) / step, of the worst step. Maths: the "
         "timed steps, where all samples end at the same token, so that hardly any scoring overlaps. Code: samples end where the model "
         f"ends them, on {len(MANY_QUESTIONS)} prompts, and each is scored by a program in the sandbox.",

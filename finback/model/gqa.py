@@ -2,14 +2,14 @@
 query and key). Cached is one row per token: the rotated keys of all key-value heads, then their values."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from finback.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
 from finback.model.mla import Rotary
 from finback.model.recompute import rebuilt
-from finback.ops.attention import causal_attention, grouped_attention
+from finback.ops.attention import Attend, causal_attention, grouped_attention
 from finback.ops.rotary import apply_rotary_halves, softmax_scale
 
 
@@ -33,21 +33,21 @@ class GQA(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         rotary: Rotary,
-        mask: Bool[Tensor, "B 1 T T"] | None = None,
+        attend: Attend = causal_attention,
         recompute: bool = False,
     ) -> Float[Tensor, "B T D"]:
         """Whole sequences. With `recompute`, Qwen3's normalised and rotated queries and keys are rebuilt in backward from the
         projections that their norms keep; the other families keep nothing twice."""
         flat_query, flat_key = self.q_proj(x), self.k_proj(x)
-        value = self._heads(self.v_proj(x)).transpose(1, 2).contiguous()
+        value = self._heads(self.v_proj(x)).transpose(1, 2)
 
         def rotate() -> tuple[Tensor, Tensor]:
             query, key = self._rotated(flat_query, self.q_norm, rotary), self._rotated(flat_key, self.k_norm, rotary)
-            return query.transpose(1, 2).contiguous(), key.transpose(1, 2).contiguous()
+            return query.transpose(1, 2), key.transpose(1, 2)
 
         query, key = rotate()
         with rebuilt((query, key), rotate, recompute and self.q_norm is not None):
-            heads = causal_attention(query, key, value, self.scale, mask)
+            heads = attend(query, key, value, self.scale)
         return self._output(heads.transpose(1, 2))
 
     def cache_rows(self, x: Float[Tensor, "B T D"], rotary: Rotary) -> Float[Tensor, "B T W"]:

@@ -8,13 +8,13 @@ qk_rope_head_dim` values: the normalised latent, then the rotated key that all h
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from finback.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
 from finback.model.recompute import rebuilt
-from finback.ops.attention import causal_attention, latent_attention
+from finback.ops.attention import Attend, causal_attention, latent_attention
 from finback.ops.rotary import apply_rotary, softmax_scale
 
 LATENT_NORM_EPS = 1e-6  # the published code fixes it for both latent norms, whatever rms_norm_eps says
@@ -55,7 +55,7 @@ class MLA(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         rotary: Rotary,
-        mask: Bool[Tensor, "B 1 T T"] | None = None,
+        attend: Attend = causal_attention,
         recompute: bool = False,
     ) -> Float[Tensor, "B T D"]:
         """The expanded path over whole sequences. With `recompute`, q, k, v and the normalised latents are rebuilt in backward."""
@@ -70,7 +70,7 @@ class MLA(nn.Module):
 
         query, key, value = expand()
         with rebuilt((query, key, value), expand, recompute):
-            heads = causal_attention(query, key, value, self.scale, mask)
+            heads = attend(query, key, value, self.scale)
         return self._output(heads.transpose(1, 2))
 
     def cache_rows(self, x: Float[Tensor, "B T D"], rotary: Rotary) -> Float[Tensor, "B T C_R"]:

@@ -6,6 +6,7 @@ disk, and MTP modules share the embedding and the head that the files repeat.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,10 +22,11 @@ from finback.model.layers import MLP, Linear, RMSNorm
 from finback.model.mla import MLA, Rotary
 from finback.model.moe import Experts, MoE, Router, Routing
 from finback.model.recompute import rebuilt
-from finback.ops.attention import document_mask
+from finback.ops.attention import Attend, causal_attention, document_mask
 from finback.ops.packed import PackedWeight
 from finback.ops.rotary import rotary_table
 from finback.ops.router import document_balance, sequence_balance
+from finback.ops.shared_prefix import SharedPrefixes
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -49,13 +51,13 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         rotary: Rotary,
-        mask: Bool[Tensor, "B 1 T T"] | None = None,
+        attend: Attend = causal_attention,
         recompute: bool = False,
         chosen: Int[Tensor, "B T K"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Routing | None]:
         normalised = self.input_layernorm(x)
         with rebuilt((normalised,), lambda: (self.input_layernorm(x),), recompute):
-            middle = x + self.self_attn(normalised, rotary, mask, recompute)
+            middle = x + self.self_attn(normalised, rotary, attend, recompute)
         return self.feed_forward(middle, recompute, chosen)
 
     def feed_forward(
@@ -120,6 +122,14 @@ class TrainOutput(NamedTuple):
     mtp_hidden: list[Tensor]  # depth k: [B, T - 1 - k, D], after its shared_head.norm
     expert_counts: Tensor  # int64 [routers, E]: tokens per expert in this micro-batch, padding left out
     balance_loss: Tensor  # scalar: V3 equation 17, mean over sequences (documents, where they are told), summed over routers
+
+
+class SamplesOutput(NamedTuple):
+    """What `samples_forward` says of N tokens."""
+
+    hidden: Tensor  # [N, D], after the final norm
+    mtp_hidden: list[Tensor]  # depth k: [N, D], after its shared_head.norm
+    expert_counts: Tensor  # int64 [routers, E]: choices of experts, each as often as its token counts
 
 
 class Transformer(nn.Module):
@@ -204,16 +214,13 @@ class Transformer(nn.Module):
         valid: Bool[Tensor, "B T"] | None = None,
         recompute: Recompute = "none",
         mtp: bool = True,
-        detach_mtp: bool = False,
-        chosen: Int[Tensor, "layers B T K"] | None = None,
     ) -> TrainOutput:
         """Hidden states and balance terms of whole sequences. `document_ids` hides samples of one row from each other (and leaves
         positions running on: rotary embedding is relative); negative ids are padding. `valid`, in its place, is for rows of one
         sample padded at their end: True where a token is none, and nothing needs to be hidden, since attention is causal. Padding,
         and an MTP position whose next tokens are another sample's, count neither in `expert_counts` nor in `balance_loss`.
         `recompute` rebuilds RMSNorm, MLA up-projections and SwiGLU in backward ("selective", V3 section 3.2.3) or whole blocks
-        ("full"). With `detach_mtp` no gradient goes from the MTP modules into what they read. `chosen` holds the experts that each MoE
-        layer of the main model is to take, -1 where the router chooses. Under autocast the residual stream is low-precision."""
+        ("full"). Under autocast the residual stream is low-precision."""
         assert document_ids is None or valid is None, "packed rows have document_ids, padded rows have valid"
         mask = None if document_ids is None else document_mask(document_ids)
         documents = document_ids
@@ -221,24 +228,19 @@ class Transformer(nn.Module):
             documents = torch.arange(len(valid), device=valid.device).unsqueeze(1).where(valid, -1)
         rotary = Rotary(*rotary_table(self.config, torch.arange(input_ids.shape[1], device=input_ids.device)))
         embedded = self.embed(input_ids)
-        x, routings = embedded, list[tuple[Routing, Tensor | None]]()
-        for layer, block in enumerate(self.blocks):
-            given = None if chosen is None or isinstance(block.mlp, MLP) else chosen[layer - self.config.first_k_dense_replace]
-            x, routing = _run(block, x, rotary, mask, recompute, given)
-            if routing is not None:
-                routings.append((routing, documents))
-        hidden = self.model.norm(x)
+        attend = causal_attention if mask is None else partial(causal_attention, mask=mask)
+        hidden, of_main = self._main(embedded, rotary, attend, recompute)
+        routings: list[tuple[Routing, Tensor | None]] = [(routing, documents) for routing in of_main]
         mtp_hidden: list[Tensor] = []
-        known = hidden.detach() if detach_mtp else hidden
-        embedded = embedded.detach() if detach_mtp else embedded
         for depth, module in enumerate(self.mtp_modules if mtp else []):
-            previous = mtp_hidden[-1] if mtp_hidden else known
+            previous = mtp_hidden[-1] if mtp_hidden else hidden
             length = input_ids.shape[1] - 1 - depth
             if length < 1:
                 break
             combined = module.combine(previous[:, :length], embedded[:, depth + 1 :])
             cut = Rotary(rotary.cos[:length], rotary.sin[:length])
-            x, routing = _run(module, combined, cut, None if mask is None else mask[:, :, :length, :length], recompute)
+            attend = causal_attention if mask is None else partial(causal_attention, mask=mask[:, :, :length, :length])
+            x, routing = _run(module, combined, cut, attend, recompute)
             mtp_hidden.append(module.shared_head.norm(x))
             if routing is not None:
                 routings.append((routing, None if documents is None else _within(documents, depth + 1)))
@@ -250,6 +252,46 @@ class Transformer(nn.Module):
             mtp_hidden += [hidden[:, :0]] * missing
             counts = F.pad(counts, (0, 0, 0, missing))
         return TrainOutput(hidden, mtp_hidden, counts, balance)
+
+    def samples_forward(
+        self,
+        input_ids: Int[Tensor, "N"],
+        prefixes: SharedPrefixes,
+        weights: Int[Tensor, "depths_1 N"],
+        following: Int[Tensor, "depths N"],
+        *,
+        chosen: Int[Tensor, "layers N K"] | None = None,
+    ) -> SamplesOutput:
+        """Hidden states of samples that share prompts, for reinforcement learning. `following[k]` holds the token that stands k + 1
+        after each, for the MTP depths that are computed; no gradient goes from them into what they read. `weights[0]` tells how many
+        samples a token counts for in `expert_counts`, and `weights[1 + k]` in that of depth k. `chosen` holds the experts that each
+        MoE layer of the main model is to take, -1 where the router chooses."""
+        rotary = Rotary(*rotary_table(self.config, prefixes.positions.unsqueeze(0)))
+        given = None if chosen is None else chosen.unsqueeze(1)
+        hidden, routings = self._main(self.embed(input_ids.unsqueeze(0)), rotary, prefixes.attend, "none", given)
+        counts = [_counts(routing, weights[0], self.config.n_routed_experts) for routing in routings]
+        previous, mtp_hidden = hidden.detach(), list[Tensor]()
+        for depth, (module, ids) in enumerate(zip(self.mtp_modules, following, strict=False)):
+            combined = module.combine(previous, self.embed(ids.unsqueeze(0)).detach())
+            x, routing = _run(module, combined, rotary, prefixes.attend, "none")
+            previous = module.shared_head.norm(x)
+            mtp_hidden.append(previous[0])
+            if routing is not None:
+                counts.append(_counts(routing, weights[1 + depth], self.config.n_routed_experts))
+        empty = input_ids.new_zeros(0, self.config.n_routed_experts)
+        return SamplesOutput(hidden[0], mtp_hidden, torch.stack(counts) if counts else empty)
+
+    def _main(
+        self, embedded: Tensor, rotary: Rotary, attend: Attend, recompute: Recompute, chosen: Tensor | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """The main model: hidden states after the final norm, and what its routers did."""
+        x, routings = embedded, list[Routing]()
+        for layer, block in enumerate(self.blocks):
+            given = None if chosen is None or isinstance(block.mlp, MLP) else chosen[layer - self.config.first_k_dense_replace]
+            x, routing = _run(block, x, rotary, attend, recompute, given)
+            if routing is not None:
+                routings.append(routing)
+        return self.model.norm(x), routings
 
     def _balance(
         self, routings: list[tuple[Routing, Tensor | None]], input_ids: Tensor, documents: Tensor | None
@@ -286,15 +328,21 @@ def _within(documents: Tensor, ahead: int) -> Tensor:
     return here.where(here == there, -1)
 
 
+def _counts(routing: Routing, weights: Tensor, num_experts: int) -> Tensor:
+    """int64 [E]: how often each expert was chosen, a token's choices as often as `weights` [N] says."""
+    chosen = routing.indices.flatten()
+    return torch.bincount(chosen, weights.repeat_interleave(len(chosen) // len(weights)), minlength=num_experts).long()
+
+
 def _run(
-    block: Block, x: Tensor, rotary: Rotary, mask: Tensor | None, recompute: Recompute, chosen: Tensor | None = None
+    block: Block, x: Tensor, rotary: Rotary, attend: Attend, recompute: Recompute, chosen: Tensor | None = None
 ) -> tuple[Tensor, Routing | None]:
     if recompute == "full" and torch.is_grad_enabled():
         result: tuple[Tensor, Routing | None] = checkpoint(
-            block, x, rotary, mask, False, chosen, use_reentrant=False, preserve_rng_state=False
+            block, x, rotary, attend, False, chosen, use_reentrant=False, preserve_rng_state=False
         )
         return result
-    return block(x, rotary, mask, recompute == "selective", chosen)  # type: ignore[no-any-return]
+    return block(x, rotary, attend, recompute == "selective", chosen)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

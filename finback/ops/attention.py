@@ -1,7 +1,7 @@
 """Attention over expanded keys and values, with a head each or one for a group of queries, and over the latent cache (V3 section
 2.1.1)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from finback.ops.native.build import causal_kernels_for, training_kernels_for
 from finback.ops.native.causal import CausalKernels
 from finback.ops.precision import wide
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""Attention of a layer's heads to those of the tokens it may see: query, key, value and scale, as `causal_attention` takes them."""
 
 _QUERY_BLOCK = 128  # queries per block: later keys are never multiplied
 _SCORES_ALIVE = 1 << 19  # scores alive at a time on a CPU, so that they stay in its cache

@@ -9,30 +9,30 @@ from torch import Tensor
 
 from finback.data.packing import Sample
 from finback.model.transformer import Transformer
+from finback.ops.cross_entropy import linear_cross_entropy
 from finback.rl.batch import Batch
 from finback.rl.config import GRPOConfig
 from finback.rl.rollout import Completion, Rollout
 from finback.train.optimizer import clip_scale, gradient_norm
-from finback.train.samples import SampleRows, mtp_acceptance, mtp_loss_sum, padded_micro_batches
+from finback.train.samples import mtp_acceptance, padded_micro_batches
 
 MEASURED = 16  # samples of a step whose drafts are measured
 
 
 def draft_loss_sum(model: Transformer, batch: Batch, mtp_hidden: Sequence[Tensor]) -> Tensor:
-    """Sum over the samples' tokens and the MTP depths of -log p (V3 section 2.2). `mtp_hidden` is of a forward pass with `detach_mtp`,
-    and the head is held fixed, too: the gradient reaches the MTP modules and nothing of the policy."""
-    learnt = torch.zeros_like(batch.valid)
-    learnt[:, 1:] = batch.predicts[:, :-1]
-    rows = torch.arange(len(batch.ids), device=batch.ids.device).unsqueeze(1).where(batch.valid, -1)
-    known = [hidden[:, :-1] for hidden in mtp_hidden]  # what the last position would predict lies beyond the row
-    return mtp_loss_sum(known, model.lm_head.weight.detach(), SampleRows(batch.ids, rows, learnt, packed=False))
+    """Sum over the samples' tokens and the MTP depths of -log p (V3 section 2.2). `mtp_hidden` is cut off from
+    the main model, and the head is held fixed, too: the gradient reaches the MTP modules and nothing of the policy."""
+    total, head = torch.zeros((), device=batch.ids.device), model.lm_head.weight.detach()
+    for hidden, (places, targets) in zip(mtp_hidden, batch.drafts, strict=True):
+        total = total + linear_cross_entropy(hidden.index_select(0, places), head, targets)
+    return total
 
 
 def draft_acceptance(model: Transformer, rollout: Rollout, config: GRPOConfig) -> dict[str, float]:
     """`mtp_acceptance` (of the first depth, and `mtp_acceptance_2`, ... of deeper ones): the share of the samples' tokens for which a
     depth's argmax is the main head's, over the first sample of each of a few groups. Empty without MTP modules or tokens."""
     first = [group[0] for group in rollout.groups if group[0].token_ids]
-    samples = [_sample(completion) for completion in islice(first, MEASURED)]
+    samples = [sample_of(completion) for completion in islice(first, MEASURED)]
     if not model.mtp_modules or not samples:
         return {}
     rows = padded_micro_batches(samples, config.micro_batch_tokens, pad_token_id=model.config.pad_token_id or 0)
@@ -41,7 +41,8 @@ def draft_acceptance(model: Transformer, rollout: Rollout, config: GRPOConfig) -
     return {name: share for name, share in zip(names, shares, strict=True) if math.isfinite(share)}
 
 
-def _sample(completion: Completion) -> Sample:
+def sample_of(completion: Completion) -> Sample:
+    """As fine-tuning takes it: the prompt is read, the tokens that were drawn are learnt."""
     prompt = completion.prompt.token_ids
     return Sample([*prompt, *completion.token_ids], [*[False] * len(prompt), *[True] * len(completion.token_ids)])
 

@@ -33,15 +33,15 @@ def update(
     means, and not computed.
     """
     model, totals = state.model, UpdateTotals(config)
-    device, pad = next(model.parameters()).device, model.config.pad_token_id or 0
-    depths = 0 if config.freeze_mtp else model.config.num_nextn_predict_layers
+    device, modules = next(model.parameters()).device, model.config.num_nextn_predict_layers
+    depths = 0 if config.freeze_mtp else modules
     completions = rollout.completions
     teaches = [bool(spread) or config.beta > 0 for spread in advantages.spread for _ in range(config.num_generations)]
     minibatches: list[tuple[list[Batch], int, int]] = []  # batches, and of the whole minibatch samples and tokens
     for part in minibatch_order(config, len(completions), step):
         kept = [i for i in part if teaches[i] and completions[i].token_ids]
         chosen, own = [completions[i] for i in kept], [advantages.of_samples[i] for i in kept]
-        batches = cut_batches(chosen, own, config.micro_batch_tokens, pad, device)
+        batches = cut_batches(chosen, own, config.micro_batch_tokens, modules, device)
         minibatches.append((batches, len(part), sum(len(completions[i].token_ids) for i in part)))
 
     # what must be known before the first update; of the first minibatch, its own forward pass tells
@@ -65,10 +65,12 @@ def update(
                     batch.old_log_probs = now.at_temperature.detach()
                     totals.add_gap(batch, now.at_one, step)
                 loss = objective(config, batch, now.at_temperature, num_samples, num_tokens)
-                drafts = draft_loss_sum(model, batch, now.mtp_hidden) / max(1, drafted)
-                (loss + config.mtp_loss_weight * drafts).backward()
                 totals.add(batch, now.at_temperature.detach(), float(loss.detach()))
-                mtp_loss += float(drafts.detach())
+                if depths:
+                    drafts = draft_loss_sum(model, batch, now.mtp_hidden) / max(1, drafted)
+                    mtp_loss += float(drafts.detach())
+                    loss = loss + config.mtp_loss_weight * drafts
+                loss.backward()
                 counts = now.expert_counts if counts is None else counts + now.expert_counts
             if counts is not None and depths:
                 totals.add_mtp_loss(mtp_loss)

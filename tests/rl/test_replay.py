@@ -27,7 +27,7 @@ def _batch(tmp_path: Path, model: Transformer) -> Batch:
     llm = LLM(model=model, block_size=4, max_num_seqs=3, return_experts=True)
     rollout = roll_out(llm, None, prompts, 4, SamplingParams(max_tokens=7), seed=1, step=1)
     assert llm.scheduler_stats.prefix_hit_tokens > 0
-    return Batch(rollout.completions, [0.0] * 8, 2, torch.device("cpu"))
+    return Batch(rollout.completions, [0.0] * 8, model.config.num_nextn_predict_layers, torch.device("cpu"))
 
 
 def _moved(model: Transformer) -> Transformer:

@@ -15,7 +15,7 @@ from finback.data.tokenizer import load_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
 from finback.rewards.reward import Score
-from finback.rl.batch import Batch, cut_batches, sample_log_probs
+from finback.rl.batch import cut_batches, sample_log_probs
 from finback.rl.config import GRPOConfig
 from finback.rl.prompts import Prompt, read_prompts
 from finback.rl.report import write_report
@@ -174,14 +174,6 @@ def test_log_probs_of_the_batch_are_those_of_the_model_alone(tmp_path):
                 torch.testing.assert_close(values[row, :length].detach(), expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(batch.engine_log_probs[row, :length], at_one[row, :length], rtol=1e-4, atol=1e-5)
             assert not got[row, length:].any()
-
-
-def test_every_sample_is_in_one_batch_and_like_lengths_stand_together():
-    prompt = read_only_prompt(4)
-    completions = [Completion(prompt, list(range(n)), [0.0] * n, "", "stop", Score(0.0, {}, {})) for n in (1, 9, 2, 8, 30, 3)]
-    batches = cut_batches(completions, [float(i) for i in range(6)], 30, 0, torch.device("cpu"))
-    assert sorted(a for batch in batches for a in batch.advantages.tolist()) == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
-    assert [len(batch.completions) for batch in batches] == [1, 2, 3]
 
 
 def read_only_prompt(length: int) -> Prompt:
@@ -373,8 +365,3 @@ def test_a_reward_that_fails_is_told_once_with_its_sentence(tmp_path, capsys):
     write_report(tmp_path / "run")
     table = (tmp_path / "run" / "report.md").read_text()
     assert "| share of samples on which a reward failed | 100.0% | 100.0% |" in table
-
-
-def test_batches_without_tokens_are_refused_by_nobody():
-    batch = Batch([Completion(read_only_prompt(3), [], [], "", "stop", Score(0.0, {}, {}))], [0.0], 0, torch.device("cpu"))
-    assert batch.mask.sum() == 0

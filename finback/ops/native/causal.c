@@ -22,6 +22,11 @@ typedef struct {
   int64_t batch, head, token;
 } strides;
 
+// Of one sequence of the batch: its queries see the keys of `past` tokens that came before them, then their own.
+typedef struct {
+  int64_t past, tokens;
+} span;
+
 // The first `count` lanes, or all if they are fewer; the others become `rest`.
 INLINE vector first_lanes(vector value, int64_t count, float rest) {
   integers lanes;
