@@ -123,7 +123,7 @@ def _engine(hardware: Hardware) -> Iterator[Prediction]:
 
 def _grpo(hardware: Mapping[Precision, Hardware]) -> Iterator[Prediction]:
     """Sampling with the trainer's own float32 weights, or with a copy in bf16; then forward and backward, in which the backward makes
-    the logits again."""
+    the logits again, of the samples' tokens alone."""
     length = _GRPO_PROMPT + _GRPO_NEW
     layout = Layout(1, recompute="none", micro_batch_size=_GRPO_SAMPLES)
     ways: tuple[tuple[Precision, Precision], ...] = (("bf16", "fp32"), ("fp32", "fp32"), ("bf16", "bf16"))
@@ -135,8 +135,10 @@ def _grpo(hardware: Mapping[Precision, Hardware]) -> Iterator[Prediction]:
             rollout = _GRPO_NEW * step.tpot_ms / 1e3
             rollout += _GRPO_PROMPT / prefill(c, sampling, Unit(), sampled, _GRPO_PROMPT, 0.0).tokens_per_second_per_device
             training = step_time(c, row, layout, precision, length, _GRPO_SAMPLES).seconds
-            again = per_token(c, row, layout, precision, length).head_forward
-            training += _GRPO_SAMPLES * (_GRPO_NEW * again - _GRPO_PROMPT * 3 * again)
+            token = per_token(c, row, layout, precision, length)
+            training += _GRPO_SAMPLES * (_GRPO_NEW - 3 * _GRPO_PROMPT) * token.head_forward
+            spared = (_GRPO_SAMPLES - 1) * _GRPO_PROMPT + _GRPO_SAMPLES  # tokens: a prompt is computed once, last ones never
+            training -= spared * (token.forward + token.backward_input + token.backward_weight - 3 * token.head_forward)
             name = f"GRPO step, {title}, {precision}" + (", sampled in bf16" if sampled == "bf16" else "")
             yield name, "seconds", rollout + training
             yield f"{name}: rollout", "seconds", rollout
