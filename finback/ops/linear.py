@@ -20,7 +20,6 @@ from finback.ops.native.build import grouped_kernels_for
 _LARGE = 1 << 16  # elements of a matrix from which reading it, not starting to, is what takes the time
 _FEW_ROWS = 64  # below these, starting a product in oneDNN takes longer than MKL's whole product
 _FEW_SUMMED_ROWS = 256  # the same for a product that sums over rows
-_SMALL = 512  # rows and columns of a weight gradient, or rows summed, up to which the experts' C kernel is faster than oneDNN
 _COLUMNS = 4096  # of a wide product that are computed at a time: what comes out is then moved on from a cache
 
 
@@ -79,11 +78,12 @@ def _parts(width: int) -> Iterator[slice]:
 def sum_of_outer(left: Tensor, right: Tensor) -> Tensor:
     """Sum over rows of left_i right_i^T: [M, P], [M, Q] -> [P, Q], the weight gradient of a linear layer.
 
-    Through oneDNN, it is that of a convolution with a 1x1 kernel over an image of M x 1 pixels: without transposing copies.
+    In float32 it is the experts' C kernel that does it, or oneDNN where that is not there: then it is the weight gradient of a
+    convolution with a 1x1 kernel over an image of M x 1 pixels, without transposing copies.
     """
     if left.shape[0] >= _FEW_SUMMED_ROWS and prefers_onednn(left, right):
         kernels = grouped_kernels_for(left.dtype, left.device)
-        if kernels is not None and min(len(left), max(left.shape[1], right.shape[1])) <= _SMALL:
+        if kernels is not None:
             return kernels.outer(left, right, torch.tensor([len(left)]))[0]
         kernel = left.new_empty(1).expand(left.shape[1], right.shape[1], 1, 1)  # only its shape is looked at
         images = [t.contiguous().view(1, len(t), 1, -1).permute(0, 3, 1, 2) for t in (left, right)]

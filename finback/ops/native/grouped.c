@@ -15,8 +15,10 @@
 
 enum {
   ROWS_AT_ONCE = 160 * TILE_ROWS,  // of one task: with a panel they stay in a cache of the core's own
-  DEPTH_AT_ONCE = 512,  // words of a sum over rows between two visits to memory
-  STRIP = 16 * TILE_ROWS,  // columns that are packed together to be rows of tiles: whole vectors of whole tiles
+  DEPTH_AT_ONCE = 256,  // words of a sum over rows between two visits to it
+  STRIP = 8 * TILE_ROWS,  // columns that are packed together to be rows of tiles: whole vectors of whole tiles
+  STRIPS_AT_ONCE = 10,    // and
+  PANELS_AT_ONCE = 4,     // of one task: with what is summed up they stay in a cache of the core's own
 };
 
 #define BF16 0

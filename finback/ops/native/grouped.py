@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finback.ops.native.training import SUFFIXES
 
-_STRIP, _TILE_COLUMNS, _ROWS_AT_ONCE, _DEPTH_AT_ONCE = 96, 64, 960, 512  # as in grouped.c, with vectors of 16
+_TILE_COLUMNS, _DEPTH_AT_ONCE, _HEIGHT_AT_ONCE, _WIDTH_AT_ONCE = 64, 256, 480, 256  # as in grouped.c, with vectors of 16
 
 
 class GroupedKernels:
@@ -78,10 +78,9 @@ class GroupedKernels:
         left, right = left.contiguous(), right.contiguous()
         height, width, threads = left.shape[1], right.shape[1], torch.get_num_threads()
         out = torch.empty(len(counts), height, width, dtype=left.dtype)
-        depth = rows // (4 // left.element_size()) + len(counts)  # of all groups: each may end in half a word
-        strips = torch.empty(depth * -(-height // _STRIP) * _STRIP, dtype=torch.int32)
+        strips = torch.empty(threads, _DEPTH_AT_ONCE, _HEIGHT_AT_ONCE, dtype=torch.int32)
         panels = torch.empty(threads, _DEPTH_AT_ONCE, _TILE_COLUMNS, dtype=torch.int32)
-        sums = torch.empty(threads, _ROWS_AT_ONCE, _TILE_COLUMNS, dtype=torch.float32)
+        sums = torch.empty(threads, _HEIGHT_AT_ONCE, _WIDTH_AT_ONCE, dtype=torch.float32)
         starts = _starts(counts)
         self._outer[left.dtype](
             left.data_ptr(), _at(left_order), right.data_ptr(), _at(right_order), out.data_ptr(), starts.data_ptr(),
