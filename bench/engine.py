@@ -98,12 +98,22 @@ def build_engine(directory: Path, size: llama.Size, head_bits: int | None = None
     def turn(batch: int, new_tokens: int = size.new_tokens) -> Speed:
         prompts = torch.randint(llm.model.config.vocab_size, (batch, size.prompt), generator=generator).tolist()
         llm.reset_prefix_cache()
-        start = time.perf_counter()
-        outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True))
-        seconds = time.perf_counter() - start
-        tokens = sum(len(output.token_ids) for output in outputs)
+        start = first = time.perf_counter()
+        params = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+        unread = {llm.add(prompt, params) for prompt in prompts}
+        unfinished, tokens, steps = set(unread), 0, 0
+        while unfinished:
+            increments = llm.step()
+            tokens += sum(len(one.token_ids) for one in increments)
+            unfinished -= {one.request_id for one in increments if one.finish_reason is not None}
+            if unread:
+                unread -= {one.request_id for one in increments}
+                first = time.perf_counter()
+            else:
+                steps += 1
+        end = time.perf_counter()
         assert tokens == batch * new_tokens, f"{tokens} tokens came from {batch} prompts"
-        return Speed(seconds, tokens)
+        return Speed(end - start, tokens, (end - first) / max(1, steps))
 
     for batch in size.batches:  # llama.cpp's tool warms up, too
         turn(batch, 4)

@@ -5,6 +5,7 @@ competitors: a competitor's turn gets the number of sequences and returns a Spee
 """
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,8 @@ class Speed(NamedTuple):
 
     seconds: float
     tokens: int
+    step_seconds: float = math.nan
+    """Of a step that reads no prompt, on average."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def build_llama(tool: Path, model: Path, size: Size) -> Callable[[int], Speed]:
         measured = json.loads(lines[-1])
         asked, done = (size.prompt, size.new_tokens, batch), (measured["pp"], measured["tg"], measured["pl"])
         assert asked == done, f"{tool.name} measured {done} instead of {asked}"
-        return Speed(measured["t"], batch * size.new_tokens)
+        return Speed(measured["t"], batch * size.new_tokens, measured["t_tg"] / size.new_tokens)
 
     return turn
 
@@ -109,18 +112,20 @@ def measure(rivals: Mapping[str, Build], size: Size, *, separate: bool = True) -
     turns = alternate(rivals, schedule, separate=separate)
     rows = []
     for batch in size.batches:
-        speeds, best = {}, {}
+        speeds, best, steps = {}, {}, {}
         for name, all_turns in turns.items():
             kept = [turn.value for turn, b in zip(all_turns, schedule, strict=True) if b == batch][size.warm_up :]
             values = [speed.tokens / speed.seconds for speed in kept]
             speeds[name], best[name] = summarize(values), max(values)
+            steps[name] = 1e3 * summarize([speed.step_seconds for speed in kept]).median
         for name, speed in speeds.items():
             what = f"decode, {batch} sequence{'s' if batch > 1 else ''}"
-            extra = {"sequences": batch, "best_tokens_per_second": best[name]}
+            extra = {"sequences": batch, "best_tokens_per_second": best[name], "step_milliseconds": steps[name]}
             if OURS not in speeds or len(speeds) == 1:
                 rows.append(Row(f"{what}, {name}", "tokens_per_second", *speed, extra=extra))
             elif name != OURS:
-                extra = {**extra, "best_tokens_per_second": best[OURS], "peer_best_tokens_per_second": best[name]}
+                extra |= {"best_tokens_per_second": best[OURS], "peer_best_tokens_per_second": best[name]}
+                extra |= {"step_milliseconds": steps[OURS], "peer_step_milliseconds": steps[name]}
                 rows.append(Row(what, "tokens_per_second", *speeds[OURS], name, *speed, extra=extra))
     return rows
 

@@ -96,11 +96,13 @@ def with_target(row: Row) -> Row:
 
 
 def share(row: Row) -> Row:
-    """How much of the bandwidth floor the whole loop reaches, prompt and sampling included."""
+    """How much of the bandwidth floor the steps reach that read no prompt, sampling and text included; and the whole loop."""
     assert row.floor is not None
-    value = row.value / row.floor["bandwidth_tokens_per_second"]
-    target = TARGET_FLOOR if row.extra["sequences"] == 1 else None
-    return Row(f"{row.name}: share of the bandwidth floor", "share", value, target=target, floor=row.floor)
+    sequences, floor = row.extra["sequences"], row.floor["bandwidth_tokens_per_second"]
+    value = sequences / (1e-3 * row.extra["step_milliseconds"]) / floor
+    target = TARGET_FLOOR if sequences == 1 else None
+    extra = {"share_of_the_whole_loop": row.value / floor}
+    return Row(f"{row.name}: share of the bandwidth floor", "share", value, target=target, floor=row.floor, extra=extra)
 
 
 def _notes(size: Size) -> list[str]:
@@ -108,7 +110,8 @@ def _notes(size: Size) -> list[str]:
         f"finback: weights of {BITS} bits in groups of {size.group_size}, rounded to nearest, packed in memory, and the head in "
         f"{HEAD_BITS} bits (head_bits); activations bf16. finback bf16 is the same model as it is.",
         "llama.cpp's Q4_0 has 4 bits in groups of 32, and a head in the type that its quantiser chooses for it.",
-        "The floor is reading the packed weights, the head and the cached rows once per step at the bandwidth that this run measured.",
+        "The floor is reading the packed weights, the head and the cached rows once per step at the bandwidth that this run measured; "
+        "its share is that of the steps that read no prompt, with sampling and text (share_of_the_whole_loop: with the prompt).",
     ]
 
 

@@ -62,6 +62,7 @@ class NativeDecoder:
         self._steps: dict[int, Step] = {}
         self._draft_steps: dict[int, Step] = {}
         self._heads: dict[int, Step] = {}
+        self._own_heads: dict[int, Step] = {}
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
         """Compute `chunks`, of at most `max_rows` tokens together: hidden states [rows, D], overwritten by the next call."""
@@ -77,14 +78,17 @@ class NativeDecoder:
 
     def forget(self) -> None:
         """Prepare all steps anew when they are next needed: parameters may have moved in memory."""
-        for steps in (self._steps, self._draft_steps, self._heads):
+        for steps in (self._steps, self._draft_steps, self._heads, self._own_heads):
             steps.clear()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, D] -> float32 [rows, vocab], overwritten by the next call; at most `max_head_rows` rows."""
         rows = len(hidden)
-        step = self._heads.get(rows) or _kept(self._heads, rows, self._prepare_head(rows))
-        self._scratch.head[:rows] = hidden
+        if hidden.data_ptr() == self._scratch.hidden.data_ptr():  # all rows of the last `forward`: read where they lie
+            step = self._own_heads.get(rows) or _kept(self._own_heads, rows, self._prepare_head(rows, self._scratch.hidden[:rows]))
+        else:
+            step = self._heads.get(rows) or _kept(self._heads, rows, self._prepare_head(rows, self._scratch.head[:rows]))
+            self._scratch.head[:rows] = hidden
         step.run()
         return step.output
 
@@ -124,9 +128,9 @@ class NativeDecoder:
         calls.append(self._kernels.rms_norm(buffers.x, _norm(model.model.norm), buffers.hidden))
         return Step(self._kernels.program(calls), buffers.hidden)
 
-    def _prepare_head(self, rows: int) -> Step:
-        buffers = self._scratch.first(rows)
-        return Step(self._kernels.linear(buffers.head, [_matrix(self._model.lm_head)], [buffers.logits]), buffers.logits)
+    def _prepare_head(self, rows: int, hidden: Tensor) -> Step:
+        logits = self._scratch.logits[:rows]
+        return Step(self._kernels.linear(hidden, [_matrix(self._model.lm_head)], [logits]), logits)
 
     def _prepare_draft(self, rows: int) -> Step:
         model, buffers = self._model, self._scratch.first(rows)

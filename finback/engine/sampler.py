@@ -295,9 +295,14 @@ def _mix(z: Any) -> Any:  # an int, or an array of uint64
 
 def _argmax(logits: Float[Tensor, "N vocab"]) -> Int64[Tensor, " N"]:
     """The likeliest token, the first of several; NO_TOKEN where it has no finite logit."""
-    # numpy's argmax is ten times as fast as torch's. To both, NaN is the largest of all.
-    on_cpu = logits.device.type == "cpu"
-    tokens = torch.from_numpy(logits.float().numpy().argmax(-1)) if on_cpu else logits.argmax(-1)
+    # To torch and numpy NaN is the largest of all. On a CPU numpy's argmax is ten times as fast as torch's, and behind a step that has
+    # read all weights no cache holds what torch needs to start five operations: 0.15 ms.
+    if logits.device.type == "cpu":
+        values = logits.float().numpy()
+        chosen = values.argmax(-1)
+        chosen[~np.isfinite(values[np.arange(len(chosen)), chosen])] = NO_TOKEN
+        return torch.from_numpy(chosen)
+    tokens = logits.argmax(-1)
     return torch.where(logits.gather(1, tokens.unsqueeze(1)).squeeze(1).isfinite(), tokens, NO_TOKEN)
 
 

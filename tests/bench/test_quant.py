@@ -34,13 +34,15 @@ def test_bytes_read_are_those_of_integers_scales_head_and_cache(tmp_path: Path) 
 def test_targets_are_beside_llama_cpp_and_the_floor_at_one_sequence() -> None:
     def row(sequences: int, peer: str) -> Row:
         floor = {"bandwidth_tokens_per_second": 400.0}
-        return Row("decode", "tokens_per_second", 300.0, None, peer, 100.0, floor=floor, extra={"sequences": sequences})
+        extra = {"sequences": sequences, "step_milliseconds": 3.125}
+        return Row("decode", "tokens_per_second", 300.0, None, peer, 100.0, floor=floor, extra=extra)
 
     assert OURS == "finback"
     rows = {(s, peer): quant.with_target(row(s, peer)) for s in (1, 8) for peer in (quant.PLAIN, "llama.cpp Q4_0")}
     assert {key: found.target for key, found in rows.items() if found.target} == {(1, "llama.cpp Q4_0"): 1.0}
     share = quant.share(rows[1, quant.PLAIN])
-    assert (share.value, share.target, share.met) == (0.75, 0.6, True)
+    assert (share.value, share.target, share.met) == (pytest.approx(0.8), 0.6, True)  # 320 of 400 steps a second
+    assert share.extra["share_of_the_whole_loop"] == 0.75
     assert quant.share(rows[8, quant.PLAIN]).target is None
 
 
