@@ -85,7 +85,9 @@ class NativeDecoder:
         """[rows, D] -> float32 [rows, vocab], overwritten by the next call; at most `max_head_rows` rows."""
         rows = len(hidden)
         if hidden.data_ptr() == self._scratch.hidden.data_ptr():  # all rows of the last `forward`: read where they lie
-            step = self._own_heads.get(rows) or _kept(self._own_heads, rows, self._prepare_head(rows, self._scratch.hidden[:rows]))
+            step = self._own_heads.get(rows) or _kept(
+                self._own_heads, rows, self._prepare_head(rows, self._scratch.hidden[:rows])
+            )
         else:
             step = self._heads.get(rows) or _kept(self._heads, rows, self._prepare_head(rows, self._scratch.head[:rows]))
             self._scratch.head[:rows] = hidden

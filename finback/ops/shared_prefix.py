@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finback.ops.attention import attention_reference
+from finback.ops.attention import causal_attention
 from finback.ops.native.build import causal_kernels_for
 from finback.ops.native.causal import CausalKernels
 
@@ -67,13 +67,23 @@ class SharedPrefixes:
 
 
 def shared_prefix_reference(query: Tensor, key: Tensor, value: Tensor, scale: float, prefixes: SharedPrefixes) -> Tensor:
-    """The same by torch's kernel, with a mask."""
-    own = _rows(query, prefixes.queries)
-    past = prefixes.spans[:, :1].to(query.device)
-    seen = past + torch.arange(own.shape[2], device=query.device) + 1  # [M, T]
-    mask = torch.arange(prefixes.keys.shape[1], device=query.device) < seen.unsqueeze(-1)
-    heads = attention_reference(own, _rows(key, prefixes.keys), _rows(value, prefixes.keys), scale, mask.unsqueeze(1))
-    return _flat(heads, prefixes.query_at)
+    """The same with a row for each sample and its prefix, for any device: attention needs no mask, and looks from a prefix once for
+    each of its samples."""
+    rows: list[Tensor] = [_Spread.apply(heads, prefixes) for heads in (query, key, value)]
+    return _flat(causal_attention(rows[0], rows[1], rows[2], scale), prefixes.key_at)
+
+
+class _Spread(torch.autograd.Function):
+    """[1, H, N, d] -> [M, H, S, d]. What several rows hold has the sum of their gradients, in an order that does not change."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, prefixes: SharedPrefixes) -> Tensor:
+        ctx.prefixes = prefixes
+        return _rows(heads, prefixes.keys)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.prefixes), None
 
 
 class _NativeSharedPrefix(torch.autograd.Function):
