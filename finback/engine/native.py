@@ -84,7 +84,8 @@ class NativeDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, D] -> float32 [rows, vocab], overwritten by the next call; at most `max_head_rows` rows."""
         rows = len(hidden)
-        if hidden.data_ptr() == self._scratch.hidden.data_ptr():  # all rows of the last `forward`: read where they lie
+        assert hidden.is_contiguous()
+        if hidden.data_ptr() == self._scratch.hidden.data_ptr():  # the first rows of the last step: read where they lie
             step = self._own_heads.get(rows) or _kept(
                 self._own_heads, rows, self._prepare_head(rows, self._scratch.hidden[:rows])
             )

@@ -257,19 +257,19 @@ class Transformer(nn.Module):
         self,
         input_ids: Int[Tensor, "N"],
         prefixes: SharedPrefixes,
-        weights: Int[Tensor, "depths_1 N"],
+        times: Int[Tensor, "depths_1 N"],
         following: Int[Tensor, "depths N"],
         *,
         chosen: Int[Tensor, "layers N K"] | None = None,
     ) -> SamplesOutput:
         """Hidden states of samples that share prompts, for reinforcement learning. `following[k]` holds the token that stands k + 1
-        after each, for the MTP depths that are computed; no gradient goes from them into what they read. `weights[0]` tells how many
-        samples a token counts for in `expert_counts`, and `weights[1 + k]` in that of depth k. `chosen` holds the experts that each
+        after each, for the MTP depths that are computed; no gradient goes from them into what they read. `times[0]` tells how often a
+        token counts in `expert_counts`, and `times[1 + k]` in that of depth k. `chosen` holds the experts that each
         MoE layer of the main model is to take, -1 where the router chooses."""
         rotary = Rotary(*rotary_table(self.config, prefixes.positions.unsqueeze(0)))
         given = None if chosen is None else chosen.unsqueeze(1)
         hidden, routings = self._main(self.embed(input_ids.unsqueeze(0)), rotary, prefixes.attend, "none", given)
-        counts = [_counts(routing, weights[0], self.config.n_routed_experts) for routing in routings]
+        counts = [_counts(routing, times[0], self.config.n_routed_experts) for routing in routings]
         previous, mtp_hidden = hidden.detach(), list[Tensor]()
         for depth, (module, ids) in enumerate(zip(self.mtp_modules, following, strict=False)):
             combined = module.combine(previous, self.embed(ids.unsqueeze(0)).detach())
@@ -277,7 +277,7 @@ class Transformer(nn.Module):
             previous = module.shared_head.norm(x)
             mtp_hidden.append(previous[0])
             if routing is not None:
-                counts.append(_counts(routing, weights[1 + depth], self.config.n_routed_experts))
+                counts.append(_counts(routing, times[1 + depth], self.config.n_routed_experts))
         empty = input_ids.new_zeros(0, self.config.n_routed_experts)
         return SamplesOutput(hidden[0], mtp_hidden, torch.stack(counts) if counts else empty)
 
@@ -328,10 +328,10 @@ def _within(documents: Tensor, ahead: int) -> Tensor:
     return here.where(here == there, -1)
 
 
-def _counts(routing: Routing, weights: Tensor, num_experts: int) -> Tensor:
-    """int64 [E]: how often each expert was chosen, a token's choices as often as `weights` [N] says."""
+def _counts(routing: Routing, times: Tensor, num_experts: int) -> Tensor:
+    """int64 [E]: how often each expert was chosen, a token's choices as often as `times` [N] says."""
     chosen = routing.indices.flatten()
-    return torch.bincount(chosen, weights.repeat_interleave(len(chosen) // len(weights)), minlength=num_experts).long()
+    return torch.bincount(chosen, times.repeat_interleave(len(chosen) // len(times)), minlength=num_experts).long()
 
 
 def _run(

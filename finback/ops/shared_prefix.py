@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from finback.ops.attention import causal_attention
 from finback.ops.native.build import causal_kernels_for
@@ -60,8 +61,11 @@ class SharedPrefixes:
         """softmax(scale q k^T) v of each token over those before it in its sample: query [1, H, N, d], key [1, H / G, N, d], value
         [1, H / G, N, V] -> [1, H, N, V]."""
         kernels = causal_kernels_for(query, key, value)
-        if kernels is None:
-            return shared_prefix_reference(query, key, value, scale, self)
+        if kernels is None:  # what is spread out for a layer is not kept, but spread out again for its gradient
+            spread: Tensor = checkpoint(
+                shared_prefix_reference, query, key, value, scale, self, use_reentrant=False, preserve_rng_state=False
+            )
+            return spread
         result: Tensor = _NativeSharedPrefix.apply(query, key, value, scale, self, kernels)
         return result
 

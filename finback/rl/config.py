@@ -65,7 +65,7 @@ class GRPOConfig:
     num_iterations: int = 1
     """Times that a rollout is gone through."""
     micro_batch_tokens: int = 8192
-    """Tokens of one forward and backward pass, padding included; changes memory and speed, not the result."""
+    """Tokens of one forward and backward pass; changes memory and speed, not the result."""
     loss: Objective = "token"
     """The objective: token (DeepSeekMath), sequence (V3, R1), or global-token (a mean over all tokens)."""
     epsilon: float = 0.2

@@ -3,6 +3,7 @@
 import torch
 
 from finback.config import InputError, ModelConfig, count_params
+from finback.rl.batch import PADDED
 from finback.rl.config import GRPOConfig
 from finback.train.config import PretrainConfig
 from finback.train.memory import estimate_memory
@@ -11,9 +12,9 @@ _GIB = 2**30
 
 
 def needed_bytes(config: GRPOConfig, model: ModelConfig, longest: int, micro_batch_tokens: int, beside: int = 0) -> int:
-    """Weights, gradients, moments, activations of one micro-batch, the reference, a copy to sample with, and `beside` bytes of other
-    models; `longest` is prompt and sample together, in tokens. The engine's cache is not counted: it takes what is left, up to its
-    own limit."""
+    """Weights, gradients, moments, activations of one micro-batch and one layer's padded attention, the reference, a copy to sample
+    with, and `beside` bytes of other models; `longest` is prompt and sample together, in tokens. The engine's cache is not counted: it
+    takes what is left, up to its own limit."""
     width = max(longest, model.num_nextn_predict_layers + 1)
     rows = max(1, micro_batch_tokens // width)
     training = PretrainConfig(
@@ -27,7 +28,15 @@ def needed_bytes(config: GRPOConfig, model: ModelConfig, longest: int, micro_bat
     )
     estimate = estimate_memory(training)
     sampling = 2 * count_params(model).total if config.rollout_precision == "bf16" else 0
-    return estimate.on_device + (estimate.parameters if config.beta else 0) + sampling + beside
+    padded = PADDED * rows * width * _attention_values(model) * (2 if config.precision == "bf16" else 4)
+    return estimate.on_device + padded + (estimate.parameters if config.beta else 0) + sampling + beside
+
+
+def _attention_values(c: ModelConfig) -> int:
+    """Of a token in one layer: queries, keys, values and what comes out, and the gradients of all four."""
+    if c.kv_lora_rank:
+        return 4 * c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
+    return 4 * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
 
 
 def critic_bytes(model: ModelConfig) -> int:

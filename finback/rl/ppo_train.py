@@ -77,7 +77,7 @@ class Critic:
     def values(self, batch: Batch, precision: str) -> Tensor:
         """Of the states before the samples' tokens [B, T], 0 outside of the mask."""
         with torch.autocast(batch.ids.device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-            output = self.model.samples_forward(batch.ids, batch.prefixes, batch.weights, batch.following[:0])
+            output = self.model.samples_forward(batch.ids, batch.prefixes, batch.times, batch.following)
         values = self.model.value_head(output.hidden.index_select(0, batch.predicts))  # type: ignore[operator]
         return torch.zeros_like(batch.engine_log_probs).masked_scatter(batch.mask, values)
 
@@ -240,10 +240,10 @@ def train(
 
 def cut(config: PPOConfig, state: TrainingState[PromptStream], rollout: Rollout, step: int) -> list[list[Batch]]:
     """The rollout in minibatches of batches; samples without tokens teach nothing."""
-    depths, device = state.model.config.num_nextn_predict_layers, state.model.lm_head.weight.device
+    device = state.model.lm_head.weight.device
     parts = minibatch_order(config, len(rollout.completions), step)
     kept = [[rollout.completions[i] for i in part if rollout.completions[i].token_ids] for part in parts]
-    return [cut_batches(part, [0.0] * len(part), config.micro_batch_tokens, depths, device) for part in kept if part]
+    return [cut_batches(part, [0.0] * len(part), config.micro_batch_tokens, 0, device) for part in kept if part]
 
 
 @torch.no_grad()

@@ -113,10 +113,6 @@ def optimizer_step(config: GRPOConfig, state: TrainingState[PromptStream], count
     """Clip and apply what `.grad` holds, then move the router biases; returns the policy's norm. One that is not finite changes
     nothing. Frozen MTP modules are not in the counts."""
     parameters = state.parameters
-    for module in state.model.mtp_modules:  # a deep one sees nothing where prompt and sample are a token each
-        for parameter in module.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
     gradients = take_gradients(parameters)
     norm = clip_apart(state.model, gradients, config.max_grad_norm)
     applied = clipped_update(parameters, gradients, state.adam, config, lr=lr, norm=norm)

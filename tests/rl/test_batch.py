@@ -9,7 +9,7 @@ from finback.config import ModelConfig
 from finback.model.mla import Rotary
 from finback.model.transformer import Transformer, init_weights
 from finback.ops.rotary import rotary_table
-from finback.rl.batch import Batch, cut_batches, sample_log_probs
+from finback.rl.batch import PADDED, Batch, cut_batches, sample_log_probs
 from finback.rl.drafting import draft_loss_sum
 from finback.rl.prompts import Prompt
 from finback.rl.rollout import Completion
@@ -93,7 +93,7 @@ def test_log_probs_gradients_drafts_and_counts_are_those_of_each_sample_alone(co
 def test_a_prompt_is_computed_once(depths: int) -> None:
     completions = samples([(50, [64] * 8)])
     batch = Batch(completions, [0.0] * 8, depths, CPU)
-    assert batch.num_tokens == 50 - depths + 8 * (63 + depths)
+    assert batch.num_tokens == 49 - depths + 8 * (64 + depths)
     assert batch.prefixes.positions.max() == 50 + 63 - 1
 
 
@@ -111,13 +111,24 @@ def test_batches_hold_every_sample_once_and_no_more_tokens_than_they_may(limit: 
         assert batch.num_tokens <= limit or len(batch.completions) == 1
     if limit == 10_000:
         (batch,) = batches
-        assert batch.num_tokens == sum(max(0, p - depths) + sum(min(p, depths) + n - 1 for n in own) for p, own in SHORT)
+        assert batch.num_tokens == sum(max(0, p - 1 - depths) + sum(min(p - 1, depths) + n for n in own) for p, own in SHORT)
 
 
 def test_batches_are_filled() -> None:
-    """A prompt of 10 tokens and four samples of 6, of which 5 are computed: two to a batch of 20."""
-    batches = cut_batches(samples([(10, [6] * 4)]), [0.0] * 4, 20, 0, CPU)
+    """A prompt of 11 tokens and four samples of 5: two to a batch of 20."""
+    batches = cut_batches(samples([(11, [5] * 4)]), [0.0] * 4, 20, 0, CPU)
     assert [(len(batch.completions), batch.num_tokens) for batch in batches] == [(2, 20), (2, 20)]
+
+
+def test_a_long_sample_does_not_have_many_short_ones_padded_to_it() -> None:
+    """Attention's sequences are padded to the longest of a batch; each batch has one for each prompt besides."""
+    completions = samples([(10, [200] + [5] * 60), (12, [4] * 8)])
+    batches = cut_batches(completions, [0.0] * len(completions), 300, 0, CPU)
+    for batch in batches:
+        assert batch.num_tokens <= 300
+        assert batch.prefixes.keys.numel() <= PADDED * 300
+    assert sum(len(batch.completions) for batch in batches) == 69
+    assert len(batches) <= 4
 
 
 def test_choices_of_experts_are_those_that_the_engine_recorded() -> None:
@@ -129,4 +140,20 @@ def test_choices_of_experts_are_those_that_the_engine_recorded() -> None:
     experts = Batch(completions, [0.0, 0.0], 1, CPU).experts
     assert experts is not None
     first, second = (completion.experts.transpose(0, 1).long() for completion in completions if completion.experts is not None)
-    assert torch.equal(experts, torch.cat((first, second[:, 2:]), 1))
+    assert torch.equal(experts, torch.cat((first, second[:, 1:]), 1))
+
+
+def test_a_token_behind_a_token_reaches_every_module() -> None:
+    """Its deeper MTP modules have nothing to draft, and a gradient of zero."""
+    model = policy(micro_model(num_nextn_predict_layers=2))
+    batch = Batch(samples([(1, [1])]), [0.0], 2, CPU)
+    output = sample_log_probs(model, batch, temperature=1.0, precision="fp32", mtp=True)
+    (output.at_temperature.sum() + draft_loss_sum(model, batch, output.mtp_hidden)).backward()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert missing == []
+
+
+def test_a_sample_without_tokens_is_refused() -> None:
+    empty = Completion(Prompt("", [3, 4], {}), [], [])
+    with pytest.raises(AssertionError, match="leave it out"):
+        Batch([*samples([(2, [3])]), empty], [0.0, 0.0], 0, CPU)

@@ -40,7 +40,7 @@ void NAME(grouped_outer)(const STORED *left, const int64_t *left_order, const ST
   enum { SUMMED_AT_ONCE = DEPTH_AT_ONCE * PER_WORD, HEIGHT_AT_ONCE = STRIPS_AT_ONCE * STRIP, WIDTH_AT_ONCE = PANELS_AT_ONCE * TILE_COLUMNS };
   int64_t down = (height + STRIP - 1) / STRIP, across = (width + TILE_COLUMNS - 1) / TILE_COLUMNS;
   int64_t parts = (down + STRIPS_AT_ONCE - 1) / STRIPS_AT_ONCE, chunks = (across + PANELS_AT_ONCE - 1) / PANELS_AT_ONCE;
-  int64_t tasks = groups * parts * chunks > 1 ? 4 * threads : threads;  // parts that differ are more than there are threads
+  int64_t tasks = groups * parts * chunks > 1 ? 4 * threads : threads;  // several for a thread, unless a single one is cut evenly
   while (groups * parts * chunks < tasks && parts * chunks < down * across) {
     if (chunks == across || (parts < down && height / parts > width / chunks))
       parts++;
