@@ -141,17 +141,29 @@ def test_weights_changed_in_place_count_at_once() -> None:
     assert worst_row(after, model(torch.tensor([[1, 2]]))[:, -1]) < 1e-4
 
 
-def test_parameters_that_were_replaced_count_when_told() -> None:
+def test_the_head_reads_rows_where_they_lie_as_it_reads_copies() -> None:
+    """Of all tokens, of the first ones, of others."""
+    engine = runner(build(BASE), "native")
+    hidden = engine.forward([Chunk([1, 2, 3, 4], 0, [0])], [4]).hidden
+    assert engine._native is not None
+    for rows in (slice(0, 4), slice(0, 2), slice(1, 3)):
+        where_they_lie = engine._native.logits(hidden[rows]).clone()
+        assert torch.equal(where_they_lie, engine._native.logits(hidden[rows].clone()))
+
+
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_parameters_that_were_replaced_count_when_told(wanted: int) -> None:
+    """Where the head reads all rows of a step, and where it reads the last one."""
     model = build(BASE)
     engine = runner(model, "native")
     chunk = Chunk([1, 2], 0, [0])
-    engine.forward([chunk], [1])
+    engine.forward([chunk], [wanted])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data * 1.5
     engine.weights_changed()
-    after = engine.forward([chunk], [1]).logits
-    assert worst_row(after, model(torch.tensor([[1, 2]]))[:, -1]) < 1e-4
+    after = engine.forward([chunk], [wanted]).logits
+    assert worst_row(after, model(torch.tensor([[1, 2]]))[0, -wanted:]) < 1e-4
 
 
 def test_a_backend_that_cannot_run_is_named() -> None:

@@ -77,6 +77,30 @@ def test_they_are_attention_and_its_gradients(
     assert_close(computed(kernels, *operands), exact(*operands), dtype)
 
 
+def test_queries_come_behind_keys_that_were_there_before(dtype: torch.dtype, kernels: CausalKernels) -> None:
+    """Sequences of unlike lengths: behind the end of each stands what must not be read, and nothing is written."""
+    spans = [(0, 5), (7, 3), (50, 97), (3, 0), (101, 1), (5, 60)]
+    keys = max(past + own for past, own in spans)
+    query, key, value, grad = (t[:, :, :97] if i in (0, 3) else t for i, t in enumerate(draw((6, 6, 2, keys, 24, 40), dtype)))
+    query, grad = query.clone(), grad.clone()
+    for n, (past, own) in enumerate(spans):
+        for t, end in ((query, own), (grad, own), (key, past + own), (value, past + own)):
+            t[n, :, end:] = float("nan")
+    where = torch.tensor(spans)
+    output, *grads = kernels.attention(query, key, value, SCALE, where), *kernels.backward(grad, query, key, value, SCALE, where)
+    for n, (past, own) in enumerate(spans):
+        inputs = [
+            t[n : n + 1, :, :end].double().requires_grad_() for t, end in ((query, own), (key, past + own), (value, past + own))
+        ]
+        scores = SCALE * inputs[0] @ inputs[1].repeat_interleave(3, 1).transpose(2, 3)
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(past + 1)
+        exact = scores.masked_fill(later, -torch.inf).softmax(-1) @ inputs[2].repeat_interleave(3, 1)
+        wanted = [exact.detach(), *torch.autograd.grad(exact, inputs, grad[n : n + 1, :, :own].double())]
+        ends = (own, own, past + own, past + own)
+        found = [t[n : n + 1, :, :end] for t, end in zip((output, *grads), ends, strict=True)]
+        assert_close(found, wanted, dtype)
+
+
 def test_they_read_any_strides(dtype: torch.dtype, kernels: CausalKernels) -> None:
     """Heads behind tokens; parts of wider rows, which start at an even place or at an odd one; one number repeated."""
     operands = draw((2, 3, 3, 50, 16, 12), dtype)
