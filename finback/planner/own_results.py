@@ -137,9 +137,8 @@ def _grpo(hardware: Mapping[Precision, Hardware]) -> Iterator[Prediction]:
             training = step_time(c, row, layout, precision, length, _GRPO_SAMPLES).seconds
             token = per_token(c, row, layout, precision, length)
             training += _GRPO_SAMPLES * (_GRPO_NEW - 3 * _GRPO_PROMPT) * token.head_forward
-            spared = (_GRPO_SAMPLES - 1) * (
-                _GRPO_PROMPT - 1
-            ) + _GRPO_SAMPLES  # tokens: a prompt is computed once, last ones never
+            # The prompt is computed once but for its last token, and the last token of a sample never.
+            spared = (_GRPO_SAMPLES - 1) * (_GRPO_PROMPT - 1) + _GRPO_SAMPLES
             training -= spared * (token.forward + token.backward_input + token.backward_weight - 3 * token.head_forward)
             name = f"GRPO step, {title}, {precision}" + (", sampled in bf16" if sampled == "bf16" else "")
             yield name, "seconds", rollout + training

@@ -20,8 +20,8 @@ MEASURED = 16  # samples of a step whose drafts are measured
 
 
 def draft_loss_sum(model: Transformer, batch: Batch, mtp_hidden: Sequence[Tensor]) -> Tensor:
-    """Sum over the samples' tokens and the MTP depths of -log p (V3 section 2.2). `mtp_hidden` is cut off from
-    the main model, and the head is held fixed, too: the gradient reaches the MTP modules and nothing of the policy."""
+    """Sum over the samples' tokens and the MTP depths of -log p (V3 section 2.2). `mtp_hidden` is cut off from the main model,
+    and the head is held fixed, too: the gradient reaches the MTP modules and nothing of the policy."""
     total, head = torch.zeros((), device=batch.ids.device), model.lm_head.weight.detach()
     for hidden, (places, targets) in zip(mtp_hidden, batch.drafts, strict=True):
         total = total + linear_cross_entropy(hidden.index_select(0, places), head, targets)
