@@ -63,7 +63,7 @@ class QuickstartConfig:
 
 
 R1_SMALL = QuickstartConfig(
-    out="runs/r1-small", tokens=8_000_000, student_tokens=1_000_000, eval_problems=1600, problems=160_000, minutes=120.0
+    out="runs/r1-small", tokens=12_000_000, student_tokens=1_000_000, eval_problems=1600, problems=240_000, minutes=120.0
 )
 """Where `finback r1 small` begins: the quickstart with longer stages behind R1-Zero, and with runs beside the ladder."""
 

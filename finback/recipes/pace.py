@@ -14,7 +14,7 @@ from finback.train.loop import clipped_update, take_gradients
 from finback.train.losses import accumulate_gradients
 from finback.train.optimizer import gradient_norm, init_adam_state
 
-WORK = {"quickstart": 3.75, "r1-small": 5.0}
+WORK = {"quickstart": 3.75, "r1-small": 2.6}
 """All stages of a recipe together, in units of its pre-training: what recorded runs took on two cores."""
 WARM_STEPS, TIMED_STEPS = 8, 12
 _SHARE = 0.95  # of the minutes: machines become slower when they are warm, or shared
