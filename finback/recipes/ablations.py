@@ -20,7 +20,7 @@ from finback.train.metrics import METRICS_FILE, read_metrics
 from finback.train.throughput import training_flops_per_token
 
 LANGUAGE_REWARD = "finback.rewards.language:language_consistency"
-SPARE = 2.0
+SPARE = 3.0
 """Samples that become shorter, and groups that teach nothing, leave reinforcement learning below its estimate."""
 
 
@@ -83,10 +83,12 @@ def distillation_flops(run: Run, student: ModelConfig, teacher_model: ModelConfi
 
 
 def rl_step_flops(settings: GRPOConfig, model: ModelConfig, prompt_tokens: float, sample_tokens: float) -> float:
-    """Of one step of GRPO: each sample is written, token by token, and gone through forward and backward, its prompt with it."""
-    samples = settings.prompts_per_step * settings.num_generations
+    """Of one step of GRPO: each sample is written, token by token, and gone through forward and backward; each prompt is gone through
+    once for all of its samples."""
+    prompts = settings.prompts_per_step * prompt_tokens
+    sampled = settings.prompts_per_step * settings.num_generations * sample_tokens
     length = prompt_tokens + sample_tokens
-    return samples * (sample_tokens * _forward(model, length) + length * _training(model, length))
+    return sampled * _forward(model, length) + (prompts + sampled) * _training(model, length)
 
 
 def rl_flops(rows: list[dict[str, Any]], model: ModelConfig, length: float) -> float:

@@ -210,9 +210,9 @@ class DistillConfig:
     """With `compare_rl`: updates per step."""
     beta: float = 0.001
     """With `compare_rl`: weight of the divergence from the reference."""
-    rl_compute: float = 2.0
+    rl_compute: float = 3.0
     """With `compare_rl`: steps are planned for this many times distillation's FLOPs, by the length of the student's first samples.
-    What was spent is counted: where samples become shorter it is less, and below 1 the comparison says nothing."""
+    What was spent is counted: where samples become shorter or teach nothing it is less, and below 1 the comparison says nothing."""
     fresh: bool = False
     """Remove the run that is in `out` and start over."""
 

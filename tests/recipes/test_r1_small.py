@@ -165,7 +165,7 @@ def test_flops_of_reinforcement_learning_by_hand() -> None:
     model: ModelConfig = nano_dense().model
     each = training_flops_per_token(model, 50)
     settings = GRPOConfig(model="", prompts_per_step=2, num_generations=3)
-    assert rl_step_flops(settings, model, 20.0, 30.0) == pytest.approx(6 * (30 * each / 3 + 50 * each))
+    assert rl_step_flops(settings, model, 20.0, 30.0) == pytest.approx(6 * 30 * each / 3 + (2 * 20 + 6 * 30) * each)
     rows = [
         {"tokens": 100, "tokens_per_second": 10.0, "training_seconds": 4.0},
         {"tokens": 300, "tokens_per_second": 20.0, "training_seconds": 3.0},
