@@ -9,9 +9,13 @@ import difflib
 import errno
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 import finback
 from finback.config import InputError
@@ -54,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may write any character, the terminal may know few
     name = f"finback {words[0]}" if words and words[0] in VERBS else "finback"
+    with _terminations_as_ctrl_c():
+        return _told(name, words)
+
+
+def _told(name: str, words: list[str]) -> int:
     try:
         code = _run(words)
         sys.stdout.flush()  # not left to interpreter exit, so that a full disk or a closed pipe is told like the rest
@@ -78,6 +87,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             name,
             f"this needs the Python package {package}, which is not installed; finback doctor tells what is missing",
         )
+
+
+@contextmanager
+def _terminations_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM and a closed terminal end a verb like Ctrl-C, so that what it was just writing is taken away again; one that is ignored,
+    as under nohup, stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(words: list[str]) -> int:

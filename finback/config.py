@@ -6,6 +6,7 @@ tensors are formulas over it: nothing here allocates, and nothing here imports t
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -152,10 +153,14 @@ class ModelConfig:
             raise InputError(f"{directory} holds no config.json; give a Hugging Face model directory")
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InputError(f"{path} is not JSON ({error}); restore the file") from None
         if not isinstance(data, dict):
             raise InputError(f"{path} holds {type(data).__name__}, not a JSON object; restore the file")
+        if isinstance(data.get("model"), dict | str) and "model_type" not in data:
+            raise InputError(
+                f"{directory} is the directory of a run; give one of its models, such as {directory}/checkpoints/step-N"
+            )
         try:
             return cls.from_dict(data)
         except InputError as error:
@@ -241,8 +246,8 @@ def _check_config(c: ModelConfig) -> None:
         if value < least:
             raise InputError(f"config field {name} is {value}, it must be at least {least}")
     for name in NUMBERS:
-        if getattr(c, name) <= 0:
-            raise InputError(f"config field {name} is {getattr(c, name)}, it must be positive")
+        if not 0 < getattr(c, name) < math.inf:
+            raise InputError(f"config field {name} is {getattr(c, name)}, it must be positive and finite")
     if c.torch_dtype not in DTYPES:
         raise InputError(f"config field torch_dtype is {c.torch_dtype!r}, supported are {', '.join(DTYPES)}")
     if dense:

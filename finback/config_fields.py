@@ -33,7 +33,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _check_scaling(self.factor, self.original_max_position_embeddings)
-        if self.beta_fast <= self.beta_slow:
+        if not self.beta_slow < self.beta_fast < math.inf:
             raise InputError(
                 f"config field rope_scaling.beta_fast is {self.beta_fast}, it must be larger than beta_slow ({self.beta_slow})"
             )
@@ -59,8 +59,8 @@ class Llama3RopeScaling:
 
 
 def _check_scaling(factor: float, original: int) -> None:
-    if factor < 1:
-        raise InputError(f"config field rope_scaling.factor is {factor}, it must be at least 1")
+    if not 1 <= factor < math.inf:
+        raise InputError(f"config field rope_scaling.factor is {factor}, it must be at least 1 and finite")
     if original < 1:
         raise InputError(f"config field rope_scaling.original_max_position_embeddings is {original}, it must be positive")
 

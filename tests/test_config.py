@@ -283,6 +283,28 @@ def test_contradictory_or_impossible_values_are_errors(change: dict[str, Any], w
         ModelConfig.from_dict(published("deepseek-v3") | change)
 
 
+@pytest.mark.parametrize("name", ["rms_norm_eps", "rope_theta", "routed_scaling_factor", "initializer_range"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_number_that_is_not_finite_is_refused_wherever_it_comes_from(name: str, value: float) -> None:
+    """Fields of the command line do not go through a config.json."""
+    config = ModelConfig.from_dict(published("deepseek-v3"))
+    with pytest.raises(InputError, match=f"config field {name} is .*, it must be positive and finite"):
+        replace(config, **{name: value})
+    assert config.rope_scaling is not None
+    for field in ("factor", "beta_fast"):
+        with pytest.raises(InputError, match=f"rope_scaling.{field}"):
+            replace(config.rope_scaling, **{field: value})
+
+
+def test_the_directory_of_a_run_is_no_model_and_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"vocab_size": 3}, "seed": 1}))
+    with pytest.raises(InputError, match=r"is the directory of a run; give one of its models, such as .*checkpoints/step-N"):
+        ModelConfig.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    with pytest.raises(InputError, match=r"config\.json is not JSON"):
+        ModelConfig.from_hf(tmp_path)
+
+
 def test_v2_has_no_mtp() -> None:
     with pytest.raises(InputError, match="deepseek_v2 has no MTP"):
         ModelConfig.from_dict(published("deepseek-v2") | {"num_nextn_predict_layers": 1})

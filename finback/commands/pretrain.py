@@ -53,11 +53,15 @@ def main(argv: Sequence[str]) -> int:
     if (arguments.out / "config.json").exists():
         again = f"continue it with finback pretrain --resume {arguments.out}"
         raise InputError(f"--out {arguments.out} already holds a run; {again}, or give another --out")
+    from finback.ops.memory import available_memory
     from finback.train.initial import check_init_from
+    from finback.train.memory import check_memory
     from finback.train.pretrain import pretrain
-    from finback.train.session import keep_freed_memory
+    from finback.train.session import choose_device, keep_freed_memory
 
-    check_init_from(config)  # before text is tokenised
+    check_init_from(config)  # this and what follows before text is tokenised
+    device = choose_device(config.device)
+    check_memory(config, str(device), available_memory(device))
     config = prepare_data(config, arguments.out, text_field=arguments.text_field)
     keep_freed_memory()
     _tell_end(pretrain(config, arguments.out))
@@ -129,6 +133,11 @@ def prepare_data(config: PretrainConfig, out: Path, *, text_field: str = "text")
     if any(shards):
         mixed = config.data[shards.index(True)]
         raise InputError(f"--data mixes token shards ({mixed}) and text; give one kind, or run once for each")
+    if config.data_weights:
+        raise InputError(
+            "--data-weights gives shares to token shards, and text files are tokenised into one; give shards (a run's data/tokens), or "
+            "leave it out"
+        )
     return _tokenise(config, out / "data", text_field)
 
 

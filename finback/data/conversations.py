@@ -26,6 +26,7 @@ import numpy as np
 from finback.config import InputError
 from finback.data.chat import Message, published_template
 from finback.data.packing import Sample
+from finback.data.sources import parquet_batches
 from finback.data.tokenizer import END_THINK_TOKEN, THINK_TOKEN, Tokenizer
 
 PUBLISHED_TEMPLATES = ("deepseek_r1", "deepseek_v3")
@@ -145,7 +146,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         raise InputError(f"{file} is not a Parquet file: {error}") from None
     with table:
         number = 0
-        for batch in table.iter_batches(batch_size=1024):
+        for batch in parquet_batches(table, file):
             for record in batch.to_pylist():
                 yield Row(f"{file}, row {number}", {key: value for key, value in record.items() if value is not None})
                 number += 1

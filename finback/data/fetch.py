@@ -228,7 +228,9 @@ def _run_client(name: str, package: Package, folder: Path) -> None:
 def _reason(output: str) -> str:
     """The client's own last word of complaint, in brackets."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    complaints = [line for line in lines if line.startswith(("ERROR", "E:", "npm error"))] or lines
+    complaints = [
+        line for line in lines if line.startswith(("ERROR", "E:", "npm error")) and line != "ERROR: Exception:"
+    ] or lines
     return f" ({complaints[-1][:200].rstrip('.')})" if complaints else ""
 
 

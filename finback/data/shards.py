@@ -87,9 +87,14 @@ def write_shards(
             "splits": {split: writer.finish() for split, writer in writers.items()},
         }
         if description["splits"]["train"]["documents"] == 0:
-            raise InputError(
-                f"no document is left for training in {directory}: the sources are empty or validation_fraction is 1"
-            )
+            held_out = description["splits"]["validation"]["documents"]
+            cause = "the sources hold no text"
+            if held_out:
+                cause = (
+                    f"all of its {held_out} are held out, chosen by a hash of their text; give the text as several documents (a line "
+                    "each in a .jsonl file), or a lower validation_fraction"
+                )
+            raise InputError(f"no document is left for training in {directory}: {cause}")
         write_atomic(temporary / _INDEX, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     return description
 

@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finback.config import InputError
 
@@ -73,12 +74,22 @@ def parquet_documents(file: str | Path, column: str = "text") -> Iterator[Docume
             names = ", ".join(table.schema_arrow.names)
             raise InputError(f"{file} has no column {column!r}; it has {names}")
         row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+        for batch in parquet_batches(table, file, columns=[column]):
             for value in batch.column(0).to_pylist():
                 if not isinstance(value, str):
                     raise InputError(f"{file}, row {row}: column {column!r} holds {type(value).__name__}, not text")
                 yield Document(value, file.name)
                 row += 1
+
+
+def parquet_batches(table: Any, file: Path, columns: list[str] | None = None) -> Iterator[Any]:
+    """Batches of rows of an open Parquet file; InputError, naming the file, where its pages are damaged."""
+    import pyarrow
+
+    try:
+        yield from table.iter_batches(batch_size=1024, columns=columns)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise InputError(f"{file} is damaged: {error}; get it again") from None
 
 
 def stdlib_documents() -> Iterator[Document]:

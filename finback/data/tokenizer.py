@@ -276,7 +276,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     model, decoder = content.get("model"), content.get("decoder")
     if not isinstance(model, dict) or model.get("type") != "BPE" or '"ByteLevel"' not in json.dumps(decoder):
         raise InputError(f"{file} is not a byte-level BPE in the form of the `tokenizers` library")
-    return Tokenizer(Backend.from_str(json.dumps(content)), config, template)
+    try:
+        backend = Backend.from_str(json.dumps(content))
+    except Exception as error:  # the library raises no narrower one
+        raise InputError(f"{file} cannot be read by the `tokenizers` library of this machine: {error}") from None
+    return Tokenizer(backend, config, template)
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path) -> None:

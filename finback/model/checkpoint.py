@@ -256,7 +256,7 @@ def write_tensors(
     with replaced_directory(directory, is_stale) as temporary:
         free = shutil.disk_usage(temporary).free
         if free < total:
-            needs = f"{directory} needs {total / 1e9:.1f} GB and {free / 1e9:.1f} GB are free"
+            needs = f"{directory} needs {total / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free"
             raise InputError(f"{needs}; make room, or write elsewhere")
         stream = iter(tensors)
         weight_map: dict[str, str] = {}

@@ -38,7 +38,7 @@ def write_gguf(path: Path, config: ModelConfig, dtype: str, metadata: Metadata, 
     path.parent.mkdir(parents=True, exist_ok=True)
     total, free = sum(map(_size, specs)), shutil.disk_usage(path.parent).free
     if free < total:
-        raise InputError(f"{path} needs {total / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; make room, or write elsewhere")
+        raise InputError(f"{path} needs {total / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free; make room, or write elsewhere")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         places, end = _write_header(temporary, architecture(config), specs, dtype, metadata)

@@ -32,9 +32,9 @@ from finback.model.checkpoint import load, save
 from finback.model.generate import generate
 from finback.model.transformer import Transformer
 from finback.recipes.config import QuickstartConfig
-from finback.recipes.corpus import CHAINS, QUICKSTART_SUMS, Group, SumsTask, collect_groups
+from finback.recipes.corpus import CHAINS, QUICKSTART_SUMS, TEXT_VALIDATION_FRACTION, Group, SumsTask, collect_groups
 from finback.recipes.ladder import read_rows
-from finback.recipes.stages import Run
+from finback.recipes.stages import Run, StageFailed
 from finback.rewards.answers import final_answer
 from finback.rewards.reward import load_reward
 from finback.train.config import PretrainConfig
@@ -42,7 +42,6 @@ from finback.train.evaluate import evaluate
 from finback.train.metrics import METRICS_FILE, read_metrics
 from finback.train.pretrain import pretrain
 
-VALIDATION_FRACTION, CHAINS_VALIDATION_FRACTION = 0.02, 0.004  # about as many tokens of each
 GENERAL = 300
 STORY_BYTES = 160
 SAMPLE_TOKENS = 120
@@ -94,16 +93,16 @@ def vocabulary(config: QuickstartConfig, wanted: int) -> int:
     return min(wanted, _WORDS_OF_SUMS) if config.text == "none" else wanted
 
 
-def shards(run: Run, config: QuickstartConfig) -> dict[str, Any]:
+def shards(run: Run, config: QuickstartConfig, task: SumsTask = QUICKSTART_SUMS) -> dict[str, Any]:
     """Write each group as token shards, with its own held-out documents."""
-    return write_corpus_shards(run, config, load_tokenizer(run.directory / "tokenizer"), run.directory / "data")
+    return write_corpus_shards(run, config, load_tokenizer(run.directory / "tokenizer"), run.directory / "data", task)
 
 
-def write_corpus_shards(run: Run, config: QuickstartConfig, trained: Tokenizer, target: Path) -> dict[str, Any]:
+def write_corpus_shards(run: Run, config: QuickstartConfig, trained: Tokenizer, target: Path, task: SumsTask) -> dict[str, Any]:
     """The run's corpus as token shards in `target`/GROUP."""
     facts: dict[str, Any] = {}
     for name in _groups(run):
-        share = CHAINS_VALIDATION_FRACTION if name == CHAINS else VALIDATION_FRACTION
+        share = task.validation_fraction if name == CHAINS else TEXT_VALIDATION_FRACTION
         settings = DataConfig(validation_fraction=share, seed=config.seed)
         index = write_shards(jsonl_documents(_corpus_file(run, name)), trained, target / name, settings)
         facts[name] = {f"{split}_tokens": TokenShards(target / name, split).num_tokens for split in ("train", "validation")}
@@ -142,8 +141,9 @@ def base(run: Run, config: QuickstartConfig, preset: PretrainConfig) -> dict[str
     }
 
 
-def comparison(run: Run, preset: PretrainConfig) -> dict[str, Any]:
-    """Held-out bits per byte of the model and of an interpolated trigram model, trained and measured on the same tokens."""
+def comparison(run: Run, config: QuickstartConfig, preset: PretrainConfig) -> dict[str, Any]:
+    """Held-out bits per byte of the model and of an interpolated trigram model, trained and measured on the same tokens. The same
+    share of each group is held out, so that all of it together is a text like the corpus."""
     splits = {name: TokenShards(_shards_directory(run, name), "validation") for name in _groups(run)}
     training = [TokenShards(_shards_directory(run, name), "train") for name in _groups(run)]
     lengths = load_tokenizer(run.directory / "tokenizer").token_byte_lengths()
@@ -162,7 +162,10 @@ def comparison(run: Run, preset: PretrainConfig) -> dict[str, Any]:
         gain = 1 - rows["all"]["bits_per_byte"] / rows["all"]["trigram_bits_per_byte"]
         print(f"\nThe model needs {gain:.0%} fewer bits than the trigram.")
     else:
-        print("\nThe model has not beaten the trigram: it was trained for too short a time. Give it more --tokens.")
+        sentence = "The model has not beaten the trigram: it was trained for too short a time. Give it more --tokens"
+        if config.gate == "stop":
+            raise StageFailed(sentence)
+        print(f"\n{sentence}.")
     return {"held_out": rows, "better_than_trigram": better}
 
 
@@ -185,7 +188,7 @@ def samples(run: Run, config: QuickstartConfig, task: SumsTask = QUICKSTART_SUMS
     return {"samples": written}
 
 
-def student_base(run: Run, config: QuickstartConfig, preset: PretrainConfig) -> dict[str, Any]:
+def student_base(run: Run, config: QuickstartConfig, preset: PretrainConfig, task: SumsTask = QUICKSTART_SUMS) -> dict[str, Any]:
     """Pre-train a dense model of another family, with a tokenizer of its own, on the same corpus: what distillation starts from."""
     directory = run.directory / "training" / "student-base"
     if not (directory / "tokenizer").exists():
@@ -193,7 +196,7 @@ def student_base(run: Run, config: QuickstartConfig, preset: PretrainConfig) -> 
             corpus_tokenizer(run, preset.model.vocab_size, preset.model.max_position_embeddings), directory / "tokenizer"
         )
     trained = load_tokenizer(directory / "tokenizer")
-    facts = write_corpus_shards(run, config, trained, directory / "data")
+    facts = write_corpus_shards(run, config, trained, directory / "data", task)
     ids = {f"{name}_token_id": getattr(trained, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     settings = replace(
         pretrain_config(run, config, preset),

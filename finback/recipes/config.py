@@ -11,8 +11,10 @@ import tyro
 from finback.config import InputError
 from finback.eval.config import PromptForm
 from finback.rl.config import R1_ZERO_TEMPLATE, GRPOConfig
+from finback.train.config import Recompute
 from finback.train.sft_config import SFTConfig
 
+LEAST_VOCABULARY, MOST_VOCABULARY = 276, 2**20
 Text = Literal["auto", "fables", "docstrings", "none"]
 
 
@@ -56,8 +58,12 @@ class QuickstartConfig:
             raise InputError(f"field minutes is {self.minutes}, it must be above 0")
         if not 0 < self.ladder <= 100:
             raise InputError(f"field ladder is {self.ladder}, it must be above 0 and at most 100")
-        if self.seed < 0:
-            raise InputError(f"field seed is {self.seed}, it must be at least 0")
+        _check_seed(self.seed)
+        if not LEAST_VOCABULARY <= self.vocab_size <= MOST_VOCABULARY:
+            raise InputError(
+                f"field vocab_size is {self.vocab_size}, it must be from {LEAST_VOCABULARY} (256 bytes and the special tokens) to "
+                f"{MOST_VOCABULARY}"
+            )
         if self.problems < 100:
             raise InputError(f"field problems is {self.problems}, it must be at least 100, so that some can be held out")
 
@@ -66,6 +72,17 @@ R1_SMALL = QuickstartConfig(
     out="runs/r1-small", tokens=12_000_000, student_tokens=1_000_000, eval_problems=1600, problems=240_000, minutes=120.0
 )
 """Where `finback r1 small` begins: the quickstart with longer stages behind R1-Zero, and with runs beside the ladder."""
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"field seed is {seed}, it must be at least 0 and below 2^63")
+
+
+def _check_rates(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise InputError(f"field {name} is {getattr(config, name)}, it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -130,6 +147,12 @@ class R1Config:
     """Prompts of the rejection sampling, with 4 samples each."""
     student_prompts: int = 4000
     """Prompts that the last model answers for the student, with 2 samples each."""
+    micro_batch_tokens: int = 8192
+    """Tokens per forward and backward pass of reinforcement learning; changes memory and speed, not the result."""
+    micro_batch_size: int = 4
+    """Conversations per forward and backward pass of fine-tuning; changes memory and speed, not the result."""
+    recompute: Recompute = "none"
+    """What backward of fine-tuning computes again to save memory: nothing, V3's choice (norms, MLA up-projections, SwiGLU), layers."""
     gate: Literal["stop", "tell"] = "stop"
     """What follows when a stage did not improve what it must: the run stops, or says so and goes on."""
     eval_problems: int = 200
@@ -155,10 +178,14 @@ class R1Config:
             "student_prompts",
             "eval_problems",
             "eval_samples",
+            "micro_batch_tokens",
+            "micro_batch_size",
         )
         for name in counts:
             if getattr(self, name) < 1:
                 raise InputError(f"field {name} is {getattr(self, name)}, it must be at least 1")
+        _check_rates(self, "lr", "sft_lr")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -210,6 +237,12 @@ class DistillConfig:
     """With `compare_rl`: updates per step."""
     beta: float = 0.001
     """With `compare_rl`: weight of the divergence from the reference."""
+    micro_batch_tokens: int = 8192
+    """With `compare_rl`: tokens per forward and backward pass; changes memory and speed, not the result."""
+    micro_batch_size: int = 4
+    """Traces per forward and backward pass of fine-tuning; changes memory and speed, not the result."""
+    recompute: Recompute = "none"
+    """What backward of fine-tuning computes again to save memory: nothing, V3's choice (norms, MLA up-projections, SwiGLU), layers."""
     rl_compute: float = 3.0
     """With `compare_rl`: steps are planned for this many times distillation's FLOPs, by the length of the student's first samples.
     What was spent is counted: where samples become shorter or teach nothing it is less, and below 1 the comparison says nothing."""
@@ -217,9 +250,12 @@ class DistillConfig:
     """Remove the run that is in `out` and start over."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "max_completion_length", "epochs", "eval_problems", "eval_samples"):
+        counts = ("prompts", "max_completion_length", "epochs", "eval_problems", "eval_samples")
+        for name in (*counts, "micro_batch_tokens", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"field {name} is {getattr(self, name)}, it must be at least 1")
+        _check_rates(self, "lr", "rl_lr")
+        _check_seed(self.seed)
         if not 1 <= self.rl_compute < float("inf"):
             raise InputError(f"field rl_compute is {self.rl_compute}, it must be a number of at least 1")
 

@@ -7,14 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finback.config import InputError
+from finback.config import InputError, ModelConfig
 from finback.data.files import write_atomic
-from finback.data.tokenizer import load_tokenizer
+from finback.data.tokenizer import Tokenizer, load_tokenizer
 from finback.model.checkpoint import open_checkpoint
 from finback.recipes import ablations, judging, ladder
 from finback.recipes.config import DistillConfig, LadderConfig
 from finback.recipes.ladder_report import comparison_table, curves
 from finback.recipes.r1 import check_problems, check_template
+from finback.recipes.room import check_fine_tuning, check_reinforcement_learning, longest_prompt, trace_length
 from finback.recipes.small_claims import claims_table, distillation_verdict
 from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip, stage_times
 from finback.rl.config import GRPOConfig
@@ -39,7 +40,8 @@ def distill(config: DistillConfig) -> Path:
         open_checkpoint(Path(directory))
     if load_tokenizer(config.teacher).chat_template is None:
         raise InputError(f"field teacher: {config.teacher} has no chat template; a teacher is a chat model")
-    check_template("student", config.student, config.chat_template)
+    student = check_template("student", config.student, config.chat_template)
+    _check_room(config, student)
     stages = distill_stages(config)
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
@@ -50,6 +52,43 @@ def distill(config: DistillConfig) -> Path:
     return run.directory / "student"
 
 
+def _check_room(config: DistillConfig, student: Tokenizer) -> None:
+    """InputError for a prompt that leaves no room for an answer, or a stage that does not fit into memory."""
+    files, answer = [config.data, config.held_out], config.max_completion_length
+    longest_prompt(files, load_tokenizer(config.teacher), (None,), ModelConfig.from_hf(config.teacher), answer)
+    model = ModelConfig.from_hf(config.student)
+    prompt = longest_prompt(files, student, (config.template, None), model, answer)
+    check_fine_tuning(_sft(config), model, prompt + answer)
+    if config.compare_rl:
+        check_reinforcement_learning(_reinforcement_learning(config), model, prompt)
+
+
+def _sft(config: DistillConfig) -> SFTConfig:
+    return SFTConfig(
+        lr=config.lr,
+        epochs=config.epochs,
+        batching="pad",
+        chat_template=config.chat_template,
+        sequence_length=trace_length(ModelConfig.from_hf(config.student), config.max_completion_length),
+        micro_batch_size=config.micro_batch_size,
+        recompute=config.recompute,
+    )
+
+
+def _reinforcement_learning(config: DistillConfig) -> GRPOConfig:
+    return GRPOConfig(
+        model="",
+        prompts_per_step=config.prompts_per_step,
+        num_generations=config.num_generations,
+        minibatches=config.minibatches,
+        max_completion_length=config.max_completion_length,
+        lr=config.rl_lr,
+        final_lr=config.rl_lr / 10,
+        beta=config.beta,
+        micro_batch_tokens=config.micro_batch_tokens,
+    )
+
+
 def distill_stages(config: DistillConfig) -> list[Stage]:
     """The recipe, in order."""
     steps = LadderConfig(
@@ -58,7 +97,7 @@ def distill_stages(config: DistillConfig) -> list[Stage]:
         reward=config.reward,
         least_reward=config.least_reward,
         zero_template=config.template,
-        student=SFTConfig(lr=config.lr, epochs=config.epochs, batching="pad", chat_template=config.chat_template),
+        student=_sft(config),
         student_prompts=config.prompts,
         eval_problems=config.eval_problems,
         eval_samples=config.eval_samples,
@@ -69,16 +108,7 @@ def distill_stages(config: DistillConfig) -> list[Stage]:
         Stage("student", "Distillation", partial(ladder.student, ladder=steps, teacher="teacher")),
     ]
     if config.compare_rl:
-        alone = GRPOConfig(
-            model="",
-            prompts_per_step=config.prompts_per_step,
-            num_generations=config.num_generations,
-            minibatches=config.minibatches,
-            max_completion_length=config.max_completion_length,
-            lr=config.rl_lr,
-            final_lr=config.rl_lr / 10,
-            beta=config.beta,
-        )
+        alone = _reinforcement_learning(config)
         work = partial(ablations.student_rl, ladder=steps, settings=alone, teacher="teacher", spare=config.rl_compute)
         stages.append(Stage("student-rl", "The same student by RL alone", work))
     return [*stages, Stage("report", "Report", report)]

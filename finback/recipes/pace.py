@@ -42,7 +42,11 @@ def fit_to_machine(run: Run, config: QuickstartConfig, preset: PretrainConfig) -
     if share == 1:
         print(f"{told}: the whole run fits into {config.minutes:g} minutes.")
         return config
-    print(f"{told}: to end within {config.minutes:g} minutes, the run is cut to {share:.0%} (--minutes changes that).")
+    minutes = share * work / (60 * max(1, pace["tokens_per_second"]))
+    if minutes > config.minutes:
+        print(f"{told}: the run is cut to {share:.0%}, below which nothing is learnt, and takes about {minutes:,.0f} minutes.")
+    else:
+        print(f"{told}: to end within {config.minutes:g} minutes, the run is cut to {share:.0%} (--minutes changes that).")
     return replace(
         config, tokens=int(config.tokens * share), student_tokens=int(config.student_tokens * share), ladder=config.ladder * share
     )

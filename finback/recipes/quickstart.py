@@ -46,7 +46,7 @@ def quickstart_stages(run: Run, config: QuickstartConfig, preset: PretrainConfig
         Stage("tokenizer", "Tokenizer", partial(base_model.tokenizer, config=config, preset=preset)),
         Stage("shards", "Token shards", partial(base_model.shards, config=config)),
         Stage("base", "Pre-training", partial(base_model.base, config=config, preset=preset)),
-        Stage("comparison", "Held-out bits per byte", partial(base_model.comparison, preset=preset)),
+        Stage("comparison", "Held-out bits per byte", partial(base_model.comparison, config=config, preset=preset)),
         Stage("samples", "Samples", partial(base_model.samples, config=config)),
         Stage("r1-zero", "R1-Zero: GRPO from the base", partial(ladder.r1_zero, ladder=steps)),
         Stage("cold-start", "Cold start: SFT", partial(ladder.cold_start, ladder=steps)),

@@ -16,6 +16,7 @@ from finback.model.checkpoint import open_checkpoint
 from finback.recipes import judging, ladder
 from finback.recipes.config import LadderConfig, R1Config
 from finback.recipes.ladder_report import curves, ladder_table, rises
+from finback.recipes.room import check_fine_tuning, check_reinforcement_learning, longest_prompt, trace_length
 from finback.recipes.stages import Run, Stage, copy_model, file_hash, open_run, run_or_skip, stage_times
 from finback.rl.config import GRPOConfig
 from finback.rl.model_rewards import check_reward_model
@@ -41,9 +42,9 @@ def r1(config: R1Config) -> Path:
     check_files(config)
     settings = {name: value for name, value in asdict(config).items() if name not in _NOT_SETTINGS}
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+    stages = r1_stages(config)  # its fields are checked before anything is written
     run = open_run(Path(config.out), "r1", settings, fresh=config.fresh)
     check_same_files(run, config)
-    stages = r1_stages(config)
     run_or_skip(run, stages, f"finback r1 {config.base} ... --out {run.directory}, with the same fields")
     print(f"\nTalk with it:            finback chat {run.directory / 'final'}")
     print(f"Read what happened:      {run.directory / 'report.md'}")
@@ -97,17 +98,14 @@ def check_template(name: str, directory: str, chat_template: str | None) -> Toke
 def _check_general(config: R1Config, tokenizer: Tokenizer) -> None:
     """InputError, naming file and line, for a conversation or a general prompt that a late stage could not read."""
     model = ModelConfig.from_hf(config.base)
-    length = _sft(config).resolved(model).sequence_length
-    assert length is not None
+    length = trace_length(model, config.max_completion_length)
     for where, record in _records(config.general) if config.general else ():
         try:
             longest = max(len(sample.ids) for sample in conversations.row_samples(record, tokenizer))
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
         if longest > length:
-            raise InputError(
-                f"{where}: it has {longest} tokens, more than the model's context takes ({length}); shorten or remove it"
-            )
+            raise InputError(f"{where}: it has {longest} tokens, more than are learnt from ({length}); shorten or remove it")
     if config.general_prompts:
         longest = model.max_position_embeddings - config.max_completion_length
         read_prompts([config.general_prompts], tokenizer, None, longest=longest)
@@ -129,10 +127,26 @@ def check_files(config: R1Config) -> None:
         if getattr(config, name):
             _check_file(name, getattr(config, name))
     open_checkpoint(Path(config.base))
+    tokenizer = check_template("base", config.base, config.chat_template)
     if config.student:
         open_checkpoint(Path(config.student))
         check_template("student", config.student, config.chat_template)
-    _check_general(config, check_template("base", config.base, config.chat_template))
+    _check_general(config, tokenizer)
+    _check_room(config, tokenizer)
+
+
+def _check_room(config: R1Config, tokenizer: Tokenizer) -> None:
+    """InputError for a prompt that leaves no room for an answer, or a stage that does not fit into memory."""
+    steps, model, answer = r1_ladder(config), ModelConfig.from_hf(config.base), config.max_completion_length
+    files = [config.data, config.held_out]
+    prompt = longest_prompt(files, tokenizer, (config.template, None), model, answer)
+    for settings, judges in ((steps.zero, ()), (steps.all_scenario, config.reward_model)):
+        check_reinforcement_learning(settings, model, prompt, judges)
+    check_fine_tuning(steps.cold_start, model, prompt + answer)
+    if config.student:
+        model, tokenizer = ModelConfig.from_hf(config.student), check_template("student", config.student, config.chat_template)
+        prompt = longest_prompt(files, tokenizer, (config.template, None), model, answer)
+        check_fine_tuning(steps.student, model, prompt + answer)
 
 
 def check_same_files(run: Run, config: R1Config) -> None:
@@ -178,8 +192,9 @@ def r1_ladder(config: R1Config) -> LadderConfig:
         lr=config.lr,
         final_lr=config.lr / 10,
         beta=config.beta,
+        micro_batch_tokens=config.micro_batch_tokens,
     )
-    sft = _sft(config)
+    sft = _sft(config, config.base)
     return LadderConfig(
         prompts=Path(config.data),
         held_out={"held out": Path(config.held_out)},
@@ -195,7 +210,7 @@ def r1_ladder(config: R1Config) -> LadderConfig:
         reasoning=replace(rl, steps=config.reasoning_steps),
         rejection=sft,
         all_scenario=replace(rl, steps=config.all_scenario_steps, temperature=0.7),
-        student=sft,
+        student=_sft(config, config.student) if config.student else sft,
         cold_start_prompts=config.cold_start_prompts,
         rejection_prompts=config.rejection_prompts,
         student_prompts=config.student_prompts,
@@ -206,8 +221,16 @@ def r1_ladder(config: R1Config) -> LadderConfig:
     )
 
 
-def _sft(config: R1Config) -> SFTConfig:
-    return SFTConfig(lr=config.sft_lr, epochs=config.sft_epochs, batching="pad", chat_template=config.chat_template)
+def _sft(config: R1Config, model: str) -> SFTConfig:
+    return SFTConfig(
+        lr=config.sft_lr,
+        epochs=config.sft_epochs,
+        batching="pad",
+        chat_template=config.chat_template,
+        sequence_length=trace_length(ModelConfig.from_hf(model), config.max_completion_length),
+        micro_batch_size=config.micro_batch_size,
+        recompute=config.recompute,
+    )
 
 
 def base(run: Run, config: R1Config) -> dict[str, Any]:

@@ -246,20 +246,21 @@ def unit_tests(prompt: str, completion: str, example: Mapping[str, Any]) -> floa
     The tests are a text of Python assertions or a list of them, or a list of rows with `input` and `output`; `example["language"]` is
     python, c or cpp, python if there is none. With `example["entry_point"]`, as HumanEval has it, `check(entry_point)` is called.
     """
-    return float(_fraction(prompt, completion, example, "bubblewrap") == 1.0)
+    return float(share_passed(prompt, completion, example, "bubblewrap") == 1.0)
 
 
 def unit_tests_fraction(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
     """A reward: the share of `example["tests"]` that the code of the answer passes; see `unit_tests`."""
-    return _fraction(prompt, completion, example, "bubblewrap")
+    return share_passed(prompt, completion, example, "bubblewrap")
 
 
-def unit_tests_unsandboxed(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    """`unit_tests` without bubblewrap. What a model writes then runs with the network and this machine's files in its reach."""
-    return float(_fraction(prompt, completion, example, "degraded") == 1.0)
+def prepare() -> None:
+    """Refuse before the first completion where programs cannot be run behind walls: InputError, with the remedy."""
+    require("bubblewrap")
 
 
-def _fraction(prompt: str, completion: str, example: Mapping[str, Any], isolation: Isolation) -> float:
+def share_passed(prompt: str, completion: str, example: Mapping[str, Any], isolation: Isolation) -> float:
+    """The share of the example's tests that the code of the answer passes in this isolation; 0 without code."""
     language = example.get("language", "python")
     if language not in get_args(Language):
         raise InputError(f"example: language is {language!r}; it must be one of {', '.join(get_args(Language))}")

@@ -103,7 +103,7 @@ def require(isolation: Isolation) -> None:
         raise InputError(f"programs cannot be run here: {reason}")
     raise InputError(
         f"programs must not run without a sandbox, and {reason}; or accept that they reach the network and this machine's "
-        "files: run_code(..., isolation='degraded'), or the reward finback.rewards.code:unit_tests_unsandboxed"
+        "files: run_code(..., isolation='degraded'), or the reward finback.rewards.code_unsandboxed:unit_tests_unsandboxed"
     )
 
 

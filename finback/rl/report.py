@@ -34,8 +34,10 @@ _PANELS = (
     ("Length of a sample, tokens", ("completion_length",)),
     ("Entropy, nats per token", ("entropy",)),
     ("Clip fraction and divergence", ("clip_fraction", "kl")),
-    ("Groups with equal rewards, reflection, accepted drafts", ("zero_variance", "reflection", "mtp_acceptance")),
+    ("Groups with equal rewards, reflection", ("zero_variance", "reflection")),
     ("Trainer against engine, nats per token", ("logprob_gap",)),
+    ("Accepted drafts of the MTP module", ("mtp_acceptance",)),
+    ("Tokens per second, sampling and training", ("rollout_tokens_per_second", "tokens_per_second")),
 )
 _COLOURS = (BLUE, ORANGE, GREEN, RED, GREY, PALE_BLUE)
 
@@ -80,13 +82,13 @@ def first_and_last(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Six panels over steps: the reward and its components, and what tells of the policy's health."""
+    """Eight panels over steps: the reward and its components, and what tells of the policy's health."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 6.2), layout="constrained")
+    figure = Figure(figsize=(14.5, 6.2), layout="constrained")
     components = sorted({key for row in rows for key in row if key.startswith("reward/")})
     panels = [("Reward", ("reward", *components)), *_PANELS]
-    for axes, (title, keys) in zip(figure.subplots(2, 3).flatten(), panels, strict=True):
+    for axes, (title, keys) in zip(figure.subplots(2, 4).flatten(), panels, strict=True):
         for key, colour in zip(keys, _COLOURS, strict=False):
             points = [(row["step"], row[key]) for row in rows if key in row]
             if points:

@@ -184,6 +184,7 @@ _INTEGERS = {
     "sample_every": 1,
     "sample_tokens": 1,
 }
+_MOST = {"seed": 2**63 - 1, "threads": 4096}
 _AT_LEAST_ZERO = (
     "min_lr",
     "final_lr",
@@ -223,6 +224,8 @@ def check_numbers(
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"field {name} is {value!r}, it must be a whole number of at least {least}")
+        if value > _MOST.get(name, value):
+            raise InputError(f"field {name} is {value!r}, it must be at most {_MOST[name]}")
     for name in (*at_least_zero, *above_zero, *from_zero_below_one):
         value = getattr(config, name)
         if value is None and name in may_be_none:

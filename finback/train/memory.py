@@ -132,7 +132,8 @@ def check_memory(config: PretrainConfig, device: str, available: int | None) -> 
         length //= 2
         if _needed(estimate_memory(replace(smallest, recompute="full", sequence_length=length)), device) <= available:
             raise InputError(f"{problem}; set micro_batch_size to 1, recompute to full, and lower sequence_length to {length}")
-    raise InputError(f"{problem}; weights, gradients and moments alone are too large: take a smaller model or moments_dtype bf16")
+    remedy = "take a smaller model" if config.moments == "bf16" else "take a smaller model or moments_dtype bf16"
+    raise InputError(f"{problem}; weights, gradients and moments alone are too large: {remedy}")
 
 
 def _needed(estimate: MemoryEstimate, device: str) -> int:

@@ -222,8 +222,13 @@ def _progress(row: Mapping[str, float | int], total_steps: int | None) -> float:
     return float(row["step"] if total_steps else row.get("seconds", 0.0))
 
 
+_WATCHED = ("loss", "tokens_per_second")
+_WATCHED_RL = ("reward", "completion_length", "logprob_gap", "tokens_per_second")  # its loss is about 0, whatever is learnt
+
+
 class TerminalBar:
-    """A progress bar with loss, tokens per second and the time left; held-out losses and sentences scroll by above."""
+    """A progress bar with loss (or reward, length, gap), tokens per second and the time left; held-out losses and sentences scroll by
+    above."""
 
     def __init__(self, console: Console, *, total_steps: int | None, total_seconds: float | None) -> None:
         self._total_steps, self._total_seconds = total_steps, total_seconds
@@ -242,7 +247,7 @@ class TerminalBar:
     def show(self, row: Mapping[str, float | int]) -> None:
         total, completed = self._total_steps or self._total_seconds, _progress(row, self._total_steps)
         step = f"step {row['step']:,}" + (f"/{self._total_steps:,}" if self._total_steps else "")
-        watched = {key: value for key, value in row.items() if key in ("loss", "tokens_per_second")}
+        watched = {key: value for key, value in row.items() if key in (_WATCHED_RL if "reward" in row else _WATCHED)}
         words = describe_row(watched)
         if self._task is None:
             self._task = self._progress.add_task("", total=total, completed=completed, step=step, words=words)  # type: ignore[arg-type]

@@ -209,7 +209,8 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 @contextmanager
 def deferred_interrupts() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C (or SIGTERM) sets, so that the step can end and be saved; the second one interrupts at once.
+    """An event that the first Ctrl-C (SIGTERM, closed terminal) sets, so that the step can end and be saved; the second one interrupts
+    at once.
 
     Signals reach the main thread only: elsewhere the event is never set.
     """
@@ -223,7 +224,8 @@ def deferred_interrupts() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         asked.set()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield asked
     finally:

@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +131,15 @@ def test_weights_that_are_there_bring_their_tokenizer(run: Run, text: Path, tmp_
         ("tiny --out {out} --data {text}/a.txt --steps 3 --minutes 2", "but steps and minutes is given; keep one"),
         ("tiny --out {out} --data {text}/a.txt --steps 0", "field steps is 0, it must be a whole number of at least 1"),
         ("tiny --out {out} --data {text}/a.txt --steps many", "Error parsing --steps"),
+        (
+            "tiny --out {out} --data {text}/a.txt --seed 9999999999999999999999",
+            "field seed is 9999999999999999999999, it must be at most",
+        ),
+        ("tiny --out {out} --data {text}/a.txt --threads 100000000000", "field threads is 100000000000, it must be at most 4096"),
+        ("tiny --out {out} --data {text}/a.txt {text}/b.jsonl --data-weights 3 1", "--data-weights gives shares to token shards"),
+        ("tiny --out {out} --data {text} --device wood", "field device is 'wood'"),
+        ("v3-671b --out {out} --data {text}", "this run needs about"),
+        ("tiny --out {out} --data {text} --model.rms-norm-eps nan", "config field rms_norm_eps is nan"),
         ("tiny --out {out} --data {text}/a.txt --lr -1", "field lr is -1.0, it must be above 0"),
         ("tiny --out {out} --data {text}/a.txt --learning-rate 1", "unknown field --learning-rate"),
         ("tiny --out {out} --data {text}/a.txt --warmup-step 1", "unknown field --warmup-step; the nearest is --warmup-steps"),
@@ -154,6 +166,27 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(run: Run, text: Path, tmp_
     assert err.startswith("finback pretrain: ")
     assert len(err.strip().splitlines()) == 1
     assert not out.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_ended_while_tokenising_it_says_so_and_leaves_no_half(tmp_path: Path, number: signal.Signals) -> None:
+    lines = (json.dumps({"text": f"The {i}. fish follows whale {i * i % 97} at night, miles north."}) for i in range(60_000))
+    (tmp_path / "many.jsonl").write_text("\n".join(lines) + "\n")
+    words = ["tiny", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "many.jsonl"), *SMALL_WORDS]
+    words[words.index("--model.vocab-size") + 1] = "300"  # there are few words in this text
+    with subprocess.Popen(
+        [sys.executable, "-m", "finback", "pretrain", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        while not child.stdout.readline().startswith("tokenising"):
+            assert child.poll() is None
+        while not list(tmp_path.glob("run/data/.tokens*")):
+            assert child.poll() is None
+        child.send_signal(number)
+        _, told = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert told.strip() == "finback pretrain: interrupted"
+    assert not list(tmp_path.glob("run/data/.tokens*"))
 
 
 def test_a_damaged_run_config_is_named(run: Run, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Documents to token files and back; files that are damaged."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +94,10 @@ def test_nothing_is_left_of_a_failed_write(tokenizer: Tokenizer, documents: list
         write_shards(failing(), tokenizer, tmp_path / "shards", PLAIN)
     with pytest.raises(InputError, match="the source broke"):
         write_shards(failing(), tokenizer, tmp_path / "new", PLAIN)
-    with pytest.raises(InputError, match="no document is left for training"):
+    with pytest.raises(InputError, match=r"no document is left for training in .*: the sources hold no text"):
         write_shards([Document("", "empty")], tokenizer, tmp_path / "new", PLAIN)
+    with pytest.raises(InputError, match="all of its 3 are held out, chosen by a hash of their text; give the text as several"):
+        write_shards(documents[:3], tokenizer, tmp_path / "new", replace(PLAIN, validation_fraction=1.0))
     assert [entry.name for entry in tmp_path.iterdir()] == ["shards"]
     assert TokenShards(tmp_path / "shards").fingerprint == before
     write_shards(documents[:150], tokenizer, tmp_path / "shards", PLAIN)  # a good one replaces it

@@ -62,7 +62,11 @@ def test_parquet(tmp_path: Path) -> None:
         list(parquet_documents(file, "body"))
     with pytest.raises(InputError, match="row 0: column 'n' holds int, not text"):
         list(parquet_documents(file, "n"))
-    file.write_bytes(file.read_bytes()[:-20])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4] + bytes(2000) + whole[2004:])
+    with pytest.raises(InputError, match=r"a\.parquet is damaged: "):
+        list(parquet_documents(file))
+    file.write_bytes(whole[:-20])
     with pytest.raises(InputError, match=r"a\.parquet is not a Parquet file"):
         list(parquet_documents(file))
 

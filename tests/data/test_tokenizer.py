@@ -236,6 +236,11 @@ def test_bad_input(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"tokenizer\.json is not valid JSON"):
         load_tokenizer(tmp_path)
+    broken = json.loads(content)
+    broken["model"]["merges"].append(["zz", "qq"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(broken))
+    with pytest.raises(InputError, match=r"tokenizer\.json cannot be read by the `tokenizers` library of this machine: "):
+        load_tokenizer(tmp_path)
     for other in ('{"hidden_size": 7}', '{"model": {"type": "BPE"}, "decoder": {"type": "Metaspace"}}'):
         (tmp_path / "tokenizer.json").write_text(other)
         with pytest.raises(InputError, match=r"tokenizer\.json is not a byte-level BPE"):

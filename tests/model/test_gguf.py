@@ -317,7 +317,7 @@ def test_nothing_is_overwritten_or_left_half(tmp_path: Path) -> None:
 def test_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("finback.model.gguf.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(InputError, match="GB are free; make room, or write elsewhere"):
+    with pytest.raises(InputError, match="MB are free; make room, or write elsewhere"):
         write_gguf(tmp_path / "model.gguf", BASE, "float32", {}, stream(build(BASE)))
     assert list(tmp_path.iterdir()) == []
 

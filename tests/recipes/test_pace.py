@@ -40,6 +40,15 @@ def test_a_slow_machine_does_a_part_and_the_same_when_it_goes_on(
     assert fit_to_machine(_opened(tmp_path), config, nano()) == cut
 
 
+def test_a_machine_that_is_too_slow_for_the_least_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 1000.0)
+    cut = fit_to_machine(_opened(tmp_path), QuickstartConfig(tokens=5_000_000, minutes=20.0), nano())
+    assert cut.tokens == 1_000_000
+    assert "cut to 20%, below which nothing is learnt, and takes about 62 minutes" in capsys.readouterr().out
+
+
 def test_a_fast_machine_and_no_limit_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 1e6)
     config = QuickstartConfig()

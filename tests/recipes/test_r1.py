@@ -13,11 +13,12 @@ import pytest
 from rich.console import Console
 
 from finback.cli import main
-from finback.config import InputError
+from finback.config import InputError, ModelConfig
 from finback.data.chains import ChainSettings, clean_thought, generate_chains
+from finback.recipes import room
 from finback.recipes.config import DistillConfig, R1Config
 from finback.recipes.distill import distill
-from finback.recipes.r1 import check_problems, r1, seen_problems
+from finback.recipes.r1 import check_problems, r1, r1_ladder, seen_problems
 from finback.recipes.stages import Run
 from finback.rl.config import GRPOConfig
 from finback.rl.rollout import Rollout, roll_out
@@ -351,6 +352,13 @@ UNENDED = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_genera
         ({"general": "PROMPTS"}, r"prompts\.jsonl, line 1: it has neither messages nor prompt and completion"),
         ({"general_prompts": "CUT"}, r"cut\.jsonl, line 1: the row has no prompt"),
         ({"data": "EMPTY"}, r"field data names .*empty\.jsonl, which has no rows"),
+        ({"data": "LONG"}, r"long\.jsonl, line 2: the prompt has \d+ tokens, and the model's context leaves"),
+        ({"held_out": "LONG"}, r"long\.jsonl, line 2: the prompt has \d+ tokens, and the model's context leaves"),
+        ({"max_completion_length": 10**6}, "field max_completion_length is 1000000, and the model's context has"),
+        ({"num_generations": 1}, "field num_generations is 1"),
+        ({"lr": -1.0}, "field lr is -1.0, it must be above 0"),
+        ({"sft_lr": 0.0}, "field sft_lr is 0.0, it must be above 0"),
+        ({"micro_batch_size": 0}, "field micro_batch_size is 0"),
     ],
 )
 def test_what_a_late_stage_could_not_go_on_with_is_told_before_the_first(
@@ -359,8 +367,10 @@ def test_what_a_late_stage_could_not_go_on_with_is_told_before_the_first(
     places = {
         "BARE": _changed_tokenizer(files / "base", tmp_path / "bare", chat_template=None),
         "UNENDED": _changed_tokenizer(files / "base", tmp_path / "unended", chat_template=UNENDED),
-        **{name: tmp_path / f"{name.lower()}.jsonl" for name in ("CUT", "PROMPTS", "EMPTY")},
+        **{name: tmp_path / f"{name.lower()}.jsonl" for name in ("CUT", "PROMPTS", "EMPTY", "LONG")},
     }
+    rows = [{"prompt": "What is 3+4?", "answer": "7"}, {"prompt": "What is 3+4? " * 2000, "answer": "7"}]
+    places["LONG"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     reply = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
     places["CUT"].write_text(json.dumps(reply) + "\n" + json.dumps(reply)[:40])
     places["PROMPTS"].write_text('{"prompt": "What is a whale?"}\n')
@@ -373,9 +383,49 @@ def test_what_a_late_stage_could_not_go_on_with_is_told_before_the_first(
     assert not (tmp_path / "run").exists()
 
 
+def test_too_little_memory_for_any_stage_is_told_before_the_first(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the fields that these commands have."""
+    config = _config(files, tmp_path / "run", micro_batch_tokens=1 << 20)
+    distillation = _distillation(files, tmp_path / "run")
+    monkeypatch.setattr(room, "available_memory", lambda device: 1 << 28)
+    with pytest.raises(InputError, match=r"lower micro_batch_tokens from 1048576 to \d+ \(the result stays the same"):
+        r1(config)
+    with pytest.raises(InputError, match=r"lower micro_batch_size from 4096 to \d+ \(the result stays the same"):
+        r1(replace(config, micro_batch_tokens=1024, micro_batch_size=4096))
+    with pytest.raises(InputError, match=r"lower micro_batch_size from 4096 to \d+ \(the result stays the same"):
+        distill(replace(distillation, micro_batch_size=4096))
+    with pytest.raises(InputError, match=r"lower micro_batch_tokens from 1048576 to \d+ \(the result stays the same"):
+        distill(replace(distillation, compare_rl=True, micro_batch_tokens=1 << 20))
+    assert not (tmp_path / "run").exists()
+
+
+def test_traces_may_be_as_long_as_the_answers_asked_for(files: Path, tmp_path: Path) -> None:
+    model = replace(micro_model(), max_position_embeddings=16384)
+    assert room.trace_length(model, 512) == 4608
+    assert room.trace_length(model, 8192) == 12288
+    assert room.trace_length(model, 16000) == 16384
+    context = ModelConfig.from_hf(files / "base").max_position_embeddings
+    assert r1_ladder(_config(files, tmp_path)).cold_start.sequence_length == context
+
+
+def _distillation(files: Path, out: Path) -> DistillConfig:
+    return DistillConfig(
+        teacher=str(files / "teacher"),
+        student=str(files / "student"),
+        data=str(files / "data.jsonl"),
+        held_out=str(files / "held-out.jsonl"),
+        max_completion_length=48,
+        out=str(out),
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"data": "LONG"}, r"long\.jsonl, line 1: the prompt has \d+ tokens, and the model's context leaves"),
+        ({"lr": 0.0}, "field lr is 0.0, it must be above 0"),
         ({"student": "BARE"}, "field student: .*bare has no chat template"),
         ({"teacher": "BARE"}, "field teacher: .*bare has no chat template; a teacher is a chat model"),
         ({"reward": ("finback.rewards.format:think_then_answer",)}, "the recipe has .*think_then_answer by itself"),
@@ -383,17 +433,11 @@ def test_what_a_late_stage_could_not_go_on_with_is_told_before_the_first(
     ],
 )
 def test_distill_tells_so_too(files: Path, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
-    bare = str(_changed_tokenizer(files / "base", tmp_path / "bare", chat_template=None))
-    named = {name: bare if value == "BARE" else value for name, value in changes.items()}
-    config = DistillConfig(
-        teacher=str(files / "teacher"),
-        student=str(files / "student"),
-        data=str(files / "data.jsonl"),
-        held_out=str(files / "held-out.jsonl"),
-        out=str(tmp_path / "run"),
-    )
+    places = {"BARE": _changed_tokenizer(files / "base", tmp_path / "bare", chat_template=None), "LONG": tmp_path / "long.jsonl"}
+    places["LONG"].write_text(json.dumps({"prompt": "What is 3+4? " * 2000, "answer": "7"}) + "\n")
+    named = {name: str(places[value]) if value in ("BARE", "LONG") else value for name, value in changes.items()}
     with pytest.raises(InputError, match=sentence):
-        distill(replace(config, **named))
+        distill(replace(_distillation(files, tmp_path / "run"), **named))
     assert not (tmp_path / "run").exists()
 
 

@@ -9,6 +9,7 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 import finback.rewards
 from finback.config import InputError
 from finback.rewards import code, remote, sandbox
-from finback.rewards.code import extract_code, pass_at_k, run_code, unit_tests, unit_tests_fraction, unit_tests_unsandboxed
+from finback.rewards.code import extract_code, pass_at_k, run_code, unit_tests, unit_tests_fraction
+from finback.rewards.code_unsandboxed import unit_tests_unsandboxed
 from finback.rewards.pool import RewardPool
 from finback.rewards.reward import load_reward
 from finback.rewards.sandbox import bubblewrap_obstacle
@@ -497,6 +499,13 @@ def test_without_a_sandbox_a_reward_refuses_whatever_the_example_says(monkeypatc
         unit_tests("", "```\ndef f(): return 1\n```", example)
     with pytest.warns(RuntimeWarning, match="without a sandbox"):
         assert unit_tests_unsandboxed("", "```\ndef f(): return 1\n```", example) == 1.0
+
+
+@pytest.mark.parametrize("spec", ["finback.rewards.code", "finback.rewards.code_unsandboxed"])
+def test_workers_refuse_before_the_first_completion_where_programs_cannot_run(monkeypatch: pytest.MonkeyPatch, spec: str):
+    monkeypatch.setattr(sandbox, "obstacle", lambda isolation: "there is no prlimit")
+    with pytest.raises(InputError, match="there is no prlimit"):
+        import_module(spec).prepare()
 
 
 # Rewards

@@ -133,6 +133,17 @@ def test_a_rollout_in_bf16_is_of_the_weights_of_its_step(tmp_path, model, monkey
     assert all(0 < row["logprob_gap"] < 0.05 for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
+def test_the_gap_is_watched_where_nothing_teaches(tmp_path):
+    config = grpo_config(tmp_path, beta=0.0, reward="never")
+    grpo(config, tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["zero_variance"] for row in rows] == [1.0] * len(rows)
+    assert all(row["logprob_gap"] < 1e-5 for row in rows)
+    apart = replace(config, precision="bf16", max_logprob_gap=1e-9)
+    with pytest.raises(InputError, match=r"step 1: .*differ by .* max_logprob_gap"):
+        grpo(apart, tmp_path / "apart")
+
+
 def test_a_gap_above_the_limit_stops_the_run_and_says_why(tmp_path):
     config = grpo_config(tmp_path, precision="bf16", max_logprob_gap=1e-9)
     with pytest.raises(InputError, match=r"step 1: .*differ by .* max_logprob_gap"):

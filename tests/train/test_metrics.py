@@ -201,6 +201,16 @@ def test_the_bar_shows_loss_speed_and_step() -> None:
     assert "held-out 4.2500" in shown
 
 
+def test_the_bar_of_reinforcement_learning_shows_what_is_learnt() -> None:
+    console = Console(file=(out := io.StringIO()), force_terminal=True, width=140, highlight=False, legacy_windows=False)
+    bar = TerminalBar(console, total_steps=10, total_seconds=None)
+    bar.show(row(4, reward=0.625, completion_length=31.4, logprob_gap=0.0021, tokens_per_second=12345.6))
+    bar.close()
+    for words in ("reward 0.625", "length 31.4", "gap 0.0021", "12,346 tokens/s"):
+        assert words in out.getvalue()
+    assert "loss" not in out.getvalue()
+
+
 def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
     program = (
         "import sys\n"
