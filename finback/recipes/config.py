@@ -18,6 +18,17 @@ LEAST_VOCABULARY, MOST_VOCABULARY = 276, 2**20
 Text = Literal["auto", "fables", "docstrings", "none"]
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"field seed is {seed}, it must be at least 0 and below 2^63")
+
+
+def _check_rates(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise InputError(f"field {name} is {getattr(config, name)}, it must be above 0")
+
+
 @dataclass(frozen=True)
 class QuickstartConfig:
     """The whole small run: corpus, tokenizer, pre-training, comparison with a trigram model, and the R1 ladder on top."""
@@ -72,17 +83,6 @@ R1_SMALL = QuickstartConfig(
     out="runs/r1-small", tokens=12_000_000, student_tokens=1_000_000, eval_problems=1600, problems=240_000, minutes=120.0
 )
 """Where `finback r1 small` begins: the quickstart with longer stages behind R1-Zero, and with runs beside the ladder."""
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise InputError(f"field seed is {seed}, it must be at least 0 and below 2^63")
-
-
-def _check_rates(config: object, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise InputError(f"field {name} is {getattr(config, name)}, it must be above 0")
 
 
 @dataclass(frozen=True)
