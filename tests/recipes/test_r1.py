@@ -416,6 +416,7 @@ def _distillation(files: Path, out: Path) -> DistillConfig:
         student=str(files / "student"),
         data=str(files / "data.jsonl"),
         held_out=str(files / "held-out.jsonl"),
+        template=TEMPLATE,
         max_completion_length=48,
         out=str(out),
     )
