@@ -14,7 +14,7 @@ from finback.model.checkpoint import open_checkpoint
 from finback.recipes import ablations, judging, ladder
 from finback.recipes.config import DistillConfig, LadderConfig
 from finback.recipes.ladder_report import comparison_table, curves
-from finback.recipes.r1 import check_problems, check_template
+from finback.recipes.r1 import check_problems, check_template, seen_in_training
 from finback.recipes.room import check_fine_tuning, check_reinforcement_learning, longest_prompt, trace_length
 from finback.recipes.small_claims import claims_table, distillation_verdict
 from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip, stage_times
@@ -111,7 +111,7 @@ def distill_stages(config: DistillConfig) -> list[Stage]:
         alone = _reinforcement_learning(config)
         work = partial(ablations.student_rl, ladder=steps, settings=alone, teacher="teacher", spare=config.rl_compute)
         stages.append(Stage("student-rl", "The same student by RL alone", work))
-    return [*stages, Stage("report", "Report", report)]
+    return [*stages, Stage("report", "Report", partial(report, steps=steps))]
 
 
 def teacher(run: Run, config: DistillConfig, steps: LadderConfig) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def teacher(run: Run, config: DistillConfig, steps: LadderConfig) -> dict[str, A
     return ladder.measure(run, steps, "teacher", ladder.CHAT)
 
 
-def report(run: Run) -> dict[str, Any]:
+def report(run: Run, steps: LadderConfig) -> dict[str, Any]:
     """`report.md`: teacher, student before, student after; where it was trained by reinforcement learning as well, what came of that,
     the compute of both, and whether the paper's claim holds."""
     distilled = run.facts("student")
@@ -142,6 +142,7 @@ def report(run: Run) -> dict[str, Any]:
         facts["claims"] = [verdict._asdict()]
         sections = [("Distillation and RL alone", f"{table}\n\n{claims_table([verdict])}\n\n{learnt}"), *curves(run)]
     print(sections[0][1])
+    sections.append(("Held-out problems in training texts", seen_in_training(run, steps, [steps.prompts])))
     sections.append(("Stages", stage_times(run)))
     text = "\n\n".join(f"## {heading}\n\n{body}" for heading, body in sections)
     write_atomic(run.directory / "report.md", f"# {run.directory.resolve().name}\n\n{text}\n")

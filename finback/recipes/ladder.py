@@ -112,7 +112,7 @@ def all_scenario_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     """GRPO on reasoning and general prompts together, at a lower temperature (R1 section 2.3.4)."""
     settings = replace(ladder.all_scenario, template=None)
     if ladder.reward or ladder.general_rewards or ladder.reward_model:
-        rewards = judging.rewards(ladder, judging.EXACT, *CHAT_RULES, *ladder.general_rewards)
+        rewards = scenario_specs(ladder)
         file = _scenarios(run, ladder, rewards)
         settings = replace(settings, data=(str(file),), reward=rewards, reward_model=ladder.reward_model)
     else:
@@ -142,14 +142,25 @@ def student(run: Run, ladder: LadderConfig, teacher: str = "all-scenario-rl") ->
     return {"base": before, "funnel": funnel, "rows": len(traces), **after, **facts}
 
 
-def _scenarios(run: Run, ladder: LadderConfig, specs: Sequence[str]) -> Path:
-    """Reasoning and general rows in one file, each of which says which of the rewards `specs` judge it (R1-N equations 8 to 10)."""
+def scenario_rewards(ladder: LadderConfig, specs: Sequence[str]) -> list[str]:
+    """Names of the rewards of the all-scenario RL: those of `specs`, and the reward models."""
     names = [reward.name for reward in load_rewards(specs)]
-    names += model_reward_names(ladder.reward_model, names)
+    return [*names, *model_reward_names(ladder.reward_model, names)]
+
+
+def scenario_specs(ladder: LadderConfig) -> tuple[str, ...]:
+    """The rewards of the all-scenario RL that are functions."""
+    return judging.rewards(ladder, judging.EXACT, *CHAT_RULES, *ladder.general_rewards)
+
+
+def _scenarios(run: Run, ladder: LadderConfig, specs: Sequence[str]) -> Path:
+    """Reasoning and general rows in one file, each of which says which of the rewards `specs` judge it (R1-N equations 8 to 10); a
+    general row that says so itself is left as it is."""
+    names = scenario_rewards(ladder, specs)
     own, rules = len(ladder.reward) or 1, len(CHAT_RULES)
     rows = [row | {"judged_by": names[: own + rules]} for row in read_rows(ladder.prompts)]
     if ladder.general_prompts:
-        rows += [row | {"judged_by": names[own:]} for row in read_rows(ladder.general_prompts)]
+        rows += [{"judged_by": names[own:]} | row for row in read_rows(ladder.general_prompts)]
     return write_rows(run, "all-scenario", rows)
 
 
@@ -311,19 +322,22 @@ def train_by_grpo(run: Run, name: str, start: str, settings: GRPOConfig) -> dict
     config = replace(settings, model=str(run.directory / start), seed=run.manifest["settings"]["seed"])
     checkpoint = grpo(config, directory, resume=(directory / "config.json").exists())
     write_rl_report(directory)
-    return {"trained_from": start, "checkpoint": _publish(run, name, checkpoint), "tokens": _tokens(directory)}
+    return {"trained_from": start, "checkpoint": _publish(run, name, checkpoint), **_counted(directory)}
 
 
 def _train_by_sft(run: Run, name: str, start: str, settings: SFTConfig) -> dict[str, Any]:
     directory = run.directory / TRAINING / name
     config = replace(settings, seed=run.manifest["settings"]["seed"])
     checkpoint = sft(run.directory / start, config, directory, resume=(directory / "config.json").exists())
-    return {"trained_from": start, "checkpoint": _publish(run, name, checkpoint), "tokens": _tokens(directory)}
+    return {"trained_from": start, "checkpoint": _publish(run, name, checkpoint), **_counted(directory)}
 
 
-def _tokens(directory: Path) -> int:
-    """Tokens that a finished training has sampled (by reinforcement learning) or read (by fine-tuning)."""
-    return int(read_metrics(directory / METRICS_FILE)[-1]["tokens"])
+def _counted(directory: Path) -> dict[str, Any]:
+    """Tokens that a finished training has sampled (by reinforcement learning) or read (by fine-tuning), and the share of the MTP
+    module's drafts that its model agrees with at the end, where that was measured."""
+    rows = read_metrics(directory / METRICS_FILE)
+    measured = [row[key] for row in rows[::-1] for key in ("mtp_acceptance_after", "mtp_acceptance") if key in row]
+    return {"tokens": int(rows[-1]["tokens"]), **({"mtp_acceptance": measured[0]} if measured else {})}
 
 
 def _publish(run: Run, name: str, checkpoint: Path) -> str:

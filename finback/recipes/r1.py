@@ -108,7 +108,9 @@ def _check_general(config: R1Config, tokenizer: Tokenizer) -> None:
             raise InputError(f"{where}: it has {longest} tokens, more than are learnt from ({length}); shorten or remove it")
     if config.general_prompts:
         longest = model.max_position_embeddings - config.max_completion_length
-        read_prompts([config.general_prompts], tokenizer, None, longest=longest)
+        steps = r1_ladder(config)
+        rewards = ladder.scenario_rewards(steps, ladder.scenario_specs(steps))
+        read_prompts([config.general_prompts], tokenizer, None, longest=longest, rewards=rewards)
 
 
 def check_files(config: R1Config) -> None:
@@ -262,10 +264,13 @@ def report(run: Run, config: R1Config) -> dict[str, Any]:
 
 def seen_problems(run: Run, config: R1Config) -> str:
     """In words, how many held-out problems stand in a text that a stage was trained on; the base's own corpus is not known here."""
-    files = [Path(config.data), *sorted((run.directory / "data").glob("*.jsonl"))]
-    if config.general_prompts:
-        files.append(Path(config.general_prompts))
-    rows = [row for file in files for row in ladder.read_rows(file)]
-    task = judging.task(r1_ladder(config), "held out", ladder.read_rows(Path(config.held_out)))
+    files = [Path(config.data), *([Path(config.general_prompts)] if config.general_prompts else [])]
+    return seen_in_training(run, r1_ladder(config), files)
+
+
+def seen_in_training(run: Run, steps: LadderConfig, files: Sequence[Path]) -> str:
+    """The same for the rows of `files` and those that the run has written."""
+    rows = [row for file in (*files, *sorted((run.directory / "data").glob("*.jsonl"))) for row in ladder.read_rows(file)]
+    task = judging.task(steps, "held out", ladder.read_rows(steps.held_out["held out"]))
     found = occurrences(task, (text for row in rows for text in row_texts(row)))
     return f"{len(found)} of {len(task.examples)} problems occur in the {len(rows):,} rows of training."

@@ -61,7 +61,8 @@ def reject(config: RejectConfig) -> Funnel:
     print("\n".join(funnel.lines()))
     if not found:
         journal.path.unlink()
-        raise InputError(f"no sample passed, so {config.out} is not written; lower a threshold, or sample a better model")
+        remedy = f"{funnel.failure}; mend the reward" if funnel.failures else "lower a threshold, or sample a better model"
+        raise InputError(f"no sample passed, so {config.out} is not written; {remedy}")
     rows = [conversation(row) for row in found]
     write_rows(config.out, rows)
     write_lineage(config.out, "reject", asdict(config), {"model": source}, funnel.stages)

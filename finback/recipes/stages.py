@@ -137,14 +137,17 @@ def finish_run(run: Run, stages: Sequence[Stage]) -> None:
 
 
 def stage_times(run: Run) -> str:
-    """A Markdown table of the stages that are finished, with the tokens that each read or, by reinforcement learning, sampled."""
-    stages = run.manifest["stages"].values()
-    rows = (f"| {facts['title']} | {facts['seconds']:.1f} | {_count(facts.get('tokens'))} |" for facts in stages)
-    return "| stage | seconds | tokens |\n|---|---:|---:|\n" + "\n".join(rows)
+    """A Markdown table of the stages that are finished: seconds, tokens that each read or, by reinforcement learning, sampled, and the
+    share of the MTP module's drafts that the model behind it agrees with."""
+    rows = (
+        f"| {facts['title']} | {facts['seconds']:.1f} | {_told(facts, 'tokens', ',')} | {_told(facts, 'mtp_acceptance', '.1%')} |"
+        for facts in run.manifest["stages"].values()
+    )
+    return "| stage | seconds | tokens | drafts accepted |\n|---|---:|---:|---:|\n" + "\n".join(rows)
 
 
-def _count(tokens: int | None) -> str:
-    return "" if tokens is None else f"{tokens:,}"
+def _told(facts: Mapping[str, Any], name: str, form: str) -> str:
+    return format(facts[name], form) if name in facts else ""
 
 
 def write_heading(console: Console, words: str) -> None:

@@ -12,7 +12,7 @@ from finback.rewards.reflection import reflection_share
 from finback.rl.batch import Batch
 from finback.rl.config import GRPOConfig
 from finback.rl.grpo import is_clipped, k3_divergence
-from finback.rl.rollout import Rollout
+from finback.rl.rollout import ENGINE, Rollout
 
 
 def rollout_metrics(rollout: Rollout, rewards: Tensor, spread: Tensor) -> dict[str, float]:
@@ -143,6 +143,9 @@ def tell_failures(rollout: Rollout, step: int, told: set[str]) -> Iterator[str]:
     for name in [name for name in sentences if name not in told]:
         told.add(name)
         commonest, _ = sentences[name].most_common(1)[0]
+        if name == ENGINE:
+            yield f"step {step}: the engine {commonest} {sentences[name].total()} times; such samples count 0. It is told once"
+            continue
         yield (
             f"step {step}: the reward {name} failed on {sentences[name].total()} of {judged[name]} samples, where it counts 0; most "
             f"often it {commonest}. It is told once; failed_rewards in metrics.jsonl goes on counting"

@@ -4,6 +4,7 @@ prompt by prompt."""
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class Funnel:
     """Prompts that were asked."""
     prompts_kept: int
     """Prompts of which a sample is left."""
+    failures: tuple[tuple[str, int], ...] = ()
+    """What went wrong in rewards, which then count 0, and on how many samples, the commonest first."""
 
     @property
     def kept(self) -> int:
@@ -53,6 +56,15 @@ class Funnel:
         for name, count in self.stages:
             yield f"{name:<28} {count:>8,}  {count / first:6.1%}"
         yield f"{'prompts with a sample left':<28} {self.prompts_kept:>8,}  of {self.prompts:,}"
+        if self.failures:
+            yield self.failure
+
+    @property
+    def failure(self) -> str:
+        """The failures of rewards in a sentence."""
+        commonest, _ = self.failures[0]
+        times = sum(count for _, count in self.failures)
+        return f"rewards failed {times:,} times, where they count 0; most often {commonest}"
 
 
 class Sieved(NamedTuple):
@@ -62,6 +74,8 @@ class Sieved(NamedTuple):
     """Samples, and how many were left after each sieve but the last."""
     kept: tuple[str, ...]
     """The texts of those that stay."""
+    failures: tuple[tuple[str, int], ...]
+    """What went wrong in rewards, and on how many of the samples."""
 
 
 class Journal:
@@ -88,7 +102,8 @@ class Journal:
                 if number == 1:
                     same = row == identity
                 else:
-                    self.finished[int(row["place"])] = Sieved(tuple(row["counts"]), tuple(row["kept"]))
+                    failures = tuple((str(sentence), int(count)) for sentence, count in row["failures"])
+                    self.finished[int(row["place"])] = Sieved(tuple(row["counts"]), tuple(row["kept"]), failures)
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{path}, line {number} is damaged; remove the file to start over") from None
             if number == 1 and not same:
@@ -100,7 +115,7 @@ class Journal:
     def add(self, place: int, sieved: Sieved) -> None:
         """A finished prompt. Raises OSError on a full disk; what was there before stays."""
         with io.FileIO(self.path, "a") as file:
-            append_line(file, {"place": place, "counts": sieved.counts, "kept": sieved.kept})
+            append_line(file, {"place": place, **sieved._asdict()})
         self.finished[place] = sieved
 
 
@@ -142,7 +157,10 @@ def rejection_sample(
     counts = [sum(sieved.counts[sieve] for sieved in found) for sieve in range(len(names))]
     stages = (*zip(names, counts, strict=True), (f"at most {keep_per_prompt} a prompt", len(rows)))
     kept = {id(prompt) for prompt, sieved in zip(prompts, found, strict=True) if sieved.kept}
-    return rows, Funnel(stages, len(prompts), len(kept))
+    failures: Counter[str] = Counter()
+    for sieved in found:
+        failures.update(dict(sieved.failures))
+    return rows, Funnel(stages, len(prompts), len(kept), tuple(failures.most_common()))
 
 
 def _sieve(group: Sequence[Completion], checks: Sequence[Check], keep: int) -> Sieved:
@@ -153,7 +171,8 @@ def _sieve(group: Sequence[Completion], checks: Sequence[Check], keep: int) -> S
         counts.append(len(left))
     different = list({completion.text: completion for completion in left}.values())
     shortest = sorted(different, key=lambda completion: len(completion.token_ids))[:keep]
-    return Sieved((*counts, len(different)), tuple(completion.text for completion in shortest))
+    failures = Counter(f"{name} {sentence}" for c in group if c.score is not None for name, sentence in c.score.failures.items())
+    return Sieved((*counts, len(different)), tuple(completion.text for completion in shortest), tuple(failures.items()))
 
 
 def _value(completion: Completion, check: Check) -> float:

@@ -14,6 +14,9 @@ from finback.rewards.pool import RewardPool
 from finback.rewards.reward import Reward, Score
 from finback.rl.prompts import Prompt, judges
 
+ENGINE = "engine"
+"""Stands for the engine among the failures of a score."""
+
 
 @dataclass
 class Completion:
@@ -74,7 +77,7 @@ def roll_out(
 def sample_groups(
     llm: LLM,
     pool: RewardPool | None,
-    groups: Mapping[int, Sequence[Completion]],
+    groups: Mapping[int, list[Completion]],
     params: SamplingParams,
     *,
     seed: int,
@@ -85,7 +88,8 @@ def sample_groups(
 
     A sample's draws depend on (seed, step, its prompt's place, its own place) and nothing else. Finished samples go to the
     reward processes at once; one that no reward can score by its deadline comes back with 0 and the reason, so that none
-    is waited for without end. A sample that the engine itself cannot finish counts as it is. Without a `pool` all have score 0.
+    is waited for without end. One that the engine has lost counts 0, too; one that it cannot finish counts as it is.
+    Without a `pool` all have score 0.
     """
     places: dict[int, tuple[int, int]] = {}
     try:
@@ -95,6 +99,10 @@ def sample_groups(
                 places[llm.add(completion.prompt.token_ids, drawn)] = (i, j)
         unfinished = set(places)
         while unfinished:
+            if not llm.has_unfinished:  # it has lost them: nobody will finish them
+                for i, j in (places[request_id] for request_id in unfinished):
+                    groups[i][j] = Completion(groups[i][j].prompt, score=Score(0.0, {}, {ENGINE: "lost its sample"}))
+                break
             for increment in llm.step():
                 i, j = places[increment.request_id]
                 completion = groups[i][j]

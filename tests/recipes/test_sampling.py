@@ -238,6 +238,23 @@ def test_reject_writes_what_passes_with_its_lineage(tmp_path: Path, run: Run, mo
     assert "exists" in run("reject", model, "--data", data, "--reward", f"{rule}:any", "--out", out)[2]
 
 
+def test_reject_says_why_a_reward_failed(tmp_path: Path, run: Run, model: Path) -> None:
+    rule = tmp_path / "rule.py"
+    rule.write_text(
+        "def fails(prompt, completion, example):\n    raise ValueError('no table')\n"
+        "def half(prompt, completion, example):\n    return 1 if len(completion) % 2 else 1 / 0\n"
+    )
+    data, out = rows_file(tmp_path / "in.jsonl", [{"prompt": "The fox"}, {"prompt": "The grapes"}]), tmp_path / "out.jsonl"
+    words = ("--num-samples", 8, "--max-tokens", 20, "--temperature", 5)
+    code, text, err = run("reject", model, "--data", data, "--reward", f"{rule}:fails", "--out", out, *words)
+    assert code == 2
+    failure = "rewards failed 16 times, where they count 0; most often fails raised ValueError: no table"
+    assert failure in text
+    assert f"no sample passed, so {out} is not written; {failure}; mend the reward" in err
+    _, text, _ = run("reject", model, "--data", data, "--reward", f"{rule}:half", "--out", out, *words)
+    assert "most often half raised ZeroDivisionError: division by zero" in text
+
+
 def test_reject_samples_on_the_device_it_is_given(tmp_path: Path, run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

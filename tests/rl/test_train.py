@@ -133,6 +133,23 @@ def test_a_rollout_in_bf16_is_of_the_weights_of_its_step(tmp_path, model, monkey
     assert all(0 < row["logprob_gap"] < 0.05 for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
+def test_samples_that_the_engine_loses_count_nothing_and_hang_nothing(tmp_path, monkeypatch, capsys):
+    config, steps = grpo_config(tmp_path, steps=2), []
+    step = LLM.step
+
+    def losing(llm):
+        steps.append(1)
+        if len(steps) == 3:
+            llm.abort(next(iter(llm._answers)))
+        return step(llm)
+
+    monkeypatch.setattr(LLM, "step", losing)
+    grpo(config, tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["failed_rewards"] for row in rows] == [1 / 16, 0.0]
+    assert "step 1: the engine lost its sample 1 times; such samples count 0" in capsys.readouterr().out
+
+
 def test_the_gap_is_watched_where_nothing_teaches(tmp_path):
     config = grpo_config(tmp_path, beta=0.0, reward="never")
     grpo(config, tmp_path / "run")
