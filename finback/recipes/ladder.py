@@ -46,6 +46,8 @@ from finback.train.sft_config import SFTConfig
 
 TRAINING = "training"
 ANSWER_WORDS = {"en": "Answer: ", "zh": "答案："}
+MIXED_AT_MOST = 0.02
+"""Share of a cold start's thoughts that may mix languages, however few of R1-Zero's do."""
 CHAT_RULES = (f"{judging.CHAT_FORMAT}:0.1", f"{judging.ONE_LANGUAGE}:0.2")
 """What is rewarded in every conversation, whoever judges its answer."""
 
@@ -79,7 +81,9 @@ def cold_start(run: Run, ladder: LadderConfig) -> dict[str, Any]:
         traces += references
     file = write_rows(run, "cold-start", traces)
     facts = _train_by_sft(run, "cold-start", "base", replace(ladder.cold_start, data=(str(file),)))
-    return {"funnel": funnel, "rows": len(traces), **measure(run, ladder, "cold-start", CHAT), **facts}
+    after = measure(run, ladder, "cold-start", CHAT)
+    _must_be_readable(ladder, run.facts("r1-zero"), after)
+    return {"funnel": funnel, "rows": len(traces), **after, **facts}
 
 
 def reasoning_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
@@ -89,6 +93,7 @@ def reasoning_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     facts = train_by_grpo(run, "reasoning-rl", "cold-start", settings)
     after = measure(run, ladder, "reasoning-rl", CHAT)
     tell_rise("cold-start", run.facts("cold-start"), "reasoning-rl", after)
+    _must_not_fall(ladder, "reasoning-rl", run.facts("cold-start"), after)
     return {**after, **facts}
 
 
@@ -121,6 +126,7 @@ def all_scenario_rl(run: Run, ladder: LadderConfig) -> dict[str, Any]:
     facts = train_by_grpo(run, "all-scenario-rl", "rejection-sft", settings)
     after = measure(run, ladder, "all-scenario-rl", CHAT)
     tell_rise("rejection-sft", run.facts("rejection-sft"), "all-scenario-rl", after)
+    _must_not_fall(ladder, "all-scenario-rl", run.facts("rejection-sft"), after)
     return {**after, **facts}
 
 
@@ -139,6 +145,7 @@ def student(run: Run, ladder: LadderConfig, teacher: str = "all-scenario-rl") ->
     after = measure(run, ladder, "student", CHAT)
     before = measure(run, ladder, "student-base", ladder.zero_form)
     tell_rise("student-base", before, "student", after)
+    _must_rise(ladder, "student", before, after)
     return {"base": before, "funnel": funnel, "rows": len(traces), **after, **facts}
 
 
@@ -355,14 +362,40 @@ def tell_rise(before_name: str, before: Mapping[str, Any], name: str, after: Map
 
 
 def _must_rise(ladder: LadderConfig, name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
-    """The gate: by more than the intervals, on the first set."""
-    title = next(iter(after["results"]))
-    old, new = before["results"][title]["pass_at_1"], after["results"][title]["pass_at_1"]
+    """The gate of a stage that must make a model better: by more than the intervals, on the first set."""
+    title, old, new = _first_pass_at_1(before, after)
     if new[1] <= old[2]:
-        sentence = (
-            f"stage {name} did not improve what it must: pass@1 on {title} was {old[0]:.1%} ({old[1]:.1%} to {old[2]:.1%}) and is "
-            f"{new[0]:.1%} ({new[1]:.1%} to {new[2]:.1%}); look at training/{name}/report.md"
-        )
-        if ladder.gate == "stop":
-            raise StageFailed(f"{sentence}. What was finished stays")
-        print(sentence)
+        _stop_or_tell(ladder, name, f"did not improve what it must: {_from_to(title, old, new)}")
+
+
+def _must_not_fall(ladder: LadderConfig, name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """The gate of a stage that gives a model more than accuracy: what it had must not fall by more than the intervals."""
+    title, old, new = _first_pass_at_1(before, after)
+    if new[2] < old[1]:
+        _stop_or_tell(ladder, name, f"has lost what it must keep: {_from_to(title, old, new)}")
+
+
+def _must_be_readable(ladder: LadderConfig, zero: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """The gate of the cold start (R1 2.3.1): its thoughts must not mix languages more often than R1-Zero's."""
+    title = next(iter(after["results"]))
+    old, new = zero["results"][title]["mixing_rate"], after["results"][title]["mixing_rate"]
+    if new > max(old, MIXED_AT_MOST):
+        sentence = f"is less readable than R1-Zero: {new:.1%} of its thoughts on {title} mix languages, {old:.1%} of R1-Zero's"
+        _stop_or_tell(ladder, "cold-start", sentence)
+
+
+def _first_pass_at_1(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[str, Sequence[float], Sequence[float]]:
+    """The first set, and pass@1 there with its interval, before and after."""
+    title = next(iter(after["results"]))
+    return title, before["results"][title]["pass_at_1"], after["results"][title]["pass_at_1"]
+
+
+def _from_to(title: str, old: Sequence[float], new: Sequence[float]) -> str:
+    return f"pass@1 on {title} was {old[0]:.1%} ({old[1]:.1%} to {old[2]:.1%}) and is {new[0]:.1%} ({new[1]:.1%} to {new[2]:.1%})"
+
+
+def _stop_or_tell(ladder: LadderConfig, name: str, words: str) -> None:
+    sentence = f"stage {name} {words}; look at training/{name}/report.md"
+    if ladder.gate == "stop":
+        raise StageFailed(f"{sentence}. What was finished stays")
+    print(sentence)

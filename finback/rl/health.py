@@ -134,12 +134,14 @@ def kept_samples(rollout: Rollout, count: int) -> Iterator[dict[str, Any]]:
 def tell_failures(rollout: Rollout, step: int, told: set[str]) -> Iterator[str]:
     """A sentence for each reward that has failed in a rollout for the first time; its name is then in `told`."""
     sentences: dict[str, Counter[str]] = {}
+    places: dict[tuple[str, str], str] = {}
     judged: Counter[str] = Counter()
     for completion in rollout.completions:
         assert completion.score is not None
         judged.update(completion.score.components.keys())
         for name, sentence in completion.score.failures.items():
             sentences.setdefault(name, Counter())[sentence] += 1
+            places.setdefault((name, sentence), completion.prompt.where)
     for name in [name for name in sentences if name not in told]:
         told.add(name)
         commonest, _ = sentences[name].most_common(1)[0]
@@ -148,7 +150,7 @@ def tell_failures(rollout: Rollout, step: int, told: set[str]) -> Iterator[str]:
             continue
         yield (
             f"step {step}: the reward {name} failed on {sentences[name].total()} of {judged[name]} samples, where it counts 0; most "
-            f"often it {commonest}. It is told once; failed_rewards in metrics.jsonl goes on counting"
+            f"often it {commonest}{_at(places[name, commonest])}. It is told once; failed_rewards in metrics.jsonl goes on counting"
         )
 
 
@@ -164,3 +166,7 @@ def nothing_to_learn(rewards: Tensor) -> str:
         "in the last steps all samples of each prompt had the same reward, so there is nothing to learn from: the task may be "
         "solved, or the reward cannot tell samples apart"
     )
+
+
+def _at(place: str) -> str:
+    return f", first on {place}" if place else ""

@@ -28,7 +28,7 @@ from finback.rl.grpo import global_token_loss
 from finback.rl.health import UpdateTotals, kept_samples, rollout_metrics, tell_failures
 from finback.rl.memory import check_memory, critic_bytes
 from finback.rl.ppo import clipped_value_loss, generalised_advantages, token_rewards, whitened
-from finback.rl.prompts import read_prompts, tell_skipped
+from finback.rl.prompts import check_vocabulary, read_prompts, tell_skipped
 from finback.rl.rollout import Rollout, roll_out
 from finback.rl.session import (
     PromptStream,
@@ -133,6 +133,7 @@ def ppo(config: PPOConfig, directory: str | Path, *, resume: bool = False) -> Pa
         rewards=[reward.name for reward in rewards],
         skipped=skipped,
     )
+    check_vocabulary(prompts, model.vocab_size)
     width = max(len(prompt.token_ids) for prompt in prompts) + config.max_completion_length
     with cpu_threads(config.threads):
         check_memory(config, model, width, device, available_memory(device), critic_bytes(model))

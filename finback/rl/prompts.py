@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -25,6 +25,8 @@ class Prompt:
     example: Mapping[str, Any]
     judged_by: frozenset[str] | None = None
     """Names of the rewards that judge its samples; None: all of them."""
+    where: str = ""
+    """File and line that it comes from."""
 
 
 def read_prompts(
@@ -47,7 +49,7 @@ def read_prompts(
     prompts = []
     for row in chain.from_iterable(read_rows(file) for file in files):
         try:
-            prompts.append(_prompt(row.record, tokenizer, template, longest, rewards))
+            prompts.append(replace(_prompt(row.record, tokenizer, template, longest, rewards), where=row.where))
         except InputError as error:
             if skipped is None:
                 raise InputError(f"{row.where}: {error}") from None
@@ -56,6 +58,16 @@ def read_prompts(
         left_out = f"; {len(skipped)} rows are malformed, the first one: {skipped[0]}" if skipped else ""
         raise InputError(f"field data names no rows; give .jsonl or .parquet files with a prompt in each row{left_out}")
     return prompts
+
+
+def check_vocabulary(prompts: Sequence[Prompt], vocab_size: int) -> None:
+    """InputError, naming file and line, for a prompt with tokens that the model does not have."""
+    for prompt in prompts:
+        if max(prompt.token_ids, default=0) >= vocab_size:
+            raise InputError(
+                f"{prompt.where}: the prompt has token {max(prompt.token_ids)}, outside of the model's vocabulary ({vocab_size}); its "
+                "tokenizer belongs to another model"
+            )
 
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:

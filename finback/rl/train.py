@@ -30,7 +30,7 @@ from finback.rl.model_rewards import (
     model_reward_names,
     weight_bytes,
 )
-from finback.rl.prompts import Prompt, read_prompts, tell_skipped
+from finback.rl.prompts import Prompt, check_vocabulary, read_prompts, tell_skipped
 from finback.rl.rollout import roll_out
 from finback.rl.session import (
     PromptStream,
@@ -84,6 +84,7 @@ def grpo(config: GRPOConfig, directory: str | Path, *, resume: bool = False) -> 
     )
     if config.replay_experts and not model.num_moe_layers:
         raise InputError("field replay_experts is true, but this model has no routed experts; leave it out")
+    check_vocabulary(prompts, model.vocab_size)
     width = max(len(prompt.token_ids) for prompt in prompts) + config.max_completion_length
     with cpu_threads(config.threads):
         check_memory(config, model, width, device, available_memory(device), weight_bytes(config.reward_model))

@@ -1,11 +1,17 @@
 """reasoning-gym's problems in our form."""
 
+import json
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("reasoning_gym")
 
 from finback.config import InputError
+from finback.data.fetch import fetch
 from finback.data.gym import gym_problems, gym_rows
+from finback.data.items import find_item
 from finback.data.problems import is_held_out
 
 
@@ -52,3 +58,15 @@ def test_mistakes() -> None:
         next(gym_problems("chain_sum", 1, min_terms=-3))
     with pytest.raises(InputError, match="rubiks_cube has no single answer"):
         next(gym_problems("rubiks_cube", 1))
+
+
+def test_finback_fetch_has_it_made(tmp_path: Path) -> None:
+    directory = fetch(find_item("reasoning-gym"), tmp_path)
+    rows, held_out = (
+        [json.loads(line) for line in (directory / name).read_text().splitlines()] for name in ("text.jsonl", "held-out.jsonl")
+    )
+    assert (len(rows), len(held_out)) == (8000, 400)
+    assert Counter(row["family"] for row in rows)["gym/gsm_symbolic"] == 4000
+    assert all(("<think>" in row["text"]) == (row["family"] == "gym/gsm_symbolic") for row in rows)
+    assert not {row["question"] for row in held_out} & {row["question"] for row in rows}
+    assert "Apache-2.0" in json.loads((directory / "fetched.json").read_text())["licence"]

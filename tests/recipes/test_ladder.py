@@ -13,6 +13,8 @@ from finback.recipes.base_model import seen_problems
 from finback.recipes.config import LadderConfig
 from finback.recipes.ladder import (
     CHAT,
+    _must_be_readable,
+    _must_not_fall,
     _must_rise,
     _too_few,
     chat_row,
@@ -151,6 +153,26 @@ def test_the_gate_asks_for_more_than_the_intervals(capsys):
         _must_rise(_ladder(), "r1-zero", _results(0.2, 0.15, 0.25), _results(0.3, 0.24, 0.36))
     _must_rise(_ladder(gate="tell"), "r1-zero", _results(0.2, 0.15, 0.25), _results(0.3, 0.24, 0.36))
     assert "did not improve" in capsys.readouterr().out
+
+
+def test_a_stage_that_gives_more_than_accuracy_must_keep_it(capsys):
+    _must_not_fall(_ladder(), "reasoning-rl", _results(0.5, 0.45, 0.55), _results(0.47, 0.42, 0.52))
+    with pytest.raises(StageFailed, match=r"reasoning-rl has lost what it must keep: pass@1 on sums was 50\.0% .* and is 30\.0%"):
+        _must_not_fall(_ladder(), "reasoning-rl", _results(0.5, 0.45, 0.55), _results(0.3, 0.25, 0.35))
+    _must_not_fall(_ladder(gate="tell"), "all-scenario-rl", _results(0.5, 0.45, 0.55), _results(0.3, 0.25, 0.35))
+    assert "all-scenario-rl has lost" in capsys.readouterr().out
+
+
+def test_a_cold_start_must_be_readable():
+    def mixing(share):
+        return {"results": {"sums": {"mixing_rate": share}}}
+
+    _must_be_readable(_ladder(), mixing(0.3), mixing(0.1))
+    _must_be_readable(_ladder(), mixing(0.0), mixing(0.02))
+    with pytest.raises(
+        StageFailed, match=r"cold-start is less readable than R1-Zero: 30\.0% of its thoughts on sums .*, 10\.0% of"
+    ):
+        _must_be_readable(_ladder(), mixing(0.1), mixing(0.3))
 
 
 def test_too_few_samples_stop_a_run_or_are_made_up_for_loudly(capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from finback.config import InputError
 from finback.data.tokenizer import load_tokenizer
 from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
+from finback.model.transformer import Transformer
 from finback.rewards.reward import Score
 from finback.rl.batch import cut_batches, sample_log_probs
 from finback.rl.config import GRPOConfig
-from finback.rl.prompts import Prompt, read_prompts
+from finback.rl.prompts import Prompt, check_vocabulary, read_prompts
 from finback.rl.report import write_report
 from finback.rl.rollout import Completion, roll_out
 from finback.rl.session import PromptStream, minibatch_order, read_run_config
@@ -148,6 +150,23 @@ def test_samples_that_the_engine_loses_count_nothing_and_hang_nothing(tmp_path, 
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["failed_rewards"] for row in rows] == [1 / 16, 0.0]
     assert "step 1: the engine lost its sample 1 times; such samples count 0" in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_another_model_is_told_before_the_run(tmp_path):
+    config = grpo_config(tmp_path)
+    narrow = replace(finback.load(config.model).config, vocab_size=64, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    prompts = read_prompts(config.data, load_tokenizer(config.model), config.template, longest=100)
+    check_vocabulary(prompts, 10_000)
+    with pytest.raises(
+        InputError, match=r"prompts\.jsonl, line \d+: the prompt has token \d+, outside of the model's vocabulary \(64\)"
+    ):
+        check_vocabulary(prompts, narrow.vocab_size)
+    finback.save(Transformer(narrow, dtype=torch.float32), tmp_path / "narrow")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(config.model) / name, tmp_path / "narrow" / name)
+    with pytest.raises(InputError, match="outside of the model's vocabulary"):
+        grpo(replace(config, model=str(tmp_path / "narrow")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_gap_is_watched_where_nothing_teaches(tmp_path):
@@ -386,7 +405,8 @@ def test_a_reward_that_fails_is_told_once_with_its_sentence(tmp_path, capsys):
     grpo(replace(config, reward=both), tmp_path / "run")
     told = " ".join(capsys.readouterr().out.split())
     sentence = (
-        "step 1: the reward fails failed on 16 of 16 samples, where it counts 0; most often it raised ValueError: no such field."
+        "step 1: the reward fails failed on 16 of 16 samples, where it counts 0; most often it raised ValueError: no such field, "
+        f"first on {tmp_path / 'prompts.jsonl'}, line "
     )
     assert told.count(sentence) == told.count("the reward fails failed") == 1
     assert "the reward vowels failed" not in told
