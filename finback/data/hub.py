@@ -1,6 +1,7 @@
 """Documents from data sets of the Hugging Face hub, where one can be reached (HF_ENDPOINT names a mirror; the library
 honours it)."""
 
+import errno
 from collections.abc import Iterator
 
 from finback.config import InputError
@@ -41,8 +42,8 @@ def hub_documents(repo_id: str, *, column: str = "text", subset: str = "", revis
             for document in parquet_documents(file, column):
                 yield Document(document.text, repo_id)
     except unreachable as error:
-        if isinstance(error, InputError):
-            raise
+        if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+            raise  # a full disk is no fault of the network's
         reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise InputError(
             f"could not get the data set {repo_id} from the Hugging Face hub ({reason}); check its name and the "

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ from finback.engine.config import SamplingParams
 from finback.engine.llm import LLM
 from finback.recipes.sampling import check_target, model_hash, write_lineage, write_rows
 from finback.recipes.sampling_config import JudgeConfig
-from finback.rewards.reward import load_reward, outcome_of
+from finback.rewards.pool import RewardPool
+from finback.rewards.reward import load_reward
 
 _FAILURES_IN_A_ROW = 8
 Judged = Callable[[str, str, Callable[[str], Judgement]], Judgement]
@@ -110,7 +112,11 @@ def judge(config: JudgeConfig) -> int:
     """
     check_target(config.out)
     rows = _read(config)
-    judges, source = _judges(config)
+    with ExitStack() as stack:
+        return _judge(config, rows, *_judges(config, stack))
+
+
+def _judge(config: JudgeConfig, rows: Sequence[Any], judges: Judges, source: str) -> int:
     identity = json.dumps([config.judge, config.judge_model, config.temperature, config.max_tokens, config.make, source])
     journal = Journal(config.out.with_name(config.out.name + ".judging"), identity)
     if len(journal):
@@ -167,8 +173,8 @@ def _pairs(config: JudgeConfig, rows: Sequence[Any], judges: Judges, journal: Jo
     return [("pairs", funnel.pairs), ("judged", judged), ("clear", clear), ("balanced in length", funnel.kept)]
 
 
-def _judges(config: JudgeConfig) -> tuple[Judges, str]:
-    """The judge that a field names, and what it is in words for the lineage."""
+def _judges(config: JudgeConfig, stack: ExitStack) -> tuple[Judges, str]:
+    """The judge that a field names, and what it is in words for the lineage. A rule runs in a process that ends with `stack`."""
     if config.judge.startswith(("http://", "https://")):
         key = os.environ.get(config.api_key_env) if config.api_key_env else None
         if config.api_key_env and not key:
@@ -188,13 +194,16 @@ def _judges(config: JudgeConfig) -> tuple[Judges, str]:
         return _asking(_local(config)), model_hash(Path(config.judge))
     if ":" not in config.judge:
         raise InputError(f"judge is {config.judge!r}: neither a URL, nor a directory, nor a rule as module:function")
-    reward = load_reward(config.judge)
+    pool, lock = stack.enter_context(RewardPool([load_reward(config.judge)], deadline=config.timeout_seconds)), threading.Lock()
 
     def point(prompt: str, answer: str) -> float:
-        outcome = outcome_of(reward.function, prompt, answer, {})
-        if outcome.failure is not None:
-            raise InputError(f"the rule {config.judge} {outcome.sentence}")
-        return outcome.value
+        with lock:
+            pool.submit(0, prompt, answer, {})
+            ((_, score),) = pool.collect(wait=True)
+        for sentence in score.failures.values():
+            raise InputError(f"the rule {config.judge} {sentence}")
+        (value,) = score.components.values()
+        return value
 
     return Judges(point, rule_judge(point)), config.judge
 

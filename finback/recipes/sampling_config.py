@@ -83,7 +83,7 @@ class JudgeConfig:
     max_tokens: int = 1024
     """Longest reply of the judge."""
     timeout_seconds: float = 120.0
-    """How long a reply of the endpoint may take."""
+    """How long a reply of the endpoint, or a call of the rule, may take."""
     retries: int = 2
     """How often a judgement that failed is asked for again."""
     pause_seconds: float = 1.0

@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face hub, from a hub of our own on this machine."""
 
+import errno
 import hashlib
 import http.server
 import io
@@ -17,6 +18,8 @@ import pytest
 pytest.importorskip("huggingface_hub")
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
+
+from finback.data.hub import hub_documents  # noqa: E402
 
 COMMIT = "0123456789012345678901234567890123456789"
 FILES = {"data/train-1.parquet": ["b"], "data/train-0.parquet": ["a", "字"], "data/test-0.parquet": ["t"]}
@@ -113,3 +116,14 @@ def test_what_is_not_there_is_one_sentence(environment: dict[str, str], tmp_path
     assert done.returncode == 2
     assert "set HF_ENDPOINT to a mirror that can be reached" in done.stderr
     assert not list(Path(cache).rglob("text.jsonl"))
+
+
+def test_a_full_disk_is_no_fault_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def full(*words: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", full)
+    with pytest.raises(OSError, match="No space left"):
+        next(hub_documents("some/fables"))

@@ -181,9 +181,12 @@ def test_public_names_are_these_functions(tmp_path: Path) -> None:
 # FP8
 
 
-def make_deepseek_like(directory: Path, seed: int = 0) -> None:
+DEPTHS = pytest.mark.parametrize("depths", [0, 1], ids=["no MTP", "MTP"])
+
+
+def make_deepseek_like(directory: Path, depths: int = 1, seed: int = 0) -> None:
     """An FP8 directory whose blocks all reach the largest code, with arbitrary float32 scales, as DeepSeek's are."""
-    save(build(RAGGED, torch.bfloat16), directory, fp8=True)
+    save(build(replace(RAGGED, num_nextn_predict_layers=depths), torch.bfloat16), directory, fp8=True)
     generator = torch.Generator().manual_seed(seed)
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -200,11 +203,13 @@ def payloads_and_scales(directory: Path) -> tuple[dict[str, bytes], dict[str, Te
     return payloads, scales
 
 
-def test_fp8_directory_has_deepseeks_layout(tmp_path: Path) -> None:
-    model = build(RAGGED, torch.bfloat16)
+@DEPTHS
+def test_fp8_directory_has_deepseeks_layout(tmp_path: Path, depths: int) -> None:
+    ragged = replace(RAGGED, num_nextn_predict_layers=depths)
+    model = build(ragged, torch.bfloat16)
     save(model, tmp_path, fp8=True, max_shard_bytes=300_000)
     config = ModelConfig.from_hf(tmp_path)
-    assert config == replace(RAGGED, torch_dtype="bfloat16", fp8=True)
+    assert config == replace(ragged, torch_dtype="bfloat16", fp8=True)
     stored = {name: (entry.dtype, entry.shape) for name, entry in read_catalog(tmp_path).items()}
     assert stored == {spec.name: (spec.dtype, spec.shape) for spec in checkpoint_tensors(config)}
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
@@ -226,8 +231,9 @@ def test_fp8_weights_are_payload_times_scale(tmp_path: Path) -> None:
             assert torch.equal(weight, expected.to(wanted)), name
 
 
-def test_fp8_comes_back_with_the_same_payload_and_scales_within_one_step(tmp_path: Path) -> None:
-    make_deepseek_like(tmp_path / "theirs")
+@DEPTHS
+def test_fp8_comes_back_with_the_same_payload_and_scales_within_one_step(tmp_path: Path, depths: int) -> None:
+    make_deepseek_like(tmp_path / "theirs", depths)
     model = load(tmp_path / "theirs", dtype=torch.float32)
     assert not model.config.fp8
     save(model, tmp_path / "ours", fp8=True)
@@ -240,8 +246,9 @@ def test_fp8_comes_back_with_the_same_payload_and_scales_within_one_step(tmp_pat
     assert file_bytes(tmp_path / "again") == file_bytes(tmp_path / "ours")
 
 
-def test_fp8_through_bfloat16_keeps_the_payload_and_then_stays(tmp_path: Path) -> None:
-    make_deepseek_like(tmp_path / "theirs")
+@DEPTHS
+def test_fp8_through_bfloat16_keeps_the_payload_and_then_stays(tmp_path: Path, depths: int) -> None:
+    make_deepseek_like(tmp_path / "theirs", depths)
     save(load(tmp_path / "theirs", dtype=torch.bfloat16), tmp_path / "ours", fp8=True)
     payloads, scales = payloads_and_scales(tmp_path / "theirs")
     ours, our_scales = payloads_and_scales(tmp_path / "ours")
@@ -252,8 +259,9 @@ def test_fp8_through_bfloat16_keeps_the_payload_and_then_stays(tmp_path: Path) -
     assert file_bytes(tmp_path / "again") == file_bytes(tmp_path / "ours")
 
 
-def test_quantised_once_is_idempotent_from_then_on(tmp_path: Path) -> None:
-    save(build(RAGGED), tmp_path / "first", fp8=True)
+@DEPTHS
+def test_quantised_once_is_idempotent_from_then_on(tmp_path: Path, depths: int) -> None:
+    save(build(replace(RAGGED, num_nextn_predict_layers=depths)), tmp_path / "first", fp8=True)
     save(load(tmp_path / "first"), tmp_path / "second", fp8=True)
     assert file_bytes(tmp_path / "first") == file_bytes(tmp_path / "second")
 

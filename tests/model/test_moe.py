@@ -235,6 +235,24 @@ def test_expert_counts_and_balance_loss_equal_a_recount(config: Any) -> None:
     assert output.balance_loss.item() == pytest.approx(expected_balance, rel=1e-5)
 
 
+@pytest.mark.parametrize("shift", [-2.0, 0.25, 64.0])
+def test_a_shift_common_to_the_biases_of_a_router_changes_nothing(shift: float) -> None:
+    """Peers 7.3 asks for a mean of zero, against drift. The paper's update keeps none and needs none: choices, groups included, depend
+    on differences alone."""
+    model = build(BASE)
+    input_ids = untied(model, 2, 20)
+    for router in model.routers():
+        router.e_score_correction_bias.copy_(
+            torch.arange(8).roll(3) / 16
+        )  # whole parts of 2^-4, so that sums with the shift are exact
+    before = model.train_forward(input_ids)
+    for router in model.routers():
+        router.e_score_correction_bias.add_(shift)
+    after = model.train_forward(input_ids)
+    assert torch.equal(before.expert_counts, after.expert_counts)
+    assert torch.equal(before.hidden, after.hidden)
+
+
 def test_balance_loss_does_not_look_at_the_bias() -> None:
     """Facts 1.6: f counts the top K of the unbiased scores, so biases change the choice and not the loss of the first router."""
     model = build(replace(BASE, num_hidden_layers=2))

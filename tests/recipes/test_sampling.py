@@ -180,13 +180,21 @@ def test_a_rule_judges(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
         ("return undefined", "raised NameError: name 'undefined' is not defined"),
         ("raise RuntimeError('no luck')", "raised RuntimeError: no luck"),
         ("return 'good'", "gave str 'good', not a number; return a float"),
+        ("while True: pass", "timed out after 2 s"),
     ],
 )
 def test_a_rule_that_fails_is_one_sentence(tmp_path: Path, run: Run, body: str, told: str) -> None:
     rule = tmp_path / "rule.py"
     rule.write_text(f"def good(prompt, completion, example):\n    {body}\n")
     code, _, err = run(
-        "judge", rows_file(tmp_path / "in.jsonl", ROWS), "--judge", f"{rule}:good", "--out", tmp_path / "out.jsonl"
+        "judge",
+        rows_file(tmp_path / "in.jsonl", ROWS),
+        "--judge",
+        f"{rule}:good",
+        "--out",
+        tmp_path / "out.jsonl",
+        "--timeout-seconds",
+        2,
     )
     assert (code, err) == (2, f"finback judge: the rule {rule}:good {told}\n")
 
