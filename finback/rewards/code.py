@@ -32,6 +32,7 @@ from finback.rewards.sandbox_config import CodeResult, InputOutput, Isolation, L
 Tests = str | Sequence[InputOutput | Mapping[str, Any]]
 
 DETAIL_CHARACTERS = 1000
+ENDED: tuple[Verdict, ...] = ("timed out", "out of memory", "too much output")
 CPU_LIMIT_CODES = (128 + 24, 128 + 9)  # SIGXCPU, and SIGKILL a second later
 COMPILERS = {"c": ("gcc", "cc", "clang"), "cpp": ("g++", "c++", "clang++")}
 COMPILER_OPTIONS = {"c": ("-x", "c", "-std=gnu17"), "cpp": ("-x", "c++", "-std=gnu++17")}
@@ -240,18 +241,25 @@ def extract_code(prompt: str, completion: str, language: Language = "python") ->
     return found[-1]["code"] if found else None
 
 
+class ProgramEnded(Exception):
+    """A solution that the sandbox ended at a limit. Its reward is 0, as for a wrong one, but a run counts it among the failures."""
+
+
 def unit_tests(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
     """A reward: 1.0 if the code of the answer passes all of `example["tests"]`, else 0.0.
 
     The tests are a text of Python assertions or a list of them, or a list of rows with `input` and `output`; `example["language"]` is
     python, c or cpp, python if there is none. With `example["entry_point"]`, as HumanEval has it, `check(entry_point)` is called.
+    Raises ProgramEnded, which a reward's caller counts and takes for 0, for a solution that was ended at a limit.
     """
-    return float(share_passed(prompt, completion, example, "bubblewrap") == 1.0)
+    return all_passed(tested(prompt, completion, example, "bubblewrap"))
 
 
 def unit_tests_fraction(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
-    """A reward: the share of `example["tests"]` that the code of the answer passes; see `unit_tests`."""
-    return share_passed(prompt, completion, example, "bubblewrap")
+    """A reward: the share of `example["tests"]` that the code of the answer passes; see `unit_tests`. A solution that passes some
+    before it is ended has their share."""
+    result = tested(prompt, completion, example, "bubblewrap")
+    return result.num_passed / result.num_tests if result is not None and result.num_passed else all_passed(result)
 
 
 def prepare() -> None:
@@ -259,17 +267,21 @@ def prepare() -> None:
     require("bubblewrap")
 
 
-def share_passed(prompt: str, completion: str, example: Mapping[str, Any], isolation: Isolation) -> float:
-    """The share of the example's tests that the code of the answer passes in this isolation; 0 without code."""
+def all_passed(result: CodeResult | None) -> float:
+    """1.0 if all tests passed, else 0.0; None stands for an answer without code. Raises ProgramEnded as `unit_tests` does."""
+    if result is not None and result.verdict in ENDED:
+        raise ProgramEnded(f"{result.verdict}: {result.detail}")
+    return float(result is not None and result.passed)
+
+
+def tested(prompt: str, completion: str, example: Mapping[str, Any], isolation: Isolation) -> CodeResult | None:
+    """What the example's tests say of the code of the answer in this isolation; None without code."""
     language = example.get("language", "python")
     if language not in get_args(Language):
         raise InputError(f"example: language is {language!r}; it must be one of {', '.join(get_args(Language))}")
     tests = example_tests(example)
     source = extract_code(prompt, completion, language)
-    if source is None:
-        return 0.0
-    result = run_code(source, tests, language, REWARD_LIMITS, isolation=isolation)
-    return result.num_passed / result.num_tests
+    return None if source is None else run_code(source, tests, language, REWARD_LIMITS, isolation=isolation)
 
 
 def example_tests(example: Mapping[str, Any]) -> Tests:

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from finback.rewards.code import share_passed
+from finback.rewards.code import all_passed, tested
 from finback.rewards.sandbox import require
 
 
 def unit_tests_unsandboxed(prompt: str, completion: str, example: Mapping[str, Any]) -> float:
     """`finback.rewards.code:unit_tests` without bubblewrap. What a model writes then runs with the network and this machine's files in
     its reach."""
-    return float(share_passed(prompt, completion, example, "degraded") == 1.0)
+    return all_passed(tested(prompt, completion, example, "degraded"))
 
 
 def prepare() -> None:

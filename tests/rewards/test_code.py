@@ -545,6 +545,30 @@ def test_rewards_of_an_answer():
 
 
 @pytest.mark.usefixtures("walls")
+def test_a_solution_that_is_ended_at_a_limit_scores_0_and_is_counted():
+    ended = {
+        "```python\ndef count(n):\n    while True: pass\n```": "timed out",
+        "```python\ndef count(n): return bytearray(10**10)\n```": "out of memory",
+        "```python\ndef count(n):\n    while True: print('x' * 4096)\n```": "too much output",
+    }
+    with RewardPool([load_reward("finback.rewards.code:unit_tests")], processes=2, deadline=60.0) as pool:
+        for answer in (*ended, "```python\ndef count(n): return n\n```"):
+            pool.submit(answer, "", answer, {"tests": CHECK, "entry_point": "count"})
+        scores = {}
+        while pool.outstanding:
+            scores |= dict(pool.collect(wait=True))
+        assert {score.total for score in scores.values()} == {0.0}
+        told = {answer: score.failures.get("unit_tests", "") for answer, score in scores.items()}
+        for answer, verdict in ended.items():
+            assert told[answer].startswith(f"raised ProgramEnded: {verdict}")
+        assert sum(map(bool, told.values())) == 3
+        assert pool.failures == {"unit_tests": {"raised": 3}}
+    half = {"tests": ["assert count(1) == [0]", "assert count(2) == []"]}
+    slow = "```python\ndef count(n):\n    while n > 1: pass\n    return [0]\n```"
+    assert unit_tests_fraction("", slow, half) == 0.5
+
+
+@pytest.mark.usefixtures("walls")
 def test_the_reward_runs_in_reward_workers():
     answers = [ANSWER, "```python\nimport os\nos._exit(0)\n```", "```python\ndef count(n): return n\n```", ANSWER]
     with RewardPool([load_reward("finback.rewards.code:unit_tests")], processes=2, deadline=60.0) as pool:
