@@ -30,14 +30,9 @@ class SumsTask(NamedTuple):
     """Held-out questions as long as those of training."""
     held_out_longer: int
     """Held-out questions with one or two terms more than any of training."""
-    validation_fraction: float
-    """Of the corpus' sums, not pre-trained on, for the held-out loss; of the other texts it is `TEXT_VALIDATION_FRACTION`."""
 
 
-TEXT_VALIDATION_FRACTION = 0.02
-QUICKSTART_SUMS = SumsTask(
-    ChainSettings(least_terms=3, most_terms=6, largest=9), Habits(), 8000, 400, 100, validation_fraction=TEXT_VALIDATION_FRACTION
-)
+QUICKSTART_SUMS = SumsTask(ChainSettings(least_terms=3, most_terms=6, largest=9), Habits(), 8000, 400, 100)
 """What a small model can learn in minutes."""
 
 

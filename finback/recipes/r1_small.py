@@ -43,11 +43,10 @@ def r1_small_stages(run: Run, config: QuickstartConfig, preset: PretrainConfig, 
     """The recipe, in order."""
     steps = roomy_ladder(run.directory / "data", config)
     alone = student_rl_settings(steps)
-    student_base = partial(base_model.student_base, task=SUMS_WITH_ROOM)
     return [
         Stage("corpus", "Corpus", partial(base_model.corpus, config=config, task=SUMS_WITH_ROOM)),
         Stage("tokenizer", "Tokenizer", partial(base_model.tokenizer, config=config, preset=preset)),
-        Stage("shards", "Token shards", partial(base_model.shards, config=config, task=SUMS_WITH_ROOM)),
+        Stage("shards", "Token shards", partial(base_model.shards, config=config)),
         Stage("base", "Pre-training", partial(base_model.base, config=config, preset=preset)),
         Stage("r1-zero", "R1-Zero: GRPO from the base", partial(ladder.r1_zero, ladder=steps)),
         Stage("r1-zero-language", "R1-Zero, one language rewarded", partial(ablations.r1_zero_language, ladder=steps)),
@@ -55,7 +54,7 @@ def r1_small_stages(run: Run, config: QuickstartConfig, preset: PretrainConfig, 
         Stage("reasoning-rl", "Reasoning RL", partial(ladder.reasoning_rl, ladder=steps)),
         Stage("rejection-sft", "Rejection sampling, SFT", partial(ladder.rejection_sft, ladder=steps)),
         Stage("all-scenario-rl", "All-scenario RL", partial(ladder.all_scenario_rl, ladder=steps)),
-        Stage("student-base", "A dense student's base", partial(student_base, config=config, preset=student_preset)),
+        Stage("student-base", "A dense student's base", partial(base_model.student_base, config=config, preset=student_preset)),
         Stage("student", "Distillation", partial(ladder.student, ladder=steps)),
         Stage("student-rl", "The same student by RL alone", partial(ablations.student_rl, ladder=steps, settings=alone)),
         Stage("report", "Report", partial(report, steps=steps)),

@@ -20,7 +20,7 @@ from finback.recipes.small_ladder import small_ladder
 from finback.rl.config import GRPOConfig
 
 SUMS_WITH_ROOM = QUICKSTART_SUMS._replace(
-    habits=Habits(own_language=0.32, other_language=0.03), held_out=1600, held_out_longer=100, validation_fraction=0.004
+    habits=Habits(own_language=0.32, other_language=0.03), held_out=1600, held_out_longer=100
 )
 
 
