@@ -21,7 +21,7 @@ from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip
 from finback.rl.config import GRPOConfig
 from finback.train.sft_config import SFTConfig
 
-_NOT_SETTINGS = ("out", "fresh")
+_NOT_SETTINGS = ("out", "fresh", "micro_batch_tokens", "micro_batch_size", "recompute")  # what changes no result may change
 
 
 def distill(config: DistillConfig) -> Path:

@@ -23,7 +23,7 @@ from finback.rl.model_rewards import check_reward_model
 from finback.rl.prompts import read_prompts
 from finback.train.sft_config import SFTConfig
 
-_NOT_SETTINGS = ("out", "fresh")
+_NOT_SETTINGS = ("out", "fresh", "micro_batch_tokens", "micro_batch_size", "recompute")  # what changes no result may change
 _RENDERED = (
     {"role": "user", "content": "Is 2+2 4?"},
     {"role": "assistant", "reasoning_content": "2+2 is 4.", "content": "Yes."},

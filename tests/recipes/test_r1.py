@@ -107,6 +107,8 @@ def test_the_whole_recipe_on_a_base_of_ones_own(files: Path, tmp_path: Path, cap
         assert (tmp_path / "run" / name / "model.safetensors").exists(), name
         assert (tmp_path / "run" / name / "tokenizer.json").exists(), name
     report = (tmp_path / "run" / "report.md").read_text()
+    assert r1(_config(files, tmp_path / "run", micro_batch_size=2, recompute="full")) == final  # on a smaller machine, say
+    assert "finished already" in capsys.readouterr().out
     assert "| student | held out |" in report
     assert "0 of" in report
     before = (tmp_path / "run" / "manifest.json").read_bytes()
