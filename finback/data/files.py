@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -38,8 +39,9 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     An existing `target` is replaced: between the two renames its former content lies beside it under a hidden name.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    try:
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:  # it is made in here, so that an interrupt at any moment finds its name known
+        temporary.mkdir()
         temporary.chmod(0o755)
         yield temporary
         if target.exists():

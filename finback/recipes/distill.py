@@ -102,6 +102,7 @@ def distill_stages(config: DistillConfig) -> list[Stage]:
         eval_problems=config.eval_problems,
         eval_samples=config.eval_samples,
         eval_tokens=config.max_completion_length,
+        gate="tell",
     )
     stages = [
         Stage("teacher", "The teacher", partial(teacher, config=config, steps=steps)),
