@@ -15,7 +15,7 @@ from finback.recipes import ablations, judging, ladder
 from finback.recipes.config import DistillConfig, LadderConfig
 from finback.recipes.ladder_report import comparison_table, curves
 from finback.recipes.r1 import check_problems, check_template, seen_in_training
-from finback.recipes.room import check_fine_tuning, check_reinforcement_learning, longest_prompt, trace_length
+from finback.recipes.room import check_fine_tuning, check_reinforcement_learning, longest_prompt, trace_settings
 from finback.recipes.small_claims import claims_table, distillation_verdict
 from finback.recipes.stages import Run, Stage, copy_model, open_run, run_or_skip, stage_times
 from finback.rl.config import GRPOConfig
@@ -64,15 +64,7 @@ def _check_room(config: DistillConfig, student: Tokenizer) -> None:
 
 
 def _sft(config: DistillConfig) -> SFTConfig:
-    return SFTConfig(
-        lr=config.lr,
-        epochs=config.epochs,
-        batching="pad",
-        chat_template=config.chat_template,
-        sequence_length=trace_length(ModelConfig.from_hf(config.student), config.max_completion_length),
-        micro_batch_size=config.micro_batch_size,
-        recompute=config.recompute,
-    )
+    return trace_settings(config, config.student, lr=config.lr, epochs=config.epochs)
 
 
 def _reinforcement_learning(config: DistillConfig) -> GRPOConfig:

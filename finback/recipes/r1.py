@@ -16,7 +16,7 @@ from finback.model.checkpoint import open_checkpoint
 from finback.recipes import judging, ladder
 from finback.recipes.config import LadderConfig, R1Config
 from finback.recipes.ladder_report import curves, ladder_table, rises
-from finback.recipes.room import check_fine_tuning, check_reinforcement_learning, longest_prompt, trace_length
+from finback.recipes.room import check_fine_tuning, check_reinforcement_learning, longest_prompt, trace_length, trace_settings
 from finback.recipes.stages import Run, Stage, copy_model, file_hash, open_run, run_or_skip, stage_times
 from finback.rl.config import GRPOConfig
 from finback.rl.model_rewards import check_reward_model
@@ -224,15 +224,7 @@ def r1_ladder(config: R1Config) -> LadderConfig:
 
 
 def _sft(config: R1Config, model: str) -> SFTConfig:
-    return SFTConfig(
-        lr=config.sft_lr,
-        epochs=config.sft_epochs,
-        batching="pad",
-        chat_template=config.chat_template,
-        sequence_length=trace_length(ModelConfig.from_hf(model), config.max_completion_length),
-        micro_batch_size=config.micro_batch_size,
-        recompute=config.recompute,
-    )
+    return trace_settings(config, model, lr=config.sft_lr, epochs=config.sft_epochs)
 
 
 def base(run: Run, config: R1Config) -> dict[str, Any]:

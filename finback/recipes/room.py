@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from finback.config import InputError, ModelConfig
 from finback.data.tokenizer import Tokenizer
 from finback.ops.memory import available_memory
+from finback.recipes.config import DistillConfig, R1Config
 from finback.rl import memory as rl_memory
 from finback.rl.config import GRPOConfig
 from finback.rl.model_rewards import weight_bytes
@@ -18,6 +19,19 @@ from finback.train.sft_config import SFTConfig
 def trace_length(model: ModelConfig, max_completion_length: int) -> int:
     """The longest conversation that a stage learns from, in tokens: an answer and a prompt of 4096, if the context takes that."""
     return min(model.max_position_embeddings, max_completion_length + LONGEST_DEFAULT)
+
+
+def trace_settings(config: R1Config | DistillConfig, model: str, *, lr: float, epochs: int) -> SFTConfig:
+    """How the model in the directory `model` is fine-tuned on traces."""
+    return SFTConfig(
+        lr=lr,
+        epochs=epochs,
+        batching="pad",
+        chat_template=config.chat_template,
+        sequence_length=trace_length(ModelConfig.from_hf(model), config.max_completion_length),
+        micro_batch_size=config.micro_batch_size,
+        recompute=config.recompute,
+    )
 
 
 def longest_prompt(

@@ -46,9 +46,8 @@ def update(
 
     # what must be known before the first update; of the first minibatch, its own forward pass tells
     with torch.no_grad():
-        if not any(
-            batches for batches, _, _ in minibatches
-        ):  # nobody teaches: the engine is watched on the first group all the same
+        if not any(batches for batches, _, _ in minibatches):
+            # nobody teaches: the engine is watched on the first group all the same
             seen = [i for i in range(config.num_generations) if completions[i].token_ids]
             own = [advantages.of_samples[i] for i in seen]
             for batch in cut_batches([completions[i] for i in seen], own, config.micro_batch_tokens, modules, device):
