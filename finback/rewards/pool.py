@@ -41,7 +41,7 @@ class _Open:
 
 
 class RewardPool:
-    """Scores completions in `processes` workers, as a context manager; use it from one thread.
+    """Scores completions in `processes` workers, as a context manager; use it from one thread at a time.
 
     `deadline` is in seconds and holds for each call of a reward function: one that takes longer is killed with every process it has
     started, its component counts 0, and the other components and completions are scored as if nothing had happened. So do components
