@@ -15,6 +15,7 @@ from finback.config import ModelConfig
 from finback.model.layers import Linear, RMSNorm
 from finback.model.recompute import rebuilt
 from finback.ops.attention import Attend, causal_attention, latent_attention
+from finback.ops.products import bmm
 from finback.ops.rotary import apply_rotary, softmax_scale
 
 LATENT_NORM_EPS = 1e-6  # the published code fixes it for both latent norms, whatever rms_norm_eps says
@@ -95,10 +96,10 @@ class MLA(nn.Module):
         query = self._query(x if self.q_proj is not None else self.q_a_proj(x), rotary).flatten(0, 1)
         key_up, value_up = self.absorbed_weights()
         nope, rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
-        latent_query = torch.bmm(nope.transpose(0, 1), key_up).transpose(0, 1)  # [B T, H, C]
+        latent_query = bmm(nope.transpose(0, 1), key_up).transpose(0, 1)  # [B T, H, C]
         queries = torch.cat((latent_query, rope), dim=-1).view(batch, tokens, self.num_heads, -1)
         latent = latent_attention(queries, rows, self.kv_lora_rank, self.scale, mask).flatten(0, 1)
-        heads = torch.bmm(latent.transpose(0, 1), value_up.transpose(1, 2)).transpose(0, 1)
+        heads = bmm(latent.transpose(0, 1), value_up.transpose(1, 2)).transpose(0, 1)
         return self._output(heads.reshape(batch, tokens, self.num_heads, self.value_dim))
 
     def absorbed_weights(self) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from finback.ops.native.build import causal_kernels_for, training_kernels_for
 from finback.ops.native.causal import CausalKernels
 from finback.ops.precision import wide
+from finback.ops.products import bmm, widened
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """Attention of a layer's heads to those of the tokens it may see: query, key, value and scale, as `causal_attention` takes them."""
@@ -24,9 +25,13 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
 
     Keys and values may have fewer heads [B, H / G, ...]: each then serves G consecutive query heads (grouped-query attention).
     Causal over equally many queries and keys; or, with `mask` (bool, True where a query may look, broadcastable to [B, H, T, S]),
-    exactly that. On a CPU in bfloat16 scores are rounded to bfloat16 before the softmax, as in the plain formula.
+    exactly that. On a CPU in bfloat16 scores are rounded to bfloat16 before the softmax, as in the plain formula; one that multiplies
+    bfloat16 slowly does all of it in float32.
     """
     assert mask is not None or query.shape[2] == key.shape[2], "without a mask, queries and keys are the same tokens"
+    if widened(query, key, value):
+        with torch.autocast("cpu", enabled=False):
+            return causal_attention(query.float(), key.float(), value.float(), scale, mask).bfloat16()
     if mask is None and query.device.type == "cpu":
         kernels = causal_kernels_for(query, key, value)
         if kernels is None:
@@ -173,12 +178,12 @@ def latent_attention(query: Tensor, latents: Tensor, rank: int, scale: float, ma
     look. The softmax is float32.
     """
     batch, tokens, heads, width = query.shape
-    scores = torch.bmm(query.reshape(batch, tokens * heads, width), latents.transpose(1, 2))
+    scores = bmm(query.reshape(batch, tokens * heads, width), latents.transpose(1, 2))
     scores = scores.view(batch, tokens, heads, -1).to(wide(latents.dtype)) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     weights = scores.softmax(-1).to(latents.dtype)
-    return torch.bmm(weights.view(batch, tokens * heads, -1), latents[..., :rank]).view(batch, tokens, heads, rank)
+    return bmm(weights.view(batch, tokens * heads, -1), latents[..., :rank]).view(batch, tokens, heads, rank)
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:

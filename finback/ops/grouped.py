@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from finback.ops.linear import onednn_is_faster, prefers_onednn, rows_times, sum_of_outer
 from finback.ops.native.build import grouped_kernels_for
 from finback.ops.native.grouped import GroupedKernels
+from finback.ops.products import bmm, mm, widened
 
 _FEW_ROWS = 16  # of a group on average, from which the C kernels are faster
 
@@ -219,6 +220,8 @@ def _grouped_product(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     kernels = _native(len(x), len(counts), x.dtype, x.device)
     if kernels is not None and kernels.take(x.shape[1], x.dtype):
         return kernels.product(x, matrices, counts)
+    if widened(x, matrices):
+        return _grouped_product(x.float(), matrices.float(), counts).bfloat16()
     if prefers_onednn(x, matrices):
         return torch.cat([rows_times(rows, matrix) for rows, matrix in zip(x.split(counts.tolist()), matrices, strict=True)])
     if _fused(x, matrices):
@@ -231,6 +234,8 @@ def _grouped_outer(left: Tensor, right: Tensor, counts: Tensor) -> Tensor:
     kernels = _native(len(left), len(counts), left.dtype, left.device)
     if kernels is not None:
         return kernels.outer(left, right, counts)
+    if widened(left, right):
+        return _grouped_outer(left.float(), right.float(), counts).bfloat16()
     if prefers_onednn(left, right):
         return torch.stack([sum_of_outer(a, b) for a, b in zip(*(t.split(counts.tolist()) for t in (left, right)), strict=True)])
     if _fused(left, right):
@@ -261,9 +266,9 @@ def few_tokens(x: Tensor, indices: Tensor, values: Tensor, gate: Tensor, up: Ten
 def _all_experts(x: Tensor, indices: Tensor, values: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     count, width, size = gate.shape
     weight = torch.zeros(x.shape[0], count, dtype=x.dtype).scatter_(1, indices, values.to(x.dtype))
-    hidden = F.silu(torch.mm(x, gate.view(-1, size).T)).mul_(torch.mm(x, up.view(-1, size).T))
+    hidden = F.silu(mm(x, gate.view(-1, size).T)).mul_(mm(x, up.view(-1, size).T))
     hidden = hidden.view(-1, count, width).mul_(weight.unsqueeze(-1))
-    return torch.bmm(hidden.transpose(0, 1), down.transpose(1, 2)).sum(0)
+    return bmm(hidden.transpose(0, 1), down.transpose(1, 2)).sum(0)
 
 
 def _one_by_one(x: Tensor, indices: Tensor, values: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

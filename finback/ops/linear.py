@@ -1,8 +1,8 @@
 """The bias-free linear product, its three matrix products, and the cases where a CPU does better than torch's general ones.
 
-Float32 products go to MKL in torch's x86 builds. On processors that are not Intel's, MKL runs at half of oneDNN's speed; torch gives
-oneDNN float32 work only in convolutions and in an operation of its compiler's, which is what is called here. The rounding differs in
-the last bits, as between any two libraries.
+Float32 products go to MKL in torch's x86 builds. On processors with AVX-512 that are not Intel's, MKL runs at half of oneDNN's speed;
+torch gives oneDNN float32 work only in convolutions and in an operation of its compiler's, which is what is called here. The rounding
+differs in the last bits, as between any two libraries.
 """
 
 import re
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finback.ops.native.build import grouped_kernels_for
+from finback.ops.products import few_rows, mm, widened, widens_autocast
 
 _LARGE = 1 << 16  # elements of a matrix from which reading it, not starting to, is what takes the time
 _FEW_ROWS = 64  # below these, starting a product in oneDNN takes longer than MKL's whole product
@@ -33,11 +34,19 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if one_row and weight.numel() >= _LARGE and not torch.is_grad_enabled():
         row: Tensor = torch.linalg.vecdot(weight, x.view(-1))
         return row.view(*x.shape[:-1], -1)
+    if (widens_autocast(x) or widened(x, weight)) and not few_rows(x.numel() // max(1, x.shape[-1])):
+        return _widened_linear(x, weight)
     many_rows = x.numel() >= _FEW_ROWS * x.shape[-1]
     if many_rows and prefers_onednn(x, weight) and not torch.is_autocast_enabled("cpu"):
         result: Tensor = _Linear.apply(x, weight)
         return result
     return F.linear(x, weight)
+
+
+def _widened_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """The product of x and weight, rounded to bfloat16, in float32; gradients are rounded where autocast rounds them."""
+    with torch.autocast("cpu", enabled=False):
+        return linear(x.bfloat16().float(), weight.bfloat16().float()).bfloat16()
 
 
 class _Linear(torch.autograd.Function):
@@ -57,6 +66,9 @@ class _Linear(torch.autograd.Function):
 
 def rows_times(rows: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
     """rows [M, P] times matrix [P, Q] -> [M, Q], in `out` if given; the matrix may be a transposed view."""
+    if widened(rows, matrix) and not few_rows(len(rows)):
+        product = rows_times(rows.float(), matrix.float()).bfloat16()
+        return product if out is None else out.copy_(product)
     if rows.shape[0] < _FEW_ROWS or rows.shape[1] == 0 or not prefers_onednn(rows, matrix):
         return torch.mm(rows, matrix, out=out)
     if out is None:
@@ -93,6 +105,8 @@ def sum_of_outer(left: Tensor, right: Tensor) -> Tensor:
         )
         weight_gradient: Tensor = gradient.view(left.shape[1], -1)
         return weight_gradient
+    if widened(left, right):
+        return sum_of_outer(left.float(), right.float()).bfloat16()
     return torch.mm(left.t(), right)
 
 
@@ -102,7 +116,7 @@ def add_sum_of_outer(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += sum_of_outer(left, right)
         return
     for columns in _parts(left.shape[1]):
-        total[columns] += torch.mm(left[:, columns].t(), right)
+        total[columns] += mm(left[:, columns].t(), right)
 
 
 def prefers_onednn(*operands: Tensor) -> bool:
@@ -112,11 +126,13 @@ def prefers_onednn(*operands: Tensor) -> bool:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Of oneDNN and MKL, if both are there: on other makers' processors than Intel's.
+    """Of oneDNN and MKL, if both are there: on other makers' processors than Intel's, if they have AVX-512. With AVX2 both multiply as
+    fast, and oneDNN's weight gradients of convolutions take four to ten times as long.
 
-    By the maker and not by a measurement, which could turn out differently in the next process and change the bits of a resumed run.
+    By maker and instructions and not by a measurement, which could turn out differently in the next process and change the bits of a
+    resumed run.
     """
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available() and torch.cpu._is_avx512_supported()):
         return False
     try:
         information = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")

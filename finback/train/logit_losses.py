@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from finback.model.transformer import Transformer
+from finback.ops.linear import linear
 from finback.train.config import Precision, Recompute
 from finback.train.samples import SampleRows
 
@@ -66,8 +67,8 @@ def accumulate_logit_gradients(
             part = slice(start, start + size)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 with torch.no_grad():
-                    told = known[part] @ teacher.lm_head.weight.T
-                logits = cut[part] @ student.lm_head.weight.T
+                    told = linear(known[part], teacher.lm_head.weight)
+                logits = linear(cut[part], student.lm_head.weight)
             loss = teacher_kl(told, logits, temperature=temperature, top_k=top_k) / tokens
             loss.backward()
             total += float(loss.detach())

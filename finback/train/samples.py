@@ -13,6 +13,7 @@ from finback.data.packing import PackedSamples, Sample, pack_samples, pad_sample
 from finback.data.stream import permute
 from finback.model.transformer import TrainOutput, Transformer
 from finback.ops.cross_entropy import linear_cross_entropy
+from finback.ops.products import mm
 from finback.train.config import Precision, Recompute
 from finback.train.losses import BatchLosses, LossSums
 from finback.train.sft_config import Batching
@@ -222,4 +223,4 @@ def mtp_acceptance(model: Transformer, batch: Sequence[SampleRows], *, precision
 def _argmax(hidden: Float[Tensor, "B T D"], head: Float[Tensor, "vocab D"]) -> Int64[Tensor, "B T"]:
     """The most probable token of each position; logits exist a part at a time."""
     parts = hidden.flatten(0, 1).split(max(1, _LOGITS_AT_ONCE // head.shape[0]))
-    return torch.cat([(part @ head.T.to(part.dtype)).argmax(-1) for part in parts]).view(hidden.shape[:2])
+    return torch.cat([mm(part, head.T.to(part.dtype)).argmax(-1) for part in parts]).view(hidden.shape[:2])
