@@ -92,7 +92,9 @@ def read_trials(files: Sequence[str | Path], most_rows: int) -> list[list[Trial]
 def run_trials(
     rewards: Sequence[Reward], trials: Sequence[Sequence[Trial]], *, processes: int, deadline: float
 ) -> list[tuple[Trial, Score]]:
-    """Score trials in a pool, row by row; see MOST_HANGS for when it ends early."""
+    """Score trials in a pool, row by row; see MOST_HANGS for when it ends early. Without rewards, every score is 0 and has no part."""
+    if not rewards:
+        return [(trial, Score(0.0, {})) for row in trials for trial in row]
     results: list[tuple[Trial, Score]] = []
     with RewardPool(rewards, processes=processes, deadline=deadline) as pool:
         for row in trials:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from finback.config import InputError, count_params
+from finback.data.rated import Prompt
 from finback.data.reasoning import opens_thought
 from finback.data.tokenizer import THINK_TOKEN
 from finback.model.checkpoint import open_checkpoint
@@ -93,11 +94,18 @@ def add_model_scores(completions: Sequence[Completion], models: Sequence[ModelRe
     """Add each model's score to the samples whose rows it judges. One that is not finite counts 0 and is told as a failure."""
     for one in models:
         judged = [completion for completion in completions if judges(completion.prompt, one.name)]
-        prompts = [completion.prompt.example["prompt"] for completion in judged]
-        values = one.model.score(prompts, [_response(completion) for completion in judged]) if judged else []
-        for completion, value in zip(judged, values, strict=True):
-            assert completion.score is not None
-            completion.score = _with(completion.score, one, value)
+        asked = [completion.prompt.example["prompt"] for completion in judged]
+        texts = [response(completion.prompt.text, completion.text) for completion in judged]
+        given = [completion.score for completion in judged if completion.score is not None]
+        assert len(given) == len(judged), "rules score first"
+        for completion, score in zip(judged, with_model(one, asked, texts, given), strict=True):
+            completion.score = score
+
+
+def with_model(one: ModelReward, asked: Sequence[Prompt], texts: Sequence[str], scores: Sequence[Score]) -> list[Score]:
+    """`scores` with the model's component, in their order."""
+    values = one.model.score(asked, texts) if texts else []
+    return [_with(score, one, value) for score, value in zip(scores, values, strict=True)]
 
 
 def _with(score: Score, one: ModelReward, value: float) -> Score:
@@ -107,8 +115,8 @@ def _with(score: Score, one: ModelReward, value: float) -> Score:
     return replace(score, total=score.total + one.weight * value, components={**score.components, one.name: value})
 
 
-def _response(completion: Completion) -> str:
-    """The whole response, with the tag that the prompt may have opened it with: else an unfinished thought would pass for an answer."""
-    text = completion.text
-    opened = opens_thought(completion.prompt.text) and not text.lstrip().startswith(THINK_TOKEN)
+def response(prompt: str, text: str) -> str:
+    """The whole response, with the tag that the rendered prompt may have opened it with: else an unfinished thought would pass for an
+    answer."""
+    opened = opens_thought(prompt) and not text.lstrip().startswith(THINK_TOKEN)
     return f"{THINK_TOKEN}\n{text}" if opened else text

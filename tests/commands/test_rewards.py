@@ -5,10 +5,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from finback.cli import main
 from finback.rewards.reward import Score
 from finback.rewards.trial import HIDDEN, MANY, OTHER, RIGHT, Trial, judge, read_trials
+from finback.train.reward_scoring import load_reward_model
+from tests.rl.policies import write_reward_model
 
 ROWS = [
     {"prompt": "What is 12 + 34?", "answer": "46"},
@@ -225,3 +229,45 @@ def test_a_file_without_rows_is_told(files: dict[str, str], capsys: pytest.Captu
     Path(files["data"]).write_text("\n", encoding="utf-8")
     assert tried(files, "finback.rewards.answers:exact") == 2
     assert "has no rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["pairwise", "pointwise"])
+def test_reward_models_are_tried_as_training_uses_them(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    judge_model = write_reward_model(tmp_path / "judge", kind)
+    code = tried(files, "MINE:lax", words=("--reward-model", f"{judge_model}:0.5"))
+    report = json.loads(capsys.readouterr().out)
+    told = {one["name"]: one for one in report["rewards"]}
+    assert (told["judge"]["weight"], told["judge"]["spec"]) == (0.5, f"{judge_model}:0.5")
+    model = load_reward_model(judge_model)
+    trials = [trial for row in read_trials([files["data"]], 20) for trial in row]
+    # The third row's prompt opens the thought itself; a response is read with that tag.
+    texts = [
+        f"<think>\n{t.completion}" if t.where.endswith("3") and "<think>" not in t.completion else t.completion for t in trials
+    ]
+    values = model.score([trial.example["prompt"] for trial in trials], texts)
+    for label in {trial.label for trial in trials}:
+        of_label = [value for trial, value in zip(trials, values, strict=True) if trial.label == label]
+        assert told["judge"]["means"][label] == pytest.approx(sum(of_label) / len(of_label), abs=1e-4)
+        assert report["total"][label] == pytest.approx(told["lax"]["means"][label] + 0.5 * told["judge"]["means"][label])
+    assert code == int(any(one["problems"] for one in report["rewards"]))
+
+
+def test_a_reward_model_alone_that_always_gives_the_same_is_explained(
+    files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = write_reward_model(tmp_path / "judge", "pointwise")
+    file = next(directory.glob("reward_head*.safetensors"))
+    save_file({name: torch.zeros_like(tensor) for name, tensor in load_file(file).items()}, file)
+    assert main(["rewards", "test", "--data", files["data"], "--reward-model", str(directory)]) == 1
+    printed = capsys.readouterr().out
+    assert "judge: do not train with it" in printed
+    assert "is 0 for every completion" in printed
+
+
+def test_what_is_to_be_tried_must_be_there(files: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rewards", "test", "--data", files["data"]]) == 2
+    assert "give --reward module:function, --reward-model DIR, or both" in capsys.readouterr().err
+    assert main(["rewards", "test", "--data", files["data"], "--reward-model", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
