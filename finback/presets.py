@@ -57,15 +57,8 @@ def nano() -> PretrainConfig:
         num_hidden_layers=3,
         num_attention_heads=3,
         q_lora_rank=96,
-        # 0.7 over the root of the width (V3's 0.006 is 0.5 over it): from 0.02 it takes far longer to find out how to add.
-        initializer_range=0.05,
     )
-    return replace(tiny(), model=model)
-
-
-def nano_with_room() -> PretrainConfig:
-    """`nano` as the recorded runs of `finback r1 small` trained it: smaller weights to begin with."""
-    return replace(nano(), model=replace(nano().model, initializer_range=0.02))
+    return replace(tiny(), model=model, min_lr=3e-4, final_lr=1e-4)
 
 
 def nano_dense() -> PretrainConfig:

@@ -32,9 +32,8 @@ class SumsTask(NamedTuple):
     """Held-out questions with one or two terms more than any of training."""
 
 
-QUICKSTART_SUMS = SumsTask(ChainSettings(least_terms=3, most_terms=6, largest=5), Habits(), 8000, 400, 100)
-"""What a small model can learn in minutes: with terms of up to 9 there are three times as many single sums to know, and whether a base
-has found out how to add after a few million tokens is chance."""
+QUICKSTART_SUMS = SumsTask(ChainSettings(least_terms=3, most_terms=6, largest=9), Habits(), 8000, 400, 100)
+"""What a small model can learn in minutes."""
 
 
 class Group(NamedTuple):
