@@ -26,12 +26,9 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, ma
     Keys and values may have fewer heads [B, H / G, ...]: each then serves G consecutive query heads (grouped-query attention).
     Causal over equally many queries and keys; or, with `mask` (bool, True where a query may look, broadcastable to [B, H, T, S]),
     exactly that. On a CPU in bfloat16 scores are rounded to bfloat16 before the softmax, as in the plain formula; one that multiplies
-    bfloat16 slowly does all of it in float32.
+    bfloat16 slowly does all of it in float32, and keeps it in bfloat16.
     """
     assert mask is not None or query.shape[2] == key.shape[2], "without a mask, queries and keys are the same tokens"
-    if widened(query, key, value):
-        with torch.autocast("cpu", enabled=False):
-            return causal_attention(query.float(), key.float(), value.float(), scale, mask).bfloat16()
     if mask is None and query.device.type == "cpu":
         kernels = causal_kernels_for(query, key, value)
         if kernels is None:
@@ -132,6 +129,9 @@ def _grouped(heads: Tensor, key: Tensor) -> Tensor:
 
 
 def _blocked_forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    if widened(query, key, value):
+        with torch.autocast("cpu", enabled=False):
+            return _blocked_forward(query.float(), key.float(), value.float(), scale).bfloat16()
     k, v = key.flatten(0, 1), value.flatten(0, 1)
     q = _grouped(query, key)
     output = q.new_empty(*q.shape[:3], v.shape[-1])
@@ -153,22 +153,28 @@ class _BlockedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value = ctx.saved_tensors
-        scale: float = ctx.scale
-        k, v = key.flatten(0, 1), value.flatten(0, 1)
-        q, g = _grouped(query, key), _grouped(grad, key)
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for heads, start, end in _blocks(*q.shape[:3]):
-            queries, grads = (t[heads, :, start:end].flatten(1, 2) for t in (q, g))
-            keys = k[heads, :end]
-            weights = _block_weights(queries, keys, start, end, scale)
-            grad_v[heads, :end] += torch.bmm(weights.transpose(1, 2), grads)
-            grad_weights = torch.bmm(grads, v[heads, :end].transpose(1, 2))
-            grad_scores = _block_grad_scores(grad_weights, weights, start, end, scale)
-            block = grad_q[heads, :, start:end]
-            block.copy_(torch.bmm(grad_scores, keys).view_as(block))
-            grad_k[heads, :end] += torch.bmm(grad_scores.transpose(1, 2), queries)
-        return grad_q.view_as(query), grad_k.view_as(key), grad_v.view_as(value), None
+        saved: tuple[Tensor, Tensor, Tensor] = ctx.saved_tensors
+        if not widened(*saved):
+            return *_blocked_backward(grad, *saved, ctx.scale), None
+        grad_q, grad_k, grad_v = _blocked_backward(grad.float(), *(t.float() for t in saved), ctx.scale)
+        return grad_q.bfloat16(), grad_k.bfloat16(), grad_v.bfloat16(), None
+
+
+def _blocked_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    k, v = key.flatten(0, 1), value.flatten(0, 1)
+    q, g = _grouped(query, key), _grouped(grad, key)
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for heads, start, end in _blocks(*q.shape[:3]):
+        queries, grads = (t[heads, :, start:end].flatten(1, 2) for t in (q, g))
+        keys = k[heads, :end]
+        weights = _block_weights(queries, keys, start, end, scale)
+        grad_v[heads, :end] += torch.bmm(weights.transpose(1, 2), grads)
+        grad_weights = torch.bmm(grads, v[heads, :end].transpose(1, 2))
+        grad_scores = _block_grad_scores(grad_weights, weights, start, end, scale)
+        block = grad_q[heads, :, start:end]
+        block.copy_(torch.bmm(grad_scores, keys).view_as(block))
+        grad_k[heads, :end] += torch.bmm(grad_scores.transpose(1, 2), queries)
+    return grad_q.view_as(query), grad_k.view_as(key), grad_v.view_as(value)
 
 
 def latent_attention(query: Tensor, latents: Tensor, rank: int, scale: float, mask: Tensor | None = None) -> Tensor:

@@ -35,7 +35,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         row: Tensor = torch.linalg.vecdot(weight, x.view(-1))
         return row.view(*x.shape[:-1], -1)
     if (widens_autocast(x) or widened(x, weight)) and not few_rows(x.numel() // max(1, x.shape[-1])):
-        return _widened_linear(x, weight)
+        widened_result: Tensor = _WidenedLinear.apply(x, weight)
+        return widened_result
     many_rows = x.numel() >= _FEW_ROWS * x.shape[-1]
     if many_rows and prefers_onednn(x, weight) and not torch.is_autocast_enabled("cpu"):
         result: Tensor = _Linear.apply(x, weight)
@@ -43,10 +44,28 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def _widened_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """The product of x and weight, rounded to bfloat16, in float32; gradients are rounded where autocast rounds them."""
-    with torch.autocast("cpu", enabled=False):
-        return linear(x.bfloat16().float(), weight.bfloat16().float()).bfloat16()
+class _WidenedLinear(torch.autograd.Function):
+    """In float32, of x and weight rounded to bfloat16; keeps x in bfloat16, and rounds gradients where autocast rounds them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        low = x.bfloat16()
+        ctx.save_for_backward(low, weight)
+        ctx.dtype = x.dtype
+        with torch.autocast("cpu", enabled=False):
+            product = rows_times(low.reshape(-1, x.shape[-1]).float(), weight.bfloat16().float().t())
+        return product.bfloat16().view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        low, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1]).float()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = rows_times(rows, weight.bfloat16().float()).bfloat16().view(low.shape).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = sum_of_outer(rows, low.reshape(-1, low.shape[-1]).float()).bfloat16().to(weight.dtype)
+        return grad_x, grad_weight
 
 
 class _Linear(torch.autograd.Function):
