@@ -156,7 +156,8 @@ class _BlockedAttention(torch.autograd.Function):
         saved: tuple[Tensor, Tensor, Tensor] = ctx.saved_tensors
         if not widened(*saved):
             return *_blocked_backward(grad, *saved, ctx.scale), None
-        grad_q, grad_k, grad_v = _blocked_backward(grad.float(), *(t.float() for t in saved), ctx.scale)
+        query, key, value = (t.float() for t in saved)
+        grad_q, grad_k, grad_v = _blocked_backward(grad.float(), query, key, value, ctx.scale)
         return grad_q.bfloat16(), grad_k.bfloat16(), grad_v.bfloat16(), None
 
 
