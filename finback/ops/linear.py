@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from finback.ops.native.build import grouped_kernels_for
-from finback.ops.products import few_rows, mm, widened, widens_autocast
+from finback.ops.products import few_rows, mm, sum_of_products, widened, widens_autocast
 
 _LARGE = 1 << 16  # elements of a matrix from which reading it, not starting to, is what takes the time
 _FEW_ROWS = 64  # below these, starting a product in oneDNN takes longer than MKL's whole product
@@ -52,19 +52,17 @@ class _WidenedLinear(torch.autograd.Function):
         low = x.bfloat16()
         ctx.save_for_backward(low, weight)
         ctx.dtype = x.dtype
-        with torch.autocast("cpu", enabled=False):
-            product = rows_times(low.reshape(-1, x.shape[-1]).float(), weight.bfloat16().float().t())
-        return product.bfloat16().view(*x.shape[:-1], weight.shape[0])
+        return mm(low.reshape(-1, x.shape[-1]), weight.bfloat16().t()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         low, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1]).float()
+        rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = rows_times(rows, weight.bfloat16().float()).bfloat16().view(low.shape).to(ctx.dtype)
+            grad_x = mm(rows, weight.bfloat16()).view(low.shape).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = sum_of_outer(rows, low.reshape(-1, low.shape[-1]).float()).bfloat16().to(weight.dtype)
+            grad_weight = sum_of_products(rows, low.reshape(-1, low.shape[-1])).to(weight.dtype)
         return grad_x, grad_weight
 
 
@@ -86,7 +84,7 @@ class _Linear(torch.autograd.Function):
 def rows_times(rows: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
     """rows [M, P] times matrix [P, Q] -> [M, Q], in `out` if given; the matrix may be a transposed view."""
     if widened(rows, matrix) and not few_rows(len(rows)):
-        product = rows_times(rows.float(), matrix.float()).bfloat16()
+        product = mm(rows, matrix)
         return product if out is None else out.copy_(product)
     if rows.shape[0] < _FEW_ROWS or rows.shape[1] == 0 or not prefers_onednn(rows, matrix):
         return torch.mm(rows, matrix, out=out)
@@ -124,9 +122,7 @@ def sum_of_outer(left: Tensor, right: Tensor) -> Tensor:
         )
         weight_gradient: Tensor = gradient.view(left.shape[1], -1)
         return weight_gradient
-    if widened(left, right):
-        return sum_of_outer(left.float(), right.float()).bfloat16()
-    return torch.mm(left.t(), right)
+    return sum_of_products(left, right)
 
 
 def add_sum_of_outer(total: Tensor, left: Tensor, right: Tensor) -> None:

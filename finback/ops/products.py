@@ -5,12 +5,14 @@ on one with AVX2. There operands are widened, multiplied in float32 and rounded 
 order. `docs/devlog.md` has the figures.
 """
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
 _FEW_ROWS = 16  # below these, widening the matrix takes longer than torch's loops do with it
+_ROWS_AT_ONCE = 256
 
 
 def widened(*operands: Tensor) -> bool:
@@ -46,7 +48,21 @@ def mm(left: Tensor, right: Tensor) -> Tensor:
     if not widened(left, right) or few_rows(len(left)):
         return torch.mm(left, right)
     with torch.autocast("cpu", enabled=False):
-        return torch.mm(left.float(), right.float()).bfloat16()
+        wide, product = right.float(), left.new_empty(len(left), right.shape[1])
+        for rows in _parts(len(left)):
+            product[rows] = torch.mm(left[rows].float(), wide)
+        return product
+
+
+def sum_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """left [M, P], right [M, Q] -> left^T right [P, Q]."""
+    if not widened(left, right):
+        return torch.mm(left.t(), right)
+    with torch.autocast("cpu", enabled=False):
+        total = torch.zeros(left.shape[1], right.shape[1], device=left.device)
+        for rows in _parts(len(left)):
+            total.addmm_(left[rows].float().t(), right[rows].float())
+        return total.bfloat16()
 
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:
@@ -55,3 +71,9 @@ def bmm(left: Tensor, right: Tensor) -> Tensor:
         return torch.bmm(left, right)
     with torch.autocast("cpu", enabled=False):
         return torch.bmm(left.float(), right.float()).bfloat16()
+
+
+def _parts(rows: int) -> Iterator[slice]:
+    """Rows that are widened at a time. Wide copies of everything, between what backward keeps, leave an allocator gaps that it cannot
+    use: half of the peak memory of a step."""
+    return (slice(start, start + _ROWS_AT_ONCE) for start in range(0, rows, _ROWS_AT_ONCE))

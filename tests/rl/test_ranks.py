@@ -59,5 +59,6 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
         assert len(summed) == len(whole) > 10
         assert torch.equal(summed[-1], whole[-1])
         for found, expected in zip(summed[:-1], whole[:-1], strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+            # Of the whole tensor: an element may be the small difference of large terms, which round as libraries sum them.
+            assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
         assert any(float(tensor.abs().max()) > 1e-3 for tensor in whole[:-1])
