@@ -57,14 +57,8 @@ def nano() -> PretrainConfig:
         num_hidden_layers=3,
         num_attention_heads=3,
         q_lora_rank=96,
-        initializer_range=0.05,  # after one or two million tokens, what begins with larger weights is ahead
     )
     return replace(tiny(), model=model, min_lr=3e-4, final_lr=1e-4)
-
-
-def nano_with_room() -> PretrainConfig:
-    """`nano` as `finback r1 small` was recorded with it: weights begin as V3's."""
-    return replace(nano(), model=replace(nano().model, initializer_range=0.02))
 
 
 def nano_dense() -> PretrainConfig:
