@@ -75,5 +75,5 @@ def bmm(left: Tensor, right: Tensor) -> Tensor:
 
 def _parts(rows: int) -> Iterator[slice]:
     """Rows that are widened at a time. Wide copies of everything, between what backward keeps, leave an allocator gaps that it cannot
-    use: half of the peak memory of a step."""
+    use: a fifth of the peak memory of a small step."""
     return (slice(start, start + _ROWS_AT_ONCE) for start in range(0, rows, _ROWS_AT_ONCE))
