@@ -16,7 +16,9 @@ from tests.train.runs import micro_model
 LENGTHS = [(5, [7, 2, 9, 4]), (3, [6, 1, 8, 3]), (9, [2, 5, 4, 7])]
 ADVANTAGES = [0.9, -1.2, 0.4, -0.1, 1.5, -0.5, -0.7, -0.3, 0.2, 0.6, -1.4, 0.6]
 CONFIG = GRPOConfig(model="", beta=0.04)
-LOSSES = ("token", "sequence", "global-token")
+LOSSES = {"token": 1e-6, "sequence": 1e-5, "global-token": 1e-6}
+"""Each with the error that a tensor's gradient may have, relative to its norm. Rounding was seen to leave 5e-7, and 4e-6 of the sequence
+loss."""
 
 
 def gradients(config: GRPOConfig, chosen: list[int]) -> list[torch.Tensor]:
@@ -53,12 +55,12 @@ def run_rank(rank: int, directory: str) -> None:
 
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(run_rank, args=(str(tmp_path),), nprocs=2)
-    for loss in LOSSES:
+    for loss, error in LOSSES.items():
         whole = gradients(replace(CONFIG, loss=loss), list(range(12)))
         summed = torch.load(tmp_path / f"{loss}.pt")
         assert len(summed) == len(whole) > 10
         assert torch.equal(summed[-1], whole[-1])
         for found, expected in zip(summed[:-1], whole[:-1], strict=True):
             # Of the whole tensor: an element may be the small difference of large terms, which round as libraries sum them.
-            assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+            assert float((found - expected).norm()) <= error * float(expected.norm())
         assert any(float(tensor.abs().max()) > 1e-3 for tensor in whole[:-1])
