@@ -17,8 +17,8 @@ LENGTHS = [(5, [7, 2, 9, 4]), (3, [6, 1, 8, 3]), (9, [2, 5, 4, 7])]
 ADVANTAGES = [0.9, -1.2, 0.4, -0.1, 1.5, -0.5, -0.7, -0.3, 0.2, 0.6, -1.4, 0.6]
 CONFIG = GRPOConfig(model="", beta=0.04)
 LOSSES = {"token": 1e-6, "sequence": 1e-5, "global-token": 1e-6}
-"""Each with the error that a tensor's gradient may have, relative to its norm. Rounding was seen to leave 5e-7, and 4e-6 of the sequence
-loss."""
+"""Each with the error that a tensor's gradient may have, relative to its norm. Rounding was seen to leave 5e-7, and 4e-6 with the
+sequence loss."""
 
 
 def gradients(config: GRPOConfig, chosen: list[int]) -> list[torch.Tensor]:
