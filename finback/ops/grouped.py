@@ -212,7 +212,12 @@ def _fused(*operands: Tensor) -> bool:
 def _native(rows: int, groups: int, dtype: torch.dtype, device: torch.device) -> GroupedKernels | None:
     """The C kernels, where they are faster: with fewer rows of a group on average, what takes the time is packing its matrix."""
     few = rows < _FEW_ROWS * groups
-    return None if few or (dtype == torch.float32 and not onednn_is_faster()) else grouped_kernels_for(dtype, device)
+    return None if few or (dtype == torch.float32 and _mkl_is_faster()) else grouped_kernels_for(dtype, device)
+
+
+def _mkl_is_faster() -> bool:
+    """Whether float32 is better multiplied by MKL, one expert after another: on Intel's processors with AVX-512."""
+    return torch.cpu._is_avx512_supported() and not onednn_is_faster()
 
 
 def _grouped_product(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from finback.model.transformer import Transformer
 from finback.recipes.config import QuickstartConfig
 from finback.recipes.corpus import CHAINS, QUICKSTART_SUMS, Group, SumsTask, collect_groups
 from finback.recipes.ladder import read_rows
+from finback.recipes.pace import precision_here
 from finback.recipes.stages import Run, StageFailed
 from finback.rewards.answers import final_answer
 from finback.rewards.reward import load_reward
@@ -305,7 +306,7 @@ def continue_text(model: Transformer, trained: Tokenizer, prompt: str, *, temper
 
 
 def pretrain_config(run: Run, config: QuickstartConfig, preset: PretrainConfig) -> PretrainConfig:
-    """The preset with the run's vocabulary, corpus and length of training."""
+    """The preset with the run's vocabulary, corpus, precision and length of training."""
     names = _groups(run)
     others = sum(name != CHAINS for name in names)
     shares = [1 - TEXT_SHARE if name == CHAINS else TEXT_SHARE / others for name in names] if others else [1.0]
@@ -315,6 +316,7 @@ def pretrain_config(run: Run, config: QuickstartConfig, preset: PretrainConfig) 
         data=tuple(str(_shards_directory(run, name)) for name in names),
         data_weights=tuple(shares),
         tokenizer=str(run.directory / "tokenizer"),
+        precision=precision_here(config),
         seed=config.seed,
         steps=None,
         tokens=config.tokens,

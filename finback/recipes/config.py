@@ -54,6 +54,8 @@ class QuickstartConfig:
     """Worked sums to generate for pre-training."""
     vocab_size: int = 2048
     """Size of the vocabulary that is trained on the corpus."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of all training; auto: bf16 on a GPU and on processors that multiply it, fp32 on others, which is faster there."""
     cache: str | None = None
     """Directory that keeps what is fetched; ~/.cache/finback if not given."""
     gate: Literal["stop", "tell"] = "tell"

@@ -1,12 +1,14 @@
-"""How long a small run may be on this machine: measured once, before its first stage, and kept with the run."""
+"""How long a small run may be on this machine, and in which precision: found once, before its first stage, and kept with the run."""
 
 import math
 import time
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
 from finback.model.transformer import Transformer, init_weights
+from finback.ops.products import cpu_multiplies_bfloat16
 from finback.recipes.config import QuickstartConfig
 from finback.recipes.stages import Run, write_manifest
 from finback.train.config import PretrainConfig
@@ -24,16 +26,21 @@ _NO_MATTER = 1_000_000  # tokens of pre-training, all stages counted, that no ma
 
 
 def fit_to_machine(run: Run, config: QuickstartConfig, preset: PretrainConfig) -> QuickstartConfig:
-    """`config` with as many tokens and as long a ladder as fit into its minutes here; what was found stays in the run's manifest.
+    """`config` with its precision, and as many tokens and as long a ladder as fit into its minutes here; what was found stays in the
+    run's manifest.
 
     A fast machine changes nothing. A slower one gets a share of the tokens, and of the steps and prompts behind them, that is a whole
     number of twentieths; it is told in one line, and is the same when the run is continued.
     """
+    if "precision" not in run.manifest:
+        run.manifest["precision"] = precision_here(config)
+        write_manifest(run)
+    config = replace(config, precision=run.manifest["precision"])
     work = WORK[run.manifest["recipe"]] * config.tokens
     if config.minutes is None or work < _NO_MATTER:
         return config
     if "pace" not in run.manifest:
-        speed = training_speed(preset, config.vocab_size)
+        speed = training_speed(replace(preset, precision=precision_here(config)), config.vocab_size)
         run.manifest["pace"] = {"tokens_per_second": round(speed), "share": fitting_share(60 * config.minutes * speed / work)}
         write_manifest(run)
     pace = run.manifest["pace"]
@@ -50,6 +57,13 @@ def fit_to_machine(run: Run, config: QuickstartConfig, preset: PretrainConfig) -
     return replace(
         config, tokens=int(config.tokens * share), student_tokens=int(config.student_tokens * share), ladder=config.ladder * share
     )
+
+
+def precision_here(config: QuickstartConfig) -> Literal["bf16", "fp32"]:
+    """The precision of training that the settings ask for, or what is faster on this machine."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if torch.cuda.is_available() or cpu_multiplies_bfloat16() else "fp32"
 
 
 def fitting_share(room: float) -> float:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finback.recipes.config import LadderConfig, QuickstartConfig
+from finback.recipes.pace import precision_here
 from finback.rl.config import GRPOConfig
 from finback.train.sft_config import SFTConfig
 
@@ -20,6 +21,7 @@ def small_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
 
     rl = GRPOConfig(
         model="",
+        precision=precision_here(config),
         steps=steps(60),
         max_completion_length=96,
         minibatches=2,
@@ -30,7 +32,14 @@ def small_ladder(data: Path, config: QuickstartConfig) -> LadderConfig:
         samples_per_step=2,
     )
     sft = SFTConfig(
-        epochs=3, lr=1e-3, global_batch_size=32, micro_batch_size=32, batching="pad", save_every=None, sequence_length=256
+        epochs=3,
+        lr=1e-3,
+        global_batch_size=32,
+        micro_batch_size=32,
+        batching="pad",
+        precision=precision_here(config),
+        save_every=None,
+        sequence_length=256,
     )
     return LadderConfig(
         prompts=data / "prompts.jsonl",

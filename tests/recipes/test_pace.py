@@ -9,7 +9,8 @@ from finback.config import InputError
 from finback.presets import nano
 from finback.recipes import pace
 from finback.recipes.config import R1_SMALL, QuickstartConfig
-from finback.recipes.pace import fit_to_machine, fitting_share, training_speed
+from finback.recipes.pace import fit_to_machine, fitting_share, precision_here, training_speed
+from finback.recipes.small_ladder import small_ladder
 from finback.recipes.stages import Run, open_run
 from tests.recipes.test_quickstart import small_preset
 
@@ -52,15 +53,35 @@ def test_a_machine_that_is_too_slow_for_the_least_is_told_so(
 def test_a_fast_machine_and_no_limit_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 1e6)
     config = QuickstartConfig()
-    assert fit_to_machine(_opened(tmp_path), config, nano()) == config
+    assert fit_to_machine(_opened(tmp_path), config, nano()) == replace(config, precision=precision_here(config))
     assert _opened(tmp_path).manifest["pace"] == {"tokens_per_second": 1_000_000, "share": 1.0}
 
     monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 1.0)
     free = replace(config, minutes=None)
-    assert fit_to_machine(_opened(tmp_path / "free"), free, nano()) == free
+    assert fit_to_machine(_opened(tmp_path / "free"), free, nano()) == replace(free, precision=precision_here(free))
     small = replace(config, tokens=30_000)
-    assert fit_to_machine(_opened(tmp_path / "small"), small, nano()) == small
+    assert fit_to_machine(_opened(tmp_path / "small"), small, nano()) == replace(small, precision=precision_here(small))
     assert "pace" not in _opened(tmp_path / "small").manifest
+
+
+@pytest.mark.parametrize(("multiplies", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_the_precision_is_what_the_processor_multiplies_and_stays(
+    multiplies: bool, chosen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where bfloat16 has to be widened, a step takes a third longer in it. A run that moves to another machine goes on as it began."""
+    monkeypatch.setattr(pace, "cpu_multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    timed = []
+    monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: timed.append(preset.precision) or 1e6)
+    found = fit_to_machine(_opened(tmp_path), QuickstartConfig(), nano())
+    assert found.precision == chosen
+    assert timed == [chosen]
+    ladder = small_ladder(tmp_path, found)
+    assert {ladder.zero.precision, ladder.reasoning.precision, ladder.cold_start.precision, ladder.student.precision} == {chosen}
+    monkeypatch.setattr(pace, "cpu_multiplies_bfloat16", lambda: not multiplies)
+    assert fit_to_machine(_opened(tmp_path), QuickstartConfig(), nano()) == found
+    for asked in ("bf16", "fp32"):
+        assert fit_to_machine(_opened(tmp_path / asked), QuickstartConfig(precision=asked), nano()).precision == asked
 
 
 def test_the_speed_is_that_of_real_steps() -> None:

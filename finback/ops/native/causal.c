@@ -1,4 +1,4 @@
-// Causal attention and its gradients on a CPU with AVX-512: every head on its own, and no score leaves the cache of a core.
+// Causal attention and its gradients on a CPU with AVX-512 or AVX2: every head on its own, and no score leaves the cache of a core.
 //
 // As two large products with a softmax between them, scores would be written to memory and read again, and half of them lie above the
 // diagonal. Here six queries at a time meet the keys up to their own, become weights while they lie in the first level, and meet the

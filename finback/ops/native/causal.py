@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finback.ops.native.training import SUFFIXES
 
-_TILE_ROWS, _TILE_COLUMNS, _QUERIES_AT_ONCE = 6, 64, 96  # as in causal.c, with vectors of 16
+_TILE_ROWS, _TILE_COLUMNS, _QUERIES_AT_ONCE = 6, 64, 96  # causal.c's with vectors of 16, else fewer columns
 _BLOCK = 4 * _QUERIES_AT_ONCE  # queries of a task, where there are tasks enough
 
 

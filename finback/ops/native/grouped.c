@@ -1,4 +1,4 @@
-// The products of a layer of experts on a CPU with AVX-512: each group of rows times its own matrix, all groups in one call.
+// The products of a layer of experts on a CPU with AVX-512 or AVX2: each group of rows times its own matrix, all groups in one call.
 //
 // One matrix times thousands of rows is oneDNN's, which reaches the ceiling. Here there are few rows for each of many matrices, and
 // other numbers of them at every step: work is shared out among threads by groups and panels, not inside of each product, nothing is
@@ -16,9 +16,9 @@
 enum {
   ROWS_AT_ONCE = 160 * TILE_ROWS,  // of one task: with a panel they stay in a cache of the core's own
   DEPTH_AT_ONCE = 256,  // words of a sum over rows between two visits to it
-  STRIP = 8 * TILE_ROWS,  // columns that are packed together to be rows of tiles: whole vectors of whole tiles
-  STRIPS_AT_ONCE = 10,    // and
-  PANELS_AT_ONCE = 4,     // of one task: with what is summed up they stay in a cache of the core's own
+  STRIP = (LANES == 16 ? 8 : 4) * TILE_ROWS,  // columns that are packed together to be rows of tiles: whole vectors of whole tiles
+  STRIPS_AT_ONCE = 480 / STRIP,         // and
+  PANELS_AT_ONCE = 256 / TILE_COLUMNS,  // of one task: with what is summed up they stay in a cache of the core's own
 };
 
 #define BF16 0

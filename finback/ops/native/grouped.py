@@ -14,7 +14,12 @@ from torch import Tensor
 
 from finback.ops.native.training import SUFFIXES
 
-_TILE_COLUMNS, _DEPTH_AT_ONCE, _HEIGHT_AT_ONCE, _WIDTH_AT_ONCE = 64, 256, 480, 256  # as in grouped.c, with vectors of 16
+_TILE_COLUMNS, _DEPTH_AT_ONCE, _HEIGHT_AT_ONCE, _WIDTH_AT_ONCE = (
+    64,
+    256,
+    480,
+    256,
+)  # grouped.c's with vectors of 16, else fewer
 
 
 class GroupedKernels:

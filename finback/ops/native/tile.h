@@ -1,8 +1,9 @@
 // Tiles of products, and what they are made from, for one stored type: of grouped.c and causal.c.
 //
 // Operands are seen in words of 32 bits: one float, or two bfloat16 that are neighbours along the dimension that is summed over, as the
-// processor's dot product takes them. A tile of the result, 6 rows by 64 columns, stays in 24 registers while that dimension is walked
-// along once: 4 loads of the right operand, packed into a panel that lies in a cache, and 6 words of the left one for 24 multiplications.
+// processor's dot product takes them. With AVX-512 a tile of the result, 6 rows by 64 columns, stays in 24 of 32 registers while that
+// dimension is walked along once: 4 loads of the right operand, packed into a panel that lies in a cache, and 6 words of the left one for
+// 24 multiplications. With AVX2 it is 6 rows by 16 columns in 12 of 16 registers: 2 loads and 6 words for 12 multiplications.
 
 #if BF16 && defined(__AVX512BF16__)
 INLINE vector NAME(multiply_add)(vector sum, words a, words b) {
@@ -14,12 +15,12 @@ INLINE void NAME(store_sum)(STORED *to, vector value, int64_t count) {
 }
 #elif BF16
 INLINE vector NAME(multiply_add)(vector sum, words a, words b) {
-  sum += (vector)(a << 16) * (vector)(b << 16);
-  return sum + (vector)(a >> 16 << 16) * (vector)(b >> 16 << 16);
+  sum = multiply_add(sum, (vector)(a << 16), (vector)(b << 16));
+  return multiply_add(sum, (vector)(a >> 16 << 16), (vector)(b >> 16 << 16));
 }
 INLINE void NAME(store_sum)(STORED *to, vector value, int64_t count) { store_part_bfloat16(to, value, count); }
 #else
-INLINE vector NAME(multiply_add)(vector sum, words a, words b) { return sum + (vector)a * (vector)b; }
+INLINE vector NAME(multiply_add)(vector sum, words a, words b) { return multiply_add(sum, (vector)a, (vector)b); }
 INLINE void NAME(store_sum)(STORED *to, vector value, int64_t count) { store_part_float32(to, value, count); }
 #endif
 
@@ -30,10 +31,10 @@ INLINE void NAME(store_sum)(STORED *to, vector value, int64_t count) { store_par
 // rounded to `y`; only `columns` of them are there.
 INLINE void NAME(tile)(const int rows, const int across, const uint32_t *const *a, int64_t a_step, const uint32_t *b, int64_t depth,
                        const float *from, float *sums, STORED *y, int64_t y_row, int64_t columns) {
-  vector sum[TILE_ROWS][4];
+  vector sum[TILE_ROWS][TILE_VECTORS];
   UNROLL(6) for (int m = 0; m < rows; m++) UNROLL(4) for (int j = 0; j < across; j++) sum[m][j] = splat(0);
   for (int64_t i = 0; i < depth; i++) {
-    words right[4];  // each loaded by itself: all at once would go through the stack
+    words right[TILE_VECTORS];  // each loaded by itself: all at once would go through the stack
     UNROLL(4) for (int j = 0; j < across; j++) memcpy(right + j, b + i * TILE_COLUMNS + LANES * j, sizeof *right);
     UNROLL(6) for (int m = 0; m < rows; m++) {
       words left = a[m][i * a_step] - (words){0};
@@ -55,10 +56,10 @@ static void NAME(tile_of_rows)(int64_t rows, const uint32_t *const *a, int64_t a
                                const float *from, float *sums, STORED *y, int64_t y_row, int64_t columns) {
 #define TILE_OF(count)                                                              \
   case count:                                                                       \
-    if (columns > 2 * LANES)                                                        \
-      NAME(tile)(count, 4, a, a_step, b, depth, from, sums, y, y_row, columns);     \
+    if (columns > TILE_VECTORS / 2 * LANES)                                         \
+      NAME(tile)(count, TILE_VECTORS, a, a_step, b, depth, from, sums, y, y_row, columns);     \
     else                                                                            \
-      NAME(tile)(count, 2, a, a_step, b, depth, from, sums, y, y_row, columns);     \
+      NAME(tile)(count, TILE_VECTORS / 2, a, a_step, b, depth, from, sums, y, y_row, columns); \
     break;
   switch (rows) { TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6) }
 #undef TILE_OF

@@ -13,6 +13,7 @@
 #include <immintrin.h>
 #define LANES 16
 #elif defined(__AVX__)
+#include <immintrin.h>
 #define LANES 8
 #else
 #define LANES 4
@@ -33,6 +34,15 @@ INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t rounded_up(int64_t count, int64_t grain) { return (count + grain - 1) / grain * grain; }
 
 INLINE vector splat(float value) { return value - (vector){0}; }
+
+// sum + a b, rounded once where the processor can: of the compiler's own choice one copy of a loop is rounded once and another twice.
+INLINE vector multiply_add(vector sum, vector a, vector b) {
+#if LANES == 8 && defined(__FMA__)
+  return (vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  return sum + a * b;
+#endif
+}
 
 INLINE vector where(integers condition, vector yes, vector no) {
   return (vector)((condition & (integers)yes) | (~condition & (integers)no));
