@@ -9,15 +9,19 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-from bench import cache, ceilings, checkpoint, decode, engine, grpo, quant, serve, small, tiny, train
+from bench import cache, ceilings, checkpoint, decode, engine, grpo, kernels, quant, serve, small, tiny, train
 from bench.machine import ROOT, describe_device, read_commit, read_load
 from bench.peers import peer_versions
 from bench.results import Row, print_table, write_result
 
-Name = Literal["ceilings", "train", "tiny", "decode", "cache", "engine", "quant", "serve", "checkpoint", "grpo"]
-NAMES: tuple[Name, ...] = ("ceilings", "train", "tiny", "decode", "cache", "engine", "quant", "serve", "checkpoint", "grpo")
+Name = Literal["ceilings", "kernels", "train", "tiny", "decode", "cache", "engine", "quant", "serve", "checkpoint", "grpo"]
+NAMES: tuple[Name, ...] = (
+    *("ceilings", "kernels", "train", "tiny", "decode", "cache"),
+    *("engine", "quant", "serve", "checkpoint", "grpo"),
+)
 TITLES = {
     "ceilings": "Ceilings of this machine",
+    "kernels": "Products of a training step beside torch",
     "train": "Training beside transformers",
     "tiny": "Training the preset tiny",
     "decode": "Generation beside transformers",
@@ -32,6 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "full": {
         "ceilings": ceilings.FULL,
         "small": small.FULL,  # the rest of the ceilings, which no other benchmark divides by
+        "kernels": kernels.FULL,
         "train": train.FULL,
         "tiny": tiny.FULL,
         "decode": decode.FULL,
@@ -45,6 +50,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "quick": {
         "ceilings": ceilings.QUICK,
         "small": small.QUICK,
+        "kernels": kernels.QUICK,
         "train": train.QUICK,
         "tiny": tiny.QUICK,
         "decode": decode.QUICK,
@@ -114,6 +120,8 @@ def run(names: tuple[Name, ...], sizes: dict[str, Any], out: Path, *, quick: boo
         match name:
             case "ceilings":
                 rows, notes = ceiling_rows + small.run(sizes["small"]), ceilings.notes() + small.notes()
+            case "kernels":
+                rows, notes = kernels.run(sizes[name], measured)
             case "train":
                 rows, notes = train.run(sizes[name], measured)
             case "tiny":

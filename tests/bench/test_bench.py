@@ -21,6 +21,7 @@ from bench import (
     engine,
     grpo,
     grpo_peer,
+    kernels,
     llama,
     quant,
     report,
@@ -60,6 +61,7 @@ SMALL = replace(
 TOY: dict[str, Any] = {
     "ceilings": ceilings.TOY,
     "small": small.TOY,
+    "kernels": kernels.TOY,
     "train": train.Size(SMALL, sequences=2, tokens=8, warm_up=1, turns=2, separate=False),
     "tiny": tiny.Size(
         replace(SMALL, num_nextn_predict_layers=1), sequences=2, tokens=8, steps=1, warm_up=1, turns=2, separate=False

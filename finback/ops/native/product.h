@@ -47,7 +47,7 @@ typedef vector NAME(operand);
 #define LOAD_PACKED(from) load_float32(from)
 #define STORE_PACKED store_float32
 #define STORE_PACKED_PART store_part_float32
-#define MULTIPLY_ADD(sum, a, b) ((sum) + (a) * (b))
+#define MULTIPLY_ADD(sum, a, b) multiply_add(sum, a, b)
 #endif
 #define STEP (LANES * PAIR)
 #define MOST_DOTS (PAIR == 2 ? 24 : 12)  // tokens up to which dots are faster than a panel
@@ -239,13 +239,16 @@ INLINE void NAME(all_dots)(const NAME(stored) * weight, int64_t stride, const NA
 
 // ---- panels
 
-// out[panel][row * PANEL + lane] = W[row] . x[panel][lane] for `rows` (1 or 8) rows and `panels` (1 or 2) panels of tokens,
-// which lie `along` apart. One panel is multiplied in two sums per row, of even and of odd steps, which keeps as many
-// additions in flight as two panels do.
+// As many sums as there are registers for: 32 of AVX-512, elsewhere 16, where a panel takes several vectors.
+enum { NAME(PANEL_ROWS) = LANES == 16 ? 8 : 4, NAME(PANELS_AT_ONCE) = LANES == 16 ? PANELS : 1 };
+
+// out[panel][row * PANEL + lane] = W[row] . x[panel][lane] for `rows` (1 or PANEL_ROWS) rows and `panels` (1 or 2) panels of tokens,
+// which lie `along` apart. One panel that fills one vector is multiplied in two sums per row, of even and of odd steps, which keeps as
+// many additions in flight as two panels do.
 INLINE void NAME(panel)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * x, int64_t along, int64_t inputs,
                         int rows, int panels, float *out) {
   enum { PARTS = PANEL / LANES, LINE = 64 / sizeof(NAME(stored)) };
-  vector sum[8][2][PARTS] = {0};
+  vector sum[NAME(PANEL_ROWS)][2][PARTS] = {0};
   int64_t k = 0;
   for (; k + LINE <= inputs; k += LINE) {
     for (int r = 0; r < rows; r++) __builtin_prefetch(weight + k * rows + r * LINE + NAME(FAR_OF_PANELS), 0, 2);
@@ -259,7 +262,7 @@ INLINE void NAME(panel)(const NAME(stored) * weight, int64_t stride, const NAME(
           NAME(operand) w = NAME(broadcast)(weight + r * stride + at);
           UNROLL(2) for (int n = 0; n < panels; n++)
             UNROLL(4) for (int p = 0; p < PARTS; p++) {
-              vector *to = &sum[r][panels == 1 ? odd : n][p];
+              vector *to = &sum[r][panels == 1 && PARTS == 1 ? odd : n][p];
               *to = MULTIPLY_ADD(*to, w, values[n][p]);
             }
         }
@@ -289,18 +292,22 @@ INLINE void NAME(panel)(const NAME(stored) * weight, int64_t stride, const NAME(
 // The same for up to BLOCK rows: out[panel][BLOCK][PANEL].
 static void NAME(all_panel)(const NAME(stored) * weight, int64_t stride, const NAME(packed) * x, int64_t along, int64_t inputs,
                             int64_t rows, int64_t panels, float *out) {
-  for (int64_t row = 0; row < rows; row += row + 8 <= rows ? 8 : 1) {
-    const NAME(stored) *w = weight + row * stride;
-    float *to = out + row * PANEL;
-    if (row + 8 <= rows && panels == 2)
-      NAME(panel)(w, stride, x, along, inputs, 8, 2, to);
-    else if (row + 8 <= rows)
-      NAME(panel)(w, stride, x, along, inputs, 8, 1, to);
-    else if (panels == 2)
-      NAME(panel)(w, stride, x, along, inputs, 1, 2, to);
-    else
-      NAME(panel)(w, stride, x, along, inputs, 1, 1, to);
-  }
+  enum { ROWS = NAME(PANEL_ROWS) };
+  for (int64_t row = 0; row < rows; row += row + ROWS <= rows ? ROWS : 1)
+    for (int64_t n = 0; n < panels; n += NAME(PANELS_AT_ONCE)) {
+      const NAME(stored) *w = weight + row * stride;
+      const NAME(packed) *from = x + n * along;
+      float *to = out + (n * BLOCK + row) * PANEL;
+      int two = NAME(PANELS_AT_ONCE) == 2 && n + 2 <= panels;
+      if (row + ROWS <= rows && two)
+        NAME(panel)(w, stride, from, along, inputs, ROWS, 2, to);
+      else if (row + ROWS <= rows)
+        NAME(panel)(w, stride, from, along, inputs, ROWS, 1, to);
+      else if (two)
+        NAME(panel)(w, stride, from, along, inputs, 1, 2, to);
+      else
+        NAME(panel)(w, stride, from, along, inputs, 1, 1, to);
+    }
 }
 
 // ---- either

@@ -234,15 +234,15 @@ INLINE float largest_lane(vector v) {
 // Below -87 the result is 0 and above 88 infinity, so nothing is denormal; nan stays nan.
 INLINE vector exponential(vector x) {
   const vector round = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves no place for a fraction
-  vector n = x * 1.44269504088896341f + round - round;
-  vector r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts, the first of few bits
+  vector n = multiply_add(round, x, splat(1.44269504088896341f)) - round;
+  vector r = multiply_add(multiply_add(x, n, splat(-0.693359375f)), n, splat(2.12194440e-4f));  // ln 2 in two parts, the first of few bits
   vector p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = multiply_add(splat(1.3981999507e-3f), p, r);
+  p = multiply_add(splat(8.3334519073e-3f), p, r);
+  p = multiply_add(splat(4.1665795894e-2f), p, r);
+  p = multiply_add(splat(1.6666665459e-1f), p, r);
+  p = multiply_add(splat(5.0000001201e-1f), p, r);
+  p = multiply_add(r, p * r, r) + 1.0f;
   p *= (vector)((__builtin_convertvector(n, integers) + 127) << 23);
   p = where(x < -87.0f, splat(0.0f), p);
   return where(x > 88.0f, splat(INFINITY), p);
