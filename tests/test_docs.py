@@ -229,11 +229,11 @@ def test_readmes_have_the_same_shape() -> None:
 
 def test_the_numbers_of_the_quickstart_are_those_of_the_code() -> None:
     defaults, memory, disk = QuickstartConfig(), QUICKSTART_MEMORY_BYTES / 1e9, QUICKSTART_DISK_BYTES / 1e9
-    assert defaults.tokens == 5_500_000
-    assert round(count_params(nano().model).active / 1e6) == 2
+    assert defaults.tokens == 3_000_000
+    assert round(count_params(nano().model).active / 1e6) == 1
     for document, tokens, parameters in (
-        ("README.md", "on 5.5 million tokens", "two million active parameters"),
-        ("README.zh.md", "550 万个 token", "激活参数约两百万"),
+        ("README.md", "on 3 million tokens", "one million active parameters"),
+        ("README.zh.md", "300 万个 token", "激活参数约一百万"),
     ):
         text = read(document)
         for words in (tokens, parameters, f"{defaults.vocab_size:,}", f"{memory:.0f} GB", f"{disk:.0f} GB"):

@@ -28,9 +28,9 @@ class Arguments:
     """Words of `finback pretrain PRESET`; the fields of the run's config stand beside them."""
 
     preset: Annotated[
-        Literal["nano", "nano-dense", "tiny", "tiny-dense", "small", "v2-lite-16b", "v3-671b"], tyro.conf.Positional
+        Literal["nano", "nano-dense", "micro", "tiny", "tiny-dense", "small", "v2-lite-16b", "v3-671b"], tyro.conf.Positional
     ]
-    """Model and recipe to start from: nano, nano-dense, tiny, tiny-dense, small, v2-lite-16b or v3-671b. It comes first."""
+    """Model and recipe to start from: nano, nano-dense, micro, tiny, tiny-dense, small, v2-lite-16b or v3-671b. It comes first."""
     config: Annotated[PretrainConfig, tyro.conf.AvoidSubcommands, tyro.conf.arg(name="")]
     out: Path | None = None
     """Directory of the run: config, metrics, checkpoints, report. `data` may also name .txt, .jsonl and .parquet files

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from finback.commands.parse import parse_arguments
 from finback.config import InputError
-from finback.presets import nano, nano_dense
+from finback.presets import micro, nano_dense
 from finback.recipes.config import R1_SMALL, QuickstartConfig, R1Config
 
 SMALL = "small"
@@ -28,7 +28,7 @@ def _small(argv: Sequence[str]) -> int:
     from finback.train.session import keep_freed_memory
 
     keep_freed_memory()
-    r1_small(config, nano(), nano_dense())
+    r1_small(config, micro(), nano_dense())
     return 0
 
 

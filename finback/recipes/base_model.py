@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 
 from finback.config import InputError
-from finback.data.chains import Chain, clean_thought, generate_chains, prompt_text
+from finback.data.chains import Chain, Habits, clean_thought, generate_chains, prompt_text
 from finback.data.config import DataConfig
 from finback.data.files import write_atomic
 from finback.data.ngram import TrigramModel, bits_per_byte
@@ -332,9 +332,11 @@ def ladder_rows(config: QuickstartConfig, task: SumsTask, groups: Sequence[Group
     chains, most = task.chains, task.chains.most_terms
     longer = replace(chains, least_terms=most + 1, most_terms=most + 2)
     rows = {
-        "prompts": _problem_rows(generate_chains(task.prompts, chains, seed=config.seed)),
-        "held-out": _problem_rows(generate_chains(task.held_out, chains, seed=config.seed, held_out=True)),
-        "held-out-longer": _problem_rows(generate_chains(task.held_out_longer, longer, seed=config.seed, held_out=True)),
+        "prompts": _problem_rows(generate_chains(task.prompts, chains, seed=config.seed), task.habits),
+        "held-out": _problem_rows(generate_chains(task.held_out, chains, seed=config.seed, held_out=True), task.habits),
+        "held-out-longer": _problem_rows(
+            generate_chains(task.held_out_longer, longer, seed=config.seed, held_out=True), task.habits
+        ),
     }
     stories = [text for group in groups if group.name != CHAINS for text in group.texts]
     general = [row for text in stories if (row := _story_row(text)) is not None]
@@ -347,11 +349,11 @@ def ladder_rows(config: QuickstartConfig, task: SumsTask, groups: Sequence[Group
     return rows
 
 
-def _problem_rows(chains: Iterable[Chain]) -> list[dict[str, Any]]:
+def _problem_rows(chains: Iterable[Chain], habits: Habits) -> list[dict[str, Any]]:
     """Each question once."""
     different = {chain.question: chain for chain in chains}
     return [
-        {"prompt": c.question, "answer": c.answer, "language": c.language, "reasoning": clean_thought(c)}
+        {"prompt": c.question, "answer": c.answer, "language": c.language, "reasoning": clean_thought(c, habits)}
         for c in different.values()
     ]
 

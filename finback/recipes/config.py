@@ -35,11 +35,11 @@ class QuickstartConfig:
 
     out: str = "runs/quickstart"
     """Directory of the run; an interrupted run that is there is continued."""
-    tokens: int = 5_500_000
-    """Tokens of pre-training, of which two cores read about a million a minute; the ladder behind it takes twice as long."""
+    tokens: int = 3_000_000
+    """Tokens of pre-training, of which two cores read 0.6 to 2 million a minute; the stages behind it take more than twice as long."""
     minutes: float | None = 20.0
     """Time for the whole run. The machine is timed first; on a slower one tokens and ladder are cut to what fits. None: never cut."""
-    student_tokens: int = 2_000_000
+    student_tokens: int = 1_500_000
     """Tokens of pre-training of the dense student."""
     ladder: float = 1.0
     """Length of the stages behind the base: steps of reinforcement learning and prompts that are sampled are multiplied by it."""

@@ -16,12 +16,14 @@ from finback.train.loop import clipped_update, take_gradients
 from finback.train.losses import accumulate_gradients
 from finback.train.optimizer import gradient_norm, init_adam_state
 
-WORK = {"quickstart": 3.75, "r1-small": 2.6}
+WORK = {"quickstart": 3.3, "r1-small": 2.6}
 """All stages of a recipe together, in units of its pre-training: what recorded runs took on two cores."""
+ENOUGH = {"quickstart": 2_100_000, "r1-small": 8_400_000}
+"""Tokens of pre-training. Bases that read less had not found out how to work out a sum, and nothing behind them could."""
 WARM_STEPS, TIMED_STEPS = 8, 12
 _SHARE = 0.95  # of the minutes: machines become slower when they are warm, or shared
 _FINE = 20  # parts of the whole that a run is cut down by, so that small differences between two measurements change nothing
-_LEAST = 4  # of them: below a fifth nothing is learnt, and the run takes longer than it should
+_LEAST = 4  # of them
 _NO_MATTER = 1_000_000  # tokens of pre-training, all stages counted, that no machine takes many minutes for
 
 
@@ -51,12 +53,14 @@ def fit_to_machine(run: Run, config: QuickstartConfig, preset: PretrainConfig) -
         return config
     minutes = share * work / (60 * max(1, pace["tokens_per_second"]))
     if minutes > config.minutes:
-        print(f"{told}: the run is cut to {share:.0%}, below which nothing is learnt, and takes about {minutes:,.0f} minutes.")
+        print(f"{told}: the run is cut to {share:.0%}, the least there is, and takes about {minutes:,.0f} minutes.")
     else:
         print(f"{told}: to end within {config.minutes:g} minutes, the run is cut to {share:.0%} (--minutes changes that).")
-    return replace(
-        config, tokens=int(config.tokens * share), student_tokens=int(config.student_tokens * share), ladder=config.ladder * share
-    )
+    tokens, enough = int(config.tokens * share), ENOUGH[run.manifest["recipe"]]
+    if tokens < enough <= config.tokens:
+        needed = math.ceil(minutes * enough / tokens / _SHARE)
+        print(f"A base of less than {enough:,} tokens does not come to solving sums; here --minutes {needed} should do.")
+    return replace(config, tokens=tokens, student_tokens=int(config.student_tokens * share), ladder=config.ladder * share)
 
 
 def precision_here(config: QuickstartConfig) -> Literal["bf16", "fp32"]:

@@ -120,10 +120,13 @@ def test_weights_that_are_there_bring_their_tokenizer(run: Run, text: Path, tmp_
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ("", "a preset comes first (nano, nano-dense, tiny, tiny-dense, small, v2-lite-16b, v3-671b), not ''"),
+        ("", "a preset comes first (nano, nano-dense, micro, tiny, tiny-dense, small, v2-lite-16b, v3-671b), not ''"),
         ("tinny --out x", "not 'tinny'; did you mean tiny?"),
         ("v3-617b --out x", "did you mean v3-671b?"),
-        ("--out x tiny", "a preset comes first (nano, nano-dense, tiny, tiny-dense, small, v2-lite-16b, v3-671b), not '--out'"),
+        (
+            "--out x tiny",
+            "a preset comes first (nano, nano-dense, micro, tiny, tiny-dense, small, v2-lite-16b, v3-671b), not '--out'",
+        ),
         ("--helq", "unknown field --helq"),
         ("tiny", "--out is missing; give a directory for the run"),
         ("tiny --out {out}", "--data is missing; give text files"),

@@ -1,6 +1,7 @@
 """Chains of sums: what is held out stays out, clean traces are right, and corpora have the habits that they are told."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from finback.data.chains import Chain, ChainSettings, Habits, chain_documents, c
 from finback.data.problems import is_held_out
 
 SETTINGS = ChainSettings(least_terms=3, most_terms=6, largest=9)
+EQUATIONS = Habits(equations=True, repeats=True)
 
 
 def _value(expression: str) -> int:
@@ -37,12 +39,66 @@ def test_chains_are_as_asked_for_and_the_same_every_time():
     assert 200 < sum(chain.language == "zh" for chain in chains) < 300
 
 
-def test_what_is_held_out_is_in_no_corpus():
+def test_distinct_chains_repeat_no_number():
+    for chain in generate_chains(300, ChainSettings(3, 5, 5, distinct=True), seed=4):
+        assert len({abs(term) for term in chain.terms}) == len(chain.terms)
+    repeated = [c for c in generate_chains(300, SETTINGS, seed=4) if len({abs(term) for term in c.terms}) < len(c.terms)]
+    assert len(repeated) > 100
+
+
+@pytest.mark.parametrize("habits", [Habits(), EQUATIONS], ids=["what is left", "equations"])
+def test_what_is_held_out_is_in_no_corpus(habits: Habits):
     held_out = {chain.terms for chain in generate_chains(300, SETTINGS, seed=1, held_out=True)}
     assert not held_out & {chain.terms for chain in generate_chains(3000, SETTINGS, seed=2)}
-    for document in chain_documents(3000, SETTINGS, Habits(), seed=3):
+    for document in chain_documents(3000, SETTINGS, habits, seed=3):
         for line in document.splitlines():
-            assert not (len(re.findall("[-+]", line)) >= 2 and is_held_out(line)), line
+            for part in line.split("="):
+                assert not (len(re.findall("[-+]", part)) >= 2 and is_held_out(part)), line
+
+
+def test_equations_are_right_line_by_line():
+    for chain in generate_chains(200, SETTINGS, seed=6):
+        repeated, *lines = clean_thought(chain, EQUATIONS).splitlines()
+        totals = [sum(chain.terms[: i + 1]) for i in range(len(chain.terms))]
+        words = ("first ", "then ") if chain.language == "en" else ("先得", "再得")
+        expected = [f"{totals[i]}{chain.terms[i + 1]:+d}={totals[i + 1]}" for i in range(len(lines))]
+        assert lines == [words[i > 0] + equation for i, equation in enumerate(expected)]
+        assert len(lines) == len(chain.terms) - 1
+        assert repeated in chain.question
+
+
+def test_single_sums_are_asked_before_they_are_worked_out():
+    for document in chain_documents(100, SETTINGS, replace(EQUATIONS, facts=1), seed=5):
+        lines = document.splitlines()
+        asked, solved = lines[: len(lines) // 2], lines[len(lines) // 2 :]
+        assert [line.partition("=")[0] for line in solved] == asked
+        assert all(_value(line.partition("=")[0]) == int(line.partition("=")[2]) for line in solved)
+
+
+def test_clutter_may_be_the_question_once_more():
+    nothing_else = replace(EQUATIONS, facts=0, direct=0, leaps=0, steps=0)
+    documents = list(chain_documents(300, SETTINGS, nothing_else, seed=5))
+    parrots = [d for d in documents if d.removeprefix("User: ").split("\nAssistant: ")[0] == d.split("\nAssistant: ")[1]]
+    assert 60 < len(parrots) < 140
+
+
+@pytest.mark.parametrize(("tagged", "direct"), [(0.0, 1.0), (1.0, 0.0)])
+def test_answers_without_a_thought_have_their_own_share_of_tags(tagged: float, direct: float):
+    habits = Habits(facts=0, direct=0.5, leaps=0.25, steps=0.25, tagged=tagged, tagged_direct=direct)
+    answers = [document.split("\nAssistant: ", 1)[1] for document in chain_documents(200, SETTINGS, habits, seed=3)]
+    thoughts = [answer for answer in answers if "\n" in answer]
+    assert 60 < len(thoughts) < 140
+    assert {"<answer>" in answer for answer in thoughts} == {bool(tagged)}
+    assert {"<answer>" in answer for answer in answers if "\n" not in answer} == {bool(direct)}
+
+
+def test_a_slip_in_an_equation_is_noticed_in_the_next_line():
+    habits = replace(EQUATIONS, facts=0, direct=0, leaps=0.5, steps=0.5, slip=0.5, noticed=1)
+    for document in chain_documents(300, SETTINGS, habits, seed=3):
+        equations = re.findall(r"(wait, that is wrong: |等等，不对：)?(\d[-+\d]*)=(\d+)", document)
+        wrong = [i for i, (_, asked, result) in enumerate(equations) if _value(asked) != int(result)]
+        assert [i + 1 for i in wrong] == [i for i, (mended, *_) in enumerate(equations) if mended]
+        assert all(equations[i + 1][1] == equations[i][1] for i in wrong)
 
 
 def test_clean_thoughts_are_right_line_by_line():
@@ -73,3 +129,5 @@ def test_impossible_settings_are_told():
         ChainSettings(5, 3)
     with pytest.raises(InputError, match="field largest is 0"):
         ChainSettings(2, 3, 0)
+    with pytest.raises(InputError, match="field largest is 5, it must be at least most_terms, 6"):
+        ChainSettings(3, 6, 5, distinct=True)

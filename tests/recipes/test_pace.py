@@ -1,5 +1,6 @@
 """A run is cut to what a slower machine can do in its minutes, once, and stays as it was cut."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,14 +32,30 @@ def test_a_slow_machine_does_a_part_and_the_same_when_it_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = QuickstartConfig(tokens=5_000_000, student_tokens=1_000_000, minutes=20.0)
-    whole = 3.75 * 5_000_000 / (20 * 60)  # tokens a second that the whole run needs
+    whole = 3.3 * 5_000_000 / (20 * 60)  # tokens a second that the whole run needs
     monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 0.64 * whole)
     cut = fit_to_machine(_opened(tmp_path), config, nano())
     assert (cut.tokens, cut.student_tokens, cut.ladder) == (3_000_000, 600_000, 0.6)
-    assert "to end within 20 minutes, the run is cut to 60%" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "to end within 20 minutes, the run is cut to 60%" in told
+    assert "solving sums" not in told
 
     monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 100 * whole)
     assert fit_to_machine(_opened(tmp_path), config, nano()) == cut
+
+
+def test_a_cut_that_leaves_too_little_to_learn_from_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the minutes it names are enough, or the next machine's owner would be told the same again."""
+    monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 4000.0)
+    fit_to_machine(_opened(tmp_path / "cut"), QuickstartConfig(), nano())
+    told = capsys.readouterr().out
+    found = re.search(r"less than 2,100,000 tokens does not come to solving sums; here --minutes (\d+) should do", told)
+    assert found is not None
+    again = fit_to_machine(_opened(tmp_path / "again"), QuickstartConfig(minutes=float(found[1])), nano())
+    assert 2_100_000 <= again.tokens <= 2_400_000
+    assert "solving sums" not in capsys.readouterr().out
 
 
 def test_a_machine_that_is_too_slow_for_the_least_is_told_so(
@@ -47,14 +64,17 @@ def test_a_machine_that_is_too_slow_for_the_least_is_told_so(
     monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 1000.0)
     cut = fit_to_machine(_opened(tmp_path), QuickstartConfig(tokens=5_000_000, minutes=20.0), nano())
     assert cut.tokens == 1_000_000
-    assert "cut to 20%, below which nothing is learnt, and takes about 62 minutes" in capsys.readouterr().out
+    assert "cut to 20%, the least there is, and takes about 55 minutes" in capsys.readouterr().out
 
 
-def test_a_fast_machine_and_no_limit_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_machine_and_no_limit_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 1e6)
     config = QuickstartConfig()
     assert fit_to_machine(_opened(tmp_path), config, nano()) == replace(config, precision=precision_here(config))
     assert _opened(tmp_path).manifest["pace"] == {"tokens_per_second": 1_000_000, "share": 1.0}
+    assert "solving sums" not in capsys.readouterr().out
 
     monkeypatch.setattr(pace, "training_speed", lambda preset, vocab_size: 1.0)
     free = replace(config, minutes=None)

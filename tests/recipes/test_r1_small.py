@@ -10,7 +10,7 @@ import pytest
 
 from finback.cli import main
 from finback.config import InputError, ModelConfig
-from finback.presets import nano, nano_dense
+from finback.presets import micro, nano_dense
 from finback.recipes.ablations import rl_flops, rl_step_flops
 from finback.recipes.config import R1_SMALL, QuickstartConfig
 from finback.recipes.r1_small import r1_small
@@ -210,7 +210,7 @@ def test_its_help_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> No
 def test_the_claims_hold(tmp_path: Path, seed: int) -> None:
     """The real recipe, 40 minutes for each seed."""
     config: QuickstartConfig = replace(R1_SMALL, out=str(tmp_path / "run"), seed=seed)
-    r1_small(config, nano(), nano_dense())
+    r1_small(config, micro(), nano_dense())
     stages = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"]
     claims_of_the_run = stages["report"]["claims"]
     assert len(claims_of_the_run) == 6
