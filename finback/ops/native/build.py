@@ -52,7 +52,8 @@ CAUSAL_SOURCES = ("causal.c", "vectors.h", "tiles.h", "tile.h", "causal.h")
 COMPILERS = ("gcc", "cc", "clang")
 # No -ffast-math: it would drop nan and inf, and flush denormal numbers of the whole process to zero.
 # Products and sums may become one operation only where all copies of a loop come out alike, as tests have shown of AVX-512: with AVX2
-# GCC joins them in some and not in others, and a result depended on how many rows and threads there were.
+# GCC joins them in some and not in others, and a result depended on how many rows and threads there were. There `multiply_add` of
+# vectors.h joins those that take the time.
 CONTRACTION = () if torch.cpu._is_avx512_supported() else ("-ffp-contract=off",)
 FLAGS = ("-std=gnu11", "-O3", "-march=native", *CONTRACTION, "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-fopenmp")
 
