@@ -173,7 +173,7 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(run: Run, text: Path, tmp_
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_ended_while_tokenising_it_says_so_and_leaves_no_half(tmp_path: Path, number: signal.Signals) -> None:
-    lines = (json.dumps({"text": f"The {i}. fish follows whale {i * i % 97} at night, miles north."}) for i in range(60_000))
+    lines = (json.dumps({"text": f"The {i}. fish follows whale {i * i % 97} at night, miles north."}) for i in range(200_000))
     (tmp_path / "many.jsonl").write_text("\n".join(lines) + "\n")
     words = ["tiny", "--out", str(tmp_path / "run"), "--data", str(tmp_path / "many.jsonl"), *SMALL_WORDS]
     words[words.index("--model.vocab-size") + 1] = "300"  # there are few words in this text
