@@ -109,17 +109,17 @@ def notes() -> list[str]:
 def _product_rows(precision: str, size: Size) -> list[Row]:
     dtype, rows = DTYPES[precision], []
     for width in size.widths:
-        x, weight = _leaf(size.rows, width, dtype=dtype), _leaf(width, width, dtype=dtype)
+        x, weight = leaf(size.rows, width, dtype=dtype), leaf(width, width, dtype=dtype)
         seconds = _both_ways(lambda x=x, weight=weight: linear(x, weight), (x, weight), size.seconds)  # type: ignore[misc]
         rows.append(Row(f"training products {precision}, width {width}", "gflop_per_second", _gflops(size.rows, width, seconds)))
     for width in size.widths:
         counts = torch.full((size.experts,), size.rows // size.experts * 2)
-        x, weight = _leaf(int(counts.sum()), width, dtype=dtype), _leaf(size.experts, width, width, dtype=dtype)
+        x, weight = leaf(int(counts.sum()), width, dtype=dtype), leaf(size.experts, width, width, dtype=dtype)
         seconds = _both_ways(lambda x=x, w=weight, c=counts: grouped_linear(x, w, c), (x, weight), size.seconds)  # type: ignore[misc]
         rate = _gflops(x.shape[0], width, seconds)
         rows.append(Row(f"expert products {precision}, width {width}", "gflop_per_second", rate))
     sequences, heads, tokens = size.heads
-    leaves = tuple(_leaf(sequences, heads, tokens, size.head_size, dtype=dtype) for _ in range(3))
+    leaves = tuple(leaf(sequences, heads, tokens, size.head_size, dtype=dtype) for _ in range(3))
     plain = [leaf.detach() for leaf in leaves]
     flops = sequences * heads * tokens * 2 * 2 * size.head_size * (tokens + 1) / 2
     forward = best_seconds(lambda: causal_attention(plain[0], plain[1], plain[2], 0.1), size.seconds)
@@ -133,7 +133,7 @@ def head_row(size: Size, precision: str, vocabulary: int) -> Row:
     """The output head with its loss, forward and both gradients, beside the same by torch's linear and cross_entropy, which holds all
     logits at once."""
     dtype, width = DTYPES[precision], size.decode_width
-    hidden, weight = _leaf(size.head_rows, width, dtype=dtype), _leaf(vocabulary, width, dtype=torch.float32)
+    hidden, weight = leaf(size.head_rows, width, dtype=dtype), leaf(vocabulary, width, dtype=torch.float32)
     targets = torch.randint(vocabulary, (size.head_rows,))
 
     def rate(loss: Callable[[], Tensor]) -> float:
@@ -150,7 +150,8 @@ def head_row(size: Size, precision: str, vocabulary: int) -> Row:
     return Row(name, "gflop_per_second", ours, None, "torch's linear and cross_entropy", theirs)
 
 
-def _leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+def leaf(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Random values that want a gradient."""
     return torch.randn(*shape).to(dtype).requires_grad_()
 
 

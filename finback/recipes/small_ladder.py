@@ -1,4 +1,4 @@
-"""Settings of the R1 ladder for the quickstart's model and task: each stage a minute or two on two cores."""
+"""Settings of the R1 ladder for the quickstart's model and task: each stage one to four minutes on two cores."""
 
 from dataclasses import replace
 from pathlib import Path

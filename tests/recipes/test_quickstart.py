@@ -286,7 +286,7 @@ def test_groups_are_mixed_in_their_shares() -> None:
 
 @pytest.mark.slow
 def test_the_real_quickstart(tmp_path: Path) -> None:
-    """What `make quickstart` shows, in the 17 minutes that it takes alone on two cores: more than a trigram model knows, and R1-Zero's
+    """What `make quickstart` shows, in the 20 minutes that it is given on two cores: more than a trigram model knows, and R1-Zero's
     rise."""
     out = tmp_path / "quickstart"
     quickstart(QuickstartConfig(out=str(out)), nano(), nano_dense())
